@@ -1,0 +1,61 @@
+# make setup | demo | test | lint | bench | docs
+# Each target does its own set-up in .venv; a second call reuses it until pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV ?= .venv
+# Extra arguments for the line that installs torch, for example the index of another build of it.
+TORCH_PIP_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?= --quick
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PINS := pyproject.toml constraints.txt
+# pip reads and writes nothing but this environment; offline except for the package index
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test lint bench docs help
+
+help:
+	@echo "make setup   create $(VENV) with moestro and its core dependencies"
+	@echo "make demo    train and compare four architectures at equal compute, and write the report"
+	@echo "make test    run the tests (PYTEST_ARGS=... adds arguments)"
+	@echo "make lint    ruff, formatting, types, import floors"
+	@echo "make bench   time the layers on this machine (BENCH_ARGS=$(BENCH_ARGS))"
+	@echo "make docs    build the pages of docs/ into site/"
+	@echo "PYTHON=python3.12 and VENV=dir choose the interpreter and the environment"
+
+setup: $(VENV)/.core
+
+# torch comes first, on its own line: nothing else can then pull in another build of it
+$(VENV)/.core: $(PINS)
+	@echo "[setup] virtual environment in $(VENV), from $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moestro needs Python >= 3.11: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[setup] torch, at the version of constraints.txt"
+	@$(PIP) $(TORCH_PIP_ARGS) torch
+	@echo "[setup] moestro and its core dependencies"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test $(VENV)/.dev $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.core
+	@echo "[setup] the extra '$*' of moestro"
+	@$(PIP) -e ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.core
+	$(BIN)/moestro compare recipes/compare/first_look.yaml
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.bench
+	$(BIN)/python bench/layers.py $(BENCH_ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
