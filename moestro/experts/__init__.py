@@ -1,0 +1,9 @@
+"""Floor 2: what experts compute and how their weights are stored. Experts do not know who routed to them."""
+
+from moestro.experts.base import ExpertBank
+from moestro.experts.ffn import FFNBank
+from moestro.experts.linears import ConcatLinear, ExpertLinear
+from moestro.experts.shared import SharedExpert
+from moestro.experts.singleton import SingletonBank
+
+__all__ = ["ConcatLinear", "ExpertBank", "ExpertLinear", "FFNBank", "SharedExpert", "SingletonBank"]

@@ -1,0 +1,47 @@
+"""`ExpertBank`: a set of experts that compute rows."""
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moestro.cost import Cost
+from moestro.routing import Routing
+
+
+class ExpertBank(nn.Module):
+    """Experts as a function of rows sorted by expert. `run` is the definition, all an author must write; overriding
+    `forward` makes a fast path and never changes the meaning."""
+
+    n_experts: int
+
+    def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n o"]:
+        """Output of every row; expert e computes rows `offsets[e]:offsets[e+1]`."""
+        raise NotImplementedError
+
+    def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t o"]:
+        """y_t = sum over the rows of token t of weight * expert(row)."""
+        routing = routing.grouped()
+        return routing.combine(self.run(routing.gather(x), routing.offsets))
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""
+        raise NotImplementedError
+
+    def row_flops(self) -> Float[Tensor, "e"] | float:
+        """Forward FLOPs of one row, for every expert, or one number where all are equal."""
+        raise NotImplementedError
+
+    def row_widths(self) -> Float[Tensor, "e"] | float:
+        """Hidden units of every expert, or one number where all are equal."""
+        raise NotImplementedError
+
+    def flops(self, routing: Routing) -> Cost:
+        """Forward FLOPs of the rows in `routing`."""
+        each = self.row_flops()
+        if isinstance(each, float):
+            return Cost.exact(each * routing.n_rows)
+        return Cost.exact((routing.load().to(each) * each).sum())
+
+    def mean_row_flops(self) -> float:
+        """Forward FLOPs of a row when every expert is equally likely."""
+        each = self.row_flops()
+        return each if isinstance(each, float) else float(each.mean())

@@ -1,0 +1,83 @@
+"""Feed-forward experts of any widths."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moestro.experts.base import ExpertBank
+from moestro.experts.linears import ConcatLinear
+from moestro.ops import expert_ffn
+from moestro.ops.activations import activation as find
+from moestro.routing import Routing, SparseRouting
+
+
+class FFNBank(ExpertBank):
+    """Experts FFN_e(x) = W_out,e (act(W_gate,e x) * W_up,e x), or W_out,e act(W_up,e x) without `glu`, no biases.
+
+    `widths[e]` is the hidden size of expert e (Wang 2024, arXiv:2408.10681, Eq. 1 with its own h_e for each expert);
+    equal widths are the ordinary mixture of experts, width 0 is the zero expert. Parameters: 3 d sum(widths), or
+    2 d sum(widths) without `glu`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        widths: Sequence[int],
+        activation: str = "silu",
+        glu: bool = True,
+        out_init: Literal["per_width", "shared"] = "per_width",
+    ) -> None:
+        super().__init__()
+        if not widths or any(width < 0 for width in widths):
+            raise ValueError(f"widths={list(widths)}, allowed: at least one width, none negative")
+        find(activation)
+        self.activation, self.glu = activation, glu
+        self.w_in = ConcatLinear(d_model, widths, side="in", blocks=2 if glu else 1)
+        self.w_out = ConcatLinear(d_model, widths, side="out", init=out_init)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Hidden size of every expert."""
+        return self.w_out.widths
+
+    @property
+    def n_experts(self) -> int:  # type: ignore[override]
+        return len(self.widths)
+
+    def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
+        act = find(self.activation).forward
+        hidden = self.w_in(z.split(offsets.diff().tolist()))
+        if self.glu:
+            hidden = [act(h[:, :width]) * h[:, width:] for h, width in zip(hidden, self.widths, strict=True)]
+        else:
+            hidden = [act(h) for h in hidden]
+        return torch.cat(self.w_out(hidden))
+
+    def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
+        if not isinstance(routing, SparseRouting):
+            return super().forward(x, routing)
+        r = routing.grouped()
+        return expert_ffn(
+            x, r.token, r.weight, r.offsets, self.w_in.weight, self.w_out.weight, self.widths, self.activation
+        )
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        """Move experts; a fresh one (-1) takes the width its position had, or the last expert's beyond the end."""
+        old = self.widths
+        widths = [old[e] if e >= 0 else old[min(j, len(old) - 1)] for j, e in enumerate(index.tolist())]
+        self.w_in.reindex(index, widths)
+        self.w_out.reindex(index, widths)
+
+    def row_flops(self) -> Float[Tensor, "e"]:
+        return self.row_widths() * (2.0 * self.w_out.d_model * (3 if self.glu else 2))
+
+    def row_widths(self) -> Float[Tensor, "e"]:
+        return torch.tensor(self.widths, dtype=torch.float64, device=_real(self.w_out.weight.device))
+
+
+def _real(device: torch.device) -> torch.device:
+    """Sizes are plain numbers and stay countable while the weights are on the meta device."""
+    return torch.device("cpu") if device.type == "meta" else device

@@ -1,0 +1,68 @@
+"""A million experts of one neuron each."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moestro.experts.base import ExpertBank
+from moestro.ops import singleton_experts
+from moestro.ops.activations import activation as find
+from moestro.routing import Routing, SparseRouting
+
+
+class SingletonBank(ExpertBank):
+    """Experts e_i(x) = act(u_i . x) v_i (He 2024, arXiv:2407.04153, Eq. 6): u and v are rows of two [N, d] tables.
+
+    It is `FFNBank(widths=[1] * N, glu=False)` fetched by id. The paper states no initialisation. Here u has standard
+    deviation d^-0.5, so that u . x has variance 1 for x of unit variance; v has `out_std`, by default d^-0.5. Where
+    `heads` and `top_k` of the router are given, v is scaled so that the layer's output has standard deviation
+    `output_std` while gates are near uniform (1 / top_k in each head):
+    Var(y) = heads / top_k * E[act(z)^2] * out_std^2.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        activation: str = "gelu",
+        heads: int | None = None,
+        top_k: int | None = None,
+        output_std: float = 0.6,
+    ) -> None:
+        super().__init__()
+        if n_experts < 1:
+            raise ValueError(f"n_experts={n_experts}, allowed: at least 1")
+        self.n_experts, self.activation = n_experts, activation
+        moment = find(activation).second_moment
+        out_std = d_model**-0.5 if not (heads and top_k) else output_std * math.sqrt(top_k / (heads * moment))
+        self.up = nn.Parameter(torch.empty(n_experts, d_model))
+        self.down = nn.Parameter(torch.empty(n_experts, d_model))
+        nn.init.normal_(self.up, std=d_model**-0.5)
+        nn.init.normal_(self.down, std=out_std)
+
+    def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
+        expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
+        act = find(self.activation).forward
+        return act((z * self.up[expert]).sum(-1, keepdim=True)) * self.down[expert]
+
+    def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
+        if not isinstance(routing, SparseRouting) or routing.fixed is None:
+            return super().forward(x, routing)
+        ids, weight = routing.matrix()
+        return singleton_experts(x, ids, weight, self.up, self.down, self.activation)
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        for name in ("up", "down"):
+            table = getattr(self, name).detach()
+            rows = table[index.clamp(min=0)]
+            fresh = torch.randn_like(rows) * table.std()
+            setattr(self, name, nn.Parameter(torch.where((index >= 0)[:, None], rows, fresh)))
+        self.n_experts = len(index)
+
+    def row_flops(self) -> float:
+        return 4.0 * self.up.shape[1]
+
+    def row_widths(self) -> float:
+        return 1.0

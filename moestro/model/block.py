@@ -1,0 +1,37 @@
+"""One decoder block."""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moestro.layers.dense import DenseFFN
+from moestro.layers.moe import MoELayer
+from moestro.model.attention import Attention
+from moestro.model.cache import Cache
+from moestro.routing import Trace
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + ffn(norm x), with RMS norms; `ffn` is any layer of floor 3."""
+
+    def __init__(
+        self, d_model: int, attention: Attention, ffn: DenseFFN | MoELayer, norm_eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.attention = attention
+        self.ffn_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.ffn = ffn
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s d"],
+        positions: Int[Tensor, "#b s"],
+        mask: Bool[Tensor, "b 1 s l"] | None = None,
+        keep: Bool[Tensor, "b s"] | None = None,
+        cache: Cache | None = None,
+        index: int = 0,
+    ) -> tuple[Float[Tensor, "b s d"], tuple[Trace, ...]]:
+        """New residual stream and the traces of the feed-forward layer; `index` is this block's place in the cache."""
+        x = x + self.attention(self.attention_norm(x), positions, mask, cache, index)
+        y, traces = self.ffn(self.ffn_norm(x), keep)
+        return x + y, traces

@@ -1,0 +1,149 @@
+"""A Llama-style causal decoder whose every block may have another feed-forward layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moestro.cost import NOTHING, Cost
+from moestro.layers.moe import MoELayer
+from moestro.model.block import Block
+from moestro.model.cache import Cache
+from moestro.routing import Trace
+
+
+@dataclass(frozen=True)
+class Output:
+    """Next-token logits, and one trace for every MoE layer, in block order."""
+
+    logits: Float[Tensor, "b s v"]
+    traces: tuple[Trace, ...]
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, RMS norm, output head (Touvron 2023, arXiv:2302.13971, without biases).
+
+    `recompute = True` recomputes each block in the backward pass instead of storing it (activation checkpointing);
+    losses and gradients are the same. Embeddings start with standard deviation 0.02 where they are tied to the head and
+    1 where they are not; the head with 0.02 or d_model^-0.5.
+
+    Raises: ValueError for layers that look at other tokens of the batch (slots, expert choice) unless
+    `allow_non_causal`: their predictions would leak the future.
+    """
+
+    recompute: bool = False
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        blocks: Sequence[Block],
+        tie_embeddings: bool = False,
+        norm_eps: float = 1e-5,
+        allow_non_causal: bool = False,
+    ) -> None:
+        super().__init__()
+        if not blocks:
+            raise ValueError("blocks=[], allowed: at least one block")
+        self.vocab_size, self.d_model, self.tie_embeddings = vocab_size, d_model, tie_embeddings
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02 if tie_embeddings else 1.0)
+        nn.init.normal_(self.head.weight, std=d_model**-0.5)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if not allow_non_causal:
+            self._check_causal()
+
+    def _check_causal(self) -> None:
+        for name, layer in self.moe_layers().items():
+            if not layer.router.causal:
+                raise ValueError(
+                    f"{name}: {type(layer.router).__name__} looks at other tokens, so predictions would depend on "
+                    "the future; say allow_non_causal: true to train it all the same"
+                )
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b s"],
+        *,
+        documents: Int[Tensor, "b s"] | None = None,
+        keep: Bool[Tensor, "b s"] | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Logits of the next token after each token.
+
+        `documents` numbers the packed documents: attention stays inside one, positions keep counting. keep=False marks
+        padding on the right: it reaches no router and its logits mean nothing. `cache` holds earlier tokens and is
+        extended by these.
+
+        Raises: ValueError where `documents` and `cache` come together.
+        """
+        if documents is not None and cache is not None:
+            raise ValueError("documents (packed training text) and cache (generation) exclude each other")
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        mask = _attention_mask(tokens, documents, past)
+        x = self.embedding(tokens)
+        traces: list[Trace] = []
+        for index, block in enumerate(self.blocks):
+            if self.recompute and torch.is_grad_enabled() and cache is None:
+                x, new = checkpoint(block, x, positions, mask, keep, use_reentrant=False)
+            else:
+                x, new = block(x, positions, mask, keep, cache, index)
+            traces.extend(new)
+        return Output(self.head(self.norm(x)), tuple(traces))
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        """Every MoE layer by its name in the model, in block order."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, MoELayer)}
+
+    def flops(self, batch: int, seq_len: int, traces: Sequence[Trace]) -> Cost:
+        """Forward FLOPs on `batch` sequences of what the traces show was used; attention, routers, head counted."""
+        total = self._backbone_flops(batch, seq_len)
+        for block in self.blocks:
+            if not isinstance(block.ffn, MoELayer):
+                total = total + Cost.exact(block.ffn.token_flops() * batch * seq_len)
+        return sum((trace.layer.flops(trace.routing) for trace in traces), total)
+
+    def expected_token_flops(self, seq_len: int) -> float:
+        """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
+        total = float(self._backbone_flops(1, seq_len).useful) / seq_len
+        for block in self.blocks:
+            is_moe = isinstance(block.ffn, MoELayer)
+            total += block.ffn.expected_token_flops() if is_moe else block.ffn.token_flops()
+        return total
+
+    def _backbone_flops(self, batch: int, seq_len: int) -> Cost:
+        head = Cost.exact(2.0 * batch * seq_len * self.head.weight.numel())
+        return sum((block.attention.flops(batch, seq_len) for block in self.blocks), NOTHING + head)
+
+    def active_parameters(self, traces: Sequence[Trace]) -> float:
+        """Mean number of parameters a token touches: everything but the experts' weights, of which those it used.
+
+        Counts as Wang 2024, arXiv:2408.10681, Table 1 does: embedding, head, attention, norms, router, experts used.
+        """
+        total = float(sum(p.numel() for p in self.parameters()))
+        for trace in traces:
+            bank = trace.layer.bank
+            stored = sum(p.numel() for p in bank.parameters())
+            rows = trace.routing.n_rows
+            used = float(bank.flops(trace.routing).useful) / 2.0 if rows else 0.0
+            total += used / max(1, trace.routing.n_tokens) - stored
+        return total
+
+
+def _attention_mask(tokens: Tensor, documents: Tensor | None, past: int) -> Bool[Tensor, "b 1 s l"] | None:
+    """None where plain causality is enough."""
+    length = tokens.shape[1]
+    if documents is None and past == 0:
+        return None
+    causal = torch.ones(length, past + length, dtype=torch.bool, device=tokens.device).tril(past)
+    if documents is None:
+        return causal.expand(len(tokens), 1, -1, -1)
+    return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]

@@ -1,0 +1,13 @@
+"""Floor 4: auxiliary losses. An objective is a pure function of one layer's trace; its weight lives in the recipe."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from moestro.objectives.balance import LoadBalance, ParameterPenalty
+from moestro.objectives.entropy import RouterEntropy, RouterZLoss
+from moestro.routing import Trace
+
+Objective = Callable[[Trace], Tensor]
+
+__all__ = ["LoadBalance", "Objective", "ParameterPenalty", "RouterEntropy", "RouterZLoss"]

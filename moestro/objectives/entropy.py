@@ -1,0 +1,38 @@
+"""How sure the router is."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moestro.objectives.balance import require_logits
+from moestro.routing import Trace
+
+
+@dataclass(frozen=True)
+class RouterEntropy:
+    """Mean over tokens of H(P_t) = -sum_e P_te log P_te, in nats: minimising it makes top-p choose fewer experts.
+
+    Wang 2024, arXiv:2408.10681, Eq. 5 prints N sum P log P, the opposite sign, which minimised drives top-p to as many
+    experts as possible; `literal=True` gives exactly that, for archaeology. `scale_by_n` multiplies by the number of
+    experts as the printed equation does.
+    """
+
+    scale_by_n: bool = False
+    literal: bool = False
+
+    def __call__(self, trace: Trace) -> Float[Tensor, ""]:
+        log_p = require_logits(trace.routing, "router_entropy").log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum() / max(1, trace.routing.n_tokens)
+        if self.literal:
+            return -trace.routing.n_experts * entropy
+        return entropy * (trace.routing.n_experts if self.scale_by_n else 1)
+
+
+@dataclass(frozen=True)
+class RouterZLoss:
+    """Mean over tokens of (log sum_e exp logit_te)^2: keeps logits small (Zoph 2022, arXiv:2202.08906, Eq. 5)."""
+
+    def __call__(self, trace: Trace) -> Float[Tensor, ""]:
+        logits = require_logits(trace.routing, "router_z_loss")
+        return logits.logsumexp(-1).square().sum() / max(1, trace.routing.n_tokens)

@@ -1,0 +1,8 @@
+"""Floor 0: pure functions on tensors. Each has a plain definition in `reference` and may have a faster twin."""
+
+from moestro.ops.ffn import expert_ffn
+from moestro.ops.precision import linear_fp32
+from moestro.ops.product_key import product_key_topk
+from moestro.ops.singleton import singleton_experts
+
+__all__ = ["expert_ffn", "linear_fp32", "product_key_topk", "singleton_experts"]

@@ -1,0 +1,25 @@
+"""Arithmetic that must not be lowered: the only place that knows of autocast."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def at_least_fp32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`x` in float32, or unchanged where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def linear_fp32(x: Float[Tensor, "*b i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*b o"]:
+    """`x @ weight.T` in float32 at least, also under autocast (router scores decide discrete choices)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(at_least_fp32(x), at_least_fp32(weight))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products on `x` run here: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

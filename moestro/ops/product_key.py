@@ -1,0 +1,47 @@
+"""Exact top-k over n*n product keys from two lists of n scores."""
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moestro.ops import backend, reference
+
+
+def product_key_topk(
+    query: Float[Tensor, "t h c"], keys: Float[Tensor, "2 g n half"], k: int
+) -> tuple[Float[Tensor, "t h k"], Int[Tensor, "t h k"]]:
+    """The k best (score, i*n + j) of each query over all pairs of sub-keys, best first.
+
+    score(i*n + j) = q1 . keys[0, :, i] + q2 . keys[1, :, j] with query = [q1; q2]; g is 1 (keys shared by the heads)
+    or h. He 2024, arXiv:2407.04153, section 2.2: the k best pairs lie among the k best of each side. With both
+    sides sorted, pair (p, r), counted from one, can be among the k best only if p*r <= k: at k = 16 that leaves 50
+    of 256 candidates.
+
+    Raises: ValueError where k > n: then the k best of a side do not exist.
+    """
+    if k > keys.shape[2]:
+        raise ValueError(f"top_k={k} > {keys.shape[2]} sub-keys a side, so retrieval would not be exact")
+    if backend.active() == "reference":
+        return reference.product_key_topk(query, keys, k)
+    t, h, _ = query.shape
+    _, g, n, half = keys.shape
+    halves = query.view(t, h, 2, half)
+    if g == 1:
+        scores = torch.stack([halves[:, :, s] @ keys[s, 0].T for s in (0, 1)], dim=2)
+    else:
+        scores = torch.einsum("thsc,shnc->thsn", halves, keys)
+    best, position = scores.topk(k, dim=-1)
+    rows, columns = torch.tensor(_staircase(k), device=query.device)
+    candidates = best[:, :, 0, rows] + best[:, :, 1, columns]
+    top, pick = candidates.topk(k, dim=-1)
+    ids = position[:, :, 0].gather(-1, rows[pick]) * n + position[:, :, 1].gather(-1, columns[pick])
+    return top, ids
+
+
+@lru_cache(maxsize=64)
+def _staircase(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    pairs = [(p, r) for p in range(k) for r in range(k) if (p + 1) * (r + 1) <= k]
+    rows, columns = zip(*pairs, strict=True)
+    return rows, columns

@@ -1,0 +1,63 @@
+"""The definition of every operation, in plain torch and autograd. Slow, obvious, runs anywhere."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moestro.ops.activations import activation as find
+
+
+def expert_ffn(
+    x: Float[Tensor, "t d"],
+    token: Int[Tensor, "n"],
+    weight: Float[Tensor, "n"],
+    offsets: Int[Tensor, "e1"],
+    w_in: Float[Tensor, "gs d"],
+    w_out: Float[Tensor, "s d"],
+    widths: Sequence[int],
+    activation: str,
+) -> Float[Tensor, "t d"]:
+    """y_t = sum over the rows n of token t of weight_n * FFN_e(x_t), rows in expert order (see `ops.ffn`)."""
+    act = find(activation).forward
+    glu = len(w_in) == 2 * len(w_out)
+    y = x.new_zeros(x.shape)
+    bounds = offsets.tolist()
+    unit = 0
+    for e, width in enumerate(widths):
+        rows = slice(bounds[e], bounds[e + 1])
+        block = w_in[unit * (1 + glu) : (unit + width) * (1 + glu)]
+        z = x[token[rows]] @ block.T
+        hidden = act(z[:, :width]) * z[:, width:] if glu else act(z)
+        out = hidden @ w_out[unit : unit + width]
+        y = y.index_add(0, token[rows], out * weight[rows, None].to(out.dtype))
+        unit += width
+    return y
+
+
+def singleton_experts(
+    x: Float[Tensor, "t d"],
+    ids: Int[Tensor, "t k"],
+    weight: Float[Tensor, "t k"],
+    up: Float[Tensor, "e d"],
+    down: Float[Tensor, "e d"],
+    activation: str,
+) -> Float[Tensor, "t d"]:
+    """y_t = sum_k weight_tk * act(up[ids_tk] . x_t) * down[ids_tk]; materialises every gathered row."""
+    hidden = find(activation).forward(torch.einsum("td,tkd->tk", x, up[ids]))
+    return torch.einsum("tk,tkd->td", hidden * weight.to(hidden.dtype), down[ids])
+
+
+def product_key_topk(
+    query: Float[Tensor, "t h c"], keys: Float[Tensor, "2 g n half"], k: int
+) -> tuple[Float[Tensor, "t h k"], Int[Tensor, "t h k"]]:
+    """The k best of all n*n keys by brute force: score(i*n + j) = q1 . keys[0, i] + q2 . keys[1, j]."""
+    first, second = query.chunk(2, dim=-1)
+    g = keys.shape[1]
+    keys = keys.expand(2, query.shape[1], *keys.shape[2:]) if g == 1 else keys
+    left = torch.einsum("thc,hnc->thn", first, keys[0])
+    right = torch.einsum("thc,hnc->thn", second, keys[1])
+    every = (left[..., :, None] + right[..., None, :]).flatten(-2)
+    scores, ids = every.topk(k, dim=-1)
+    return scores, ids

@@ -1,0 +1,91 @@
+"""Product-key retrieval: the k best of n*n experts for the price of 2n scores."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moestro.ops import linear_fp32, product_key_topk
+from moestro.routers.base import Router
+from moestro.routers.query_norm import QUERY_NORMS, BatchQueryNorm
+from moestro.routing import SparseRouting
+
+
+class ProductKeyRouter(Router):
+    """k experts for each of h heads, by the sum of two sub-key scores (He 2024, arXiv:2407.04153, section 2).
+
+    Expert i*n + j answers to the pair (key i of the first side, key j of the second). As in the paper, all heads
+    share experts and keys (`shared_keys=False` gives each head its own, as Lample 2019 and public code do), queries
+    are batch-normalised, and gates are a softmax over the k scores of each head, so that they sum to h. Arithmetic is
+    float32 at least. `routing.logits` is None: a matrix over all experts never exists.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        heads: int,
+        top_k: int,
+        d_key: int,
+        shared_keys: bool = True,
+        query_norm: Literal["batch", "layer", "rms", "none"] = "batch",
+        gate: Literal["softmax", "sigmoid"] = "softmax",
+    ) -> None:
+        super().__init__()
+        side = math.isqrt(n_experts)
+        _check(n_experts, side, heads, top_k, d_key, gate)
+        self.n_experts, self.side, self.heads, self.top_k, self.gate = n_experts, side, heads, top_k, gate
+        self.query = nn.Parameter(torch.empty(heads * d_key, d_model))
+        self.query_norm = QUERY_NORMS[query_norm](heads * d_key)
+        self.keys = nn.Parameter(torch.empty(2, 1 if shared_keys else heads, side, d_key // 2))
+        nn.init.normal_(self.query, std=d_model**-0.5)
+        nn.init.uniform_(self.keys, -((d_key // 2) ** -0.5), (d_key // 2) ** -0.5)
+
+    def forward(self, x: Float[Tensor, "t d"]) -> SparseRouting:
+        raw = linear_fp32(x, self.query)
+        query, stats = self.query_norm(raw)
+        with torch.autocast(x.device.type, enabled=False):
+            scores, ids = product_key_topk(
+                query.unflatten(-1, (self.heads, -1)), self.keys.to(query.dtype), self.top_k
+            )
+        gates = scores.softmax(-1) if self.gate == "softmax" else scores.sigmoid()
+        return SparseRouting.from_topk(ids.flatten(1), gates.flatten(1), self.n_experts, query_stats=stats)
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        """Product keys have no key of a single expert, so experts cannot be moved one by one."""
+        raise ValueError(
+            "experts behind product keys cannot be reindexed: expert i*n+j is named by its pair of keys"
+        )
+
+    def flops(self, n_tokens: int) -> float:
+        """Query and sub-key products; comparisons and the k*k candidate sums are not multiplied."""
+        keys = 2.0 * self.heads * self.side * self.keys.shape[-1] * 2
+        return n_tokens * (2.0 * self.query.numel() + keys)
+
+    def rows_per_token(self) -> float:
+        return self.heads * self.top_k
+
+    @property
+    def has_batch_statistics(self) -> bool:
+        """True where queries are normalised over the batch and running statistics must be kept by a rule."""
+        return isinstance(self.query_norm, BatchQueryNorm)
+
+
+def _check(n_experts: int, side: int, heads: int, top_k: int, d_key: int, gate: str) -> None:
+    if side * side != n_experts or side < 1:
+        raise ValueError(f"n_experts={n_experts} is not a square; nearest: {side**2} and {(side + 1) ** 2}")
+    if heads < 1:
+        raise ValueError(f"heads={heads}, allowed: at least 1")
+    if not 1 <= top_k <= side:
+        raise ValueError(f"top_k={top_k}, allowed: 1 to {side} (the square root of n_experts={n_experts})")
+    if d_key < 2 or d_key % 2:
+        raise ValueError(
+            f"d_key={d_key}, allowed: an even number, at least 2 (half of it meets each side's keys)"
+        )
+    if top_k == 1 and gate == "softmax":
+        raise ValueError(
+            "top_k=1 with gate='softmax': the gate is the constant 1, so queries and keys get no gradient;"
+            " use gate='sigmoid' or top_k >= 2"
+        )

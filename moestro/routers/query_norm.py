@@ -1,0 +1,99 @@
+"""Normalisations of retrieval queries: x [t, f] -> (normalised x, batch statistics or None)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Statistics = tuple[Tensor, Tensor, int]
+
+
+class QueryNorm(nn.Module):
+    """Returns the normalised queries and, where it normalises over the batch, (mean, variance, count)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], Statistics | None]:
+        return query, None
+
+
+class BatchQueryNorm(QueryNorm):
+    """Per feature over all tokens of the batch, learned affine (He 2024, arXiv:2407.04153, section 2.3).
+
+    In training the statistics mix future tokens into a token's query, as in the paper; in evaluation the running
+    statistics are used and a token depends on itself alone. `forward` never changes the running statistics: it returns
+    the batch's, and a rule calls `update`, once a step, so that recomputation and repeated forwards count nothing.
+
+    Raises: ValueError for a training batch of one token; RuntimeError in evaluation before any update.
+    """
+
+    updates: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, features: int, eps: float = 1e-5) -> None:
+        super().__init__(features)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("variance", torch.ones(features))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], Statistics | None]:
+        if not self.training:
+            if not self.updates:
+                raise RuntimeError(
+                    "query batch norm has no running statistics yet: train with the rule QueryNormStatistics "
+                    "(the training loop always does) or call `update` before evaluating"
+                )
+            return self._normalise(query, self.mean, self.variance), None
+        if len(query) == 0:
+            return query, None
+        if len(query) == 1:
+            raise ValueError("query batch norm needs at least 2 tokens in a training batch, got 1")
+        mean, variance = query.mean(0), query.var(0, correction=0)
+        return self._normalise(query, mean, variance), (mean.detach(), variance.detach(), len(query))
+
+    def _normalise(self, query: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        scale = self.weight.to(query.dtype) * (variance.to(query.dtype) + self.eps).rsqrt()
+        return (query - mean.to(query.dtype)) * scale + self.bias.to(query.dtype)
+
+    @torch.no_grad()
+    def update(self, mean: Float[Tensor, "f"], variance: Float[Tensor, "f"], momentum: float = 0.1) -> None:
+        """Move the running statistics towards one batch's; the first update replaces them."""
+        rate = momentum if self.updates else 1.0
+        self.mean.lerp_(mean.to(self.mean), rate)
+        self.variance.lerp_(variance.to(self.variance), rate)
+        self.updates += 1
+
+
+class LayerQueryNorm(QueryNorm):
+    """Layer normalisation of each token's whole query."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.norm = nn.LayerNorm(features)
+
+    def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], None]:
+        return self.norm(query), None
+
+
+class RMSQueryNorm(QueryNorm):
+    """Root-mean-square normalisation of each token's whole query."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.norm = nn.RMSNorm(features, eps=1e-6)
+
+    def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], None]:
+        return self.norm(query), None
+
+
+QUERY_NORMS: dict[str, type[QueryNorm]] = {
+    "batch": BatchQueryNorm,
+    "layer": LayerQueryNorm,
+    "rms": RMSQueryNorm,
+    "none": QueryNorm,
+}

@@ -1,0 +1,62 @@
+"""Scores: one logit for every expert and token, in float32 at least."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moestro.ops import linear_fp32
+from moestro.ops.precision import at_least_fp32
+
+
+class Score(nn.Module):
+    """Tokens -> logits [t, e] through one weight row for each expert."""
+
+    def __init__(self, d_model: int, n_experts: int, init_std: float = 0.02) -> None:
+        super().__init__()
+        if n_experts < 1:
+            raise ValueError(f"n_experts={n_experts}, allowed: at least 1")
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+        nn.init.normal_(self.weight, std=init_std)
+
+    @property
+    def n_experts(self) -> int:
+        """Number of logits."""
+        return len(self.weight)
+
+    def forward(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t e"]:
+        raise NotImplementedError
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        """Make row j the old row `index[j]`; -1 draws a fresh one."""
+        rows = self.weight.detach()[index.clamp(min=0)]
+        fresh = torch.randn_like(rows) * self.init_std
+        self.weight = nn.Parameter(torch.where((index >= 0)[:, None], rows, fresh))
+
+    def flops(self, n_tokens: int) -> float:
+        """Forward FLOPs."""
+        return 2.0 * n_tokens * self.weight.numel()
+
+
+class LinearScore(Score):
+    """logit_te = w_e . x_t (Wang 2024, arXiv:2408.10681, Eq. 7)."""
+
+    def forward(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t e"]:
+        return linear_fp32(x, self.weight)
+
+
+class CosineScore(Score):
+    """logit_te = cos(w_e, x_t) / temperature (Chi 2022, arXiv:2204.09179; its low-dimensional projection left out)."""
+
+    def __init__(
+        self, d_model: int, n_experts: int, temperature: float = 0.1, init_std: float = 0.02
+    ) -> None:
+        super().__init__(d_model, n_experts, init_std)
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}, allowed: above 0")
+        self.temperature = temperature
+
+    def forward(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t e"]:
+        direction = F.normalize(at_least_fp32(x), dim=-1)
+        return linear_fp32(direction, F.normalize(at_least_fp32(self.weight), dim=-1)) / self.temperature
