@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+
+from moestro.cost import Cost
 
 
 class Routing:
@@ -124,9 +127,7 @@ class SparseRouting(Routing):
         return zeros.index_put((self.token, self.expert), self.weight, accumulate=True)
 
     def per_token(self, value: Float[Tensor, "e"] | float) -> Float[Tensor, "t"]:
-        each = (
-            value[self.expert] if isinstance(value, Tensor) else self.weight.new_full((self.n_rows,), value)
-        )
+        each = value[self.expert] if isinstance(value, Tensor) else self.weight.new_full((self.n_rows,), value)
         return each.new_zeros(self.n_tokens).index_add(0, self.token, each)
 
     def keep(self, mask: Bool[Tensor, "n"]) -> "SparseRouting":
@@ -226,12 +227,23 @@ class SlotRouting(Routing):
         return share @ value.to(share) if isinstance(value, Tensor) else share.sum(-1) * value
 
 
+@runtime_checkable
+class TracedLayer(Protocol):
+    """What a trace knows of its layer: its experts' widths, and what a routing cost and left idle."""
+
+    def expert_widths(self) -> Tensor | float: ...
+
+    def idle_parameters(self, routing: Routing) -> float: ...
+
+    def flops(self, routing: Routing) -> Cost: ...
+
+
 @dataclass(frozen=True)
 class Trace:
     """What one `MoELayer` did in one forward: its input tokens, its routing and, where the layer records them, the
     experts' outputs before they are combined."""
 
-    layer: nn.Module
+    layer: TracedLayer
     x: Float[Tensor, "t d"]
     routing: Routing
     rows: Float[Tensor, "n o"] | None = None

@@ -37,11 +37,11 @@ class ExpertBank(nn.Module):
     def flops(self, routing: Routing) -> Cost:
         """Forward FLOPs of the rows in `routing`."""
         each = self.row_flops()
-        if isinstance(each, float):
-            return Cost.exact(each * routing.n_rows)
-        return Cost.exact((routing.load().to(each) * each).sum())
+        if isinstance(each, Tensor):
+            return Cost.exact((routing.load().to(each) * each).sum())
+        return Cost.exact(each * routing.n_rows)
 
-    def mean_row_flops(self) -> float:
-        """Forward FLOPs of a row when every expert is equally likely."""
+    def expected_token_flops(self, rows_per_token: float) -> float:
+        """Forward FLOPs of a token that meets `rows_per_token` experts, each equally likely."""
         each = self.row_flops()
-        return each if isinstance(each, float) else float(each.mean())
+        return rows_per_token * (float(each.mean()) if isinstance(each, Tensor) else each)

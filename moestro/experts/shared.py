@@ -31,10 +31,10 @@ class SharedExpert(nn.Module):
             return self.w_out(act(gate) * up)
         return F.linear(act(hidden), self.w_out.weight)
 
-    def token_flops(self) -> float:
-        """Forward FLOPs of one token."""
+    def expected_token_flops(self, rows_per_token: float = 1.0) -> float:
+        """Forward FLOPs of one token, however many routed experts it meets."""
         return 2.0 * self.d_model * self.width * (3 if self.glu else 2)
 
     def flops(self, routing: Routing) -> Cost:
         """Forward FLOPs on every token of `routing`."""
-        return Cost.exact(self.token_flops() * routing.n_tokens)
+        return Cost.exact(self.expected_token_flops() * routing.n_tokens)

@@ -1,6 +1,7 @@
 """Floor 3: feed-forward layers of a block, called alike: x, keep -> y, traces."""
 
+from moestro.layers.base import Layer
 from moestro.layers.dense import DenseFFN
 from moestro.layers.moe import MoELayer
 
-__all__ = ["DenseFFN", "MoELayer"]
+__all__ = ["DenseFFN", "Layer", "MoELayer"]

@@ -1,16 +1,27 @@
-"""The dense feed-forward layer, called like every other."""
+"""The dense feed-forward layer."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moestro.experts.shared import SharedExpert
+from moestro.layers.base import Layer
 from moestro.routing import Trace
 
 
-class DenseFFN(SharedExpert):
-    """One FFN on every token; leaves no traces."""
+class DenseFFN(Layer):
+    """One expert for every token and no router: y = FFN(x). Leaves no traces."""
 
-    def forward(  # type: ignore[override]
+    def __init__(self, d_model: int, width: int, activation: str = "silu", glu: bool = True) -> None:
+        super().__init__()
+        self.expert = SharedExpert(d_model, width, activation, glu)
+
+    def forward(
         self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None
     ) -> tuple[Float[Tensor, "*b d"], tuple[Trace, ...]]:
-        return super().forward(x), ()
+        return self.expert(x), ()
+
+    def expected_token_flops(self) -> float:
+        return self.expert.expected_token_flops()
+
+    def untraced_flops(self, n_tokens: int) -> float:
+        return n_tokens * self.expert.expected_token_flops()

@@ -1,6 +1,7 @@
 """A mixture-of-experts layer: router + branches, nothing else."""
 
 from collections.abc import Collection, Sequence
+from functools import reduce
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 from moestro.cost import NOTHING, Cost
 from moestro.experts.base import ExpertBank
 from moestro.experts.shared import SharedExpert
+from moestro.layers.base import Layer
 from moestro.routers.base import Router
 from moestro.routing import Routing, Trace
 
 RECORDABLE = frozenset({"rows"})
 
 
-class MoELayer(nn.Module):
+class MoELayer(Layer):
     """y = sum over branches of branch(x, routing), routing = router(x).
 
     A branch is anything called so: an `ExpertBank`, a shared expert that ignores the routing, ... Tokens with
@@ -29,14 +31,10 @@ class MoELayer(nn.Module):
         super().__init__()
         banks = [branch for branch in branches if isinstance(branch, ExpertBank)]
         if not banks:
-            raise ValueError(
-                f"branches={[type(b).__name__ for b in branches]}, allowed: at least one bank of experts"
-            )
+            raise ValueError(f"branches={[type(b).__name__ for b in branches]}, allowed: at least one bank of experts")
         for bank in banks:
             if bank.n_experts != router.n_experts:
-                raise ValueError(
-                    f"the router knows {router.n_experts} experts, {type(bank).__name__} {bank.n_experts}"
-                )
+                raise ValueError(f"the router knows {router.n_experts} experts, {type(bank).__name__} {bank.n_experts}")
         if unknown := set(record) - RECORDABLE:
             raise ValueError(f"record={sorted(unknown)}, allowed: {sorted(RECORDABLE)}")
         self.router, self.branches, self.record = router, nn.ModuleList(branches), frozenset(record)
@@ -60,16 +58,12 @@ class MoELayer(nn.Module):
 
     def _tokens(self, x: Float[Tensor, "t d"]) -> tuple[Float[Tensor, "t d"], Trace]:
         routing = self.router(x)
-        y, rows = None, None
-        for branch in self.branches:
-            if "rows" in self.record and branch is self.bank:
-                routing = routing.grouped()
-                rows = branch.run(routing.gather(x), routing.offsets)
-                out = routing.combine(rows)
-            else:
-                out = branch(x, routing)
-            y = out if y is None else y + out
-        return y, Trace(self, x, routing, rows)
+        if "rows" not in self.record:
+            return reduce(torch.add, [branch(x, routing) for branch in self.branches]), Trace(self, x, routing)
+        routing = routing.grouped()
+        rows = self.bank.run(routing.gather(x), routing.offsets)
+        others = [branch(x, routing) for branch in self.branches if branch is not self.bank]
+        return reduce(torch.add, others, routing.combine(rows)), Trace(self, x, routing, rows)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Make new expert j the old expert `index[j]`, in the router and every bank; -1 makes a fresh one."""
@@ -78,23 +72,27 @@ class MoELayer(nn.Module):
             if isinstance(branch, ExpertBank):
                 branch.reindex(index)
 
+    def idle_parameters(self, routing: Routing) -> float:
+        """Mean number of expert parameters that a token did not touch (an expert's parameter is one multiply-add)."""
+        idle = 0.0
+        for branch in self.branches:
+            if isinstance(branch, ExpertBank):
+                used = float(branch.flops(routing).useful) / 2 / max(1, routing.n_tokens)
+                idle += sum(p.numel() for p in branch.parameters()) - used
+        return idle
+
     def expert_widths(self) -> Float[Tensor, "e"] | float:
         """Hidden units of every expert of the first bank, or one number where all are equal."""
         return self.bank.row_widths()
 
     def flops(self, routing: Routing) -> Cost:
         """Forward FLOPs that `routing` shows were used: router, experts and shared branches."""
-        branches = sum((branch.flops(routing) for branch in self.branches), NOTHING)
+        branches = sum((branch.flops(routing) for branch in self._branches()), NOTHING)
         return branches + Cost.exact(self.router.flops(routing.n_tokens))
 
     def expected_token_flops(self) -> float:
-        """Forward FLOPs of a token before anything is learned: equal probabilities for all experts."""
-        total = self.router.flops(1)
-        for branch in self.branches:
-            if isinstance(branch, ExpertBank):
-                total += branch.mean_row_flops() * self.router.rows_per_token()
-            elif isinstance(branch, SharedExpert):
-                total += branch.token_flops()
-            else:
-                raise ValueError(f"{type(branch).__name__} does not say what a token costs")
-        return total
+        rows = self.router.rows_per_token()
+        return self.router.flops(1) + sum(branch.expected_token_flops(rows) for branch in self._branches())
+
+    def _branches(self) -> "list[ExpertBank | SharedExpert]":
+        return list(self.branches)  # type: ignore[arg-type]

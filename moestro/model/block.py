@@ -3,8 +3,7 @@
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moestro.layers.dense import DenseFFN
-from moestro.layers.moe import MoELayer
+from moestro.layers.base import Layer
 from moestro.model.attention import Attention
 from moestro.model.cache import Cache
 from moestro.routing import Trace
@@ -13,9 +12,7 @@ from moestro.routing import Trace
 class Block(nn.Module):
     """x + attention(norm x), then x + ffn(norm x), with RMS norms; `ffn` is any layer of floor 3."""
 
-    def __init__(
-        self, d_model: int, attention: Attention, ffn: DenseFFN | MoELayer, norm_eps: float = 1e-5
-    ) -> None:
+    def __init__(self, d_model: int, attention: Attention, ffn: Layer, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.attention = attention

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moestro.cost import NOTHING, Cost
+from moestro.cost import Cost
 from moestro.layers.moe import MoELayer
 from moestro.model.block import Block
 from moestro.model.cache import Cache
@@ -105,23 +105,21 @@ class Transformer(nn.Module):
 
     def flops(self, batch: int, seq_len: int, traces: Sequence[Trace]) -> Cost:
         """Forward FLOPs on `batch` sequences of what the traces show was used; attention, routers, head counted."""
-        total = self._backbone_flops(batch, seq_len)
-        for block in self.blocks:
-            if not isinstance(block.ffn, MoELayer):
-                total = total + Cost.exact(block.ffn.token_flops() * batch * seq_len)
-        return sum((trace.layer.flops(trace.routing) for trace in traces), total)
+        untraced = sum(block.ffn.untraced_flops(batch * seq_len) for block in self._blocks())
+        backbone = self._backbone_flops(batch, seq_len) + Cost.exact(untraced)
+        return sum((trace.layer.flops(trace.routing) for trace in traces), backbone)
 
     def expected_token_flops(self, seq_len: int) -> float:
         """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
-        total = float(self._backbone_flops(1, seq_len).useful) / seq_len
-        for block in self.blocks:
-            is_moe = isinstance(block.ffn, MoELayer)
-            total += block.ffn.expected_token_flops() if is_moe else block.ffn.token_flops()
-        return total
+        backbone = float(self._backbone_flops(1, seq_len).useful) / seq_len
+        return backbone + sum(block.ffn.expected_token_flops() for block in self._blocks())
 
     def _backbone_flops(self, batch: int, seq_len: int) -> Cost:
         head = Cost.exact(2.0 * batch * seq_len * self.head.weight.numel())
-        return sum((block.attention.flops(batch, seq_len) for block in self.blocks), NOTHING + head)
+        return sum((block.attention.flops(batch, seq_len) for block in self._blocks()), head)
+
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def active_parameters(self, traces: Sequence[Trace]) -> float:
         """Mean number of parameters a token touches: everything but the experts' weights, of which those it used.
@@ -129,13 +127,7 @@ class Transformer(nn.Module):
         Counts as Wang 2024, arXiv:2408.10681, Table 1 does: embedding, head, attention, norms, router, experts used.
         """
         total = float(sum(p.numel() for p in self.parameters()))
-        for trace in traces:
-            bank = trace.layer.bank
-            stored = sum(p.numel() for p in bank.parameters())
-            rows = trace.routing.n_rows
-            used = float(bank.flops(trace.routing).useful) / 2.0 if rows else 0.0
-            total += used / max(1, trace.routing.n_tokens) - stored
-        return total
+        return total - sum(trace.layer.idle_parameters(trace.routing) for trace in traces)
 
 
 def _attention_mask(tokens: Tensor, documents: Tensor | None, past: int) -> Bool[Tensor, "b 1 s l"] | None:

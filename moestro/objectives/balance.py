@@ -62,7 +62,5 @@ class ParameterPenalty:
         widths = trace.layer.expert_widths()
         if not isinstance(widths, Tensor):
             widths = torch.full_like(fraction, widths)
-        scale = {"mean": widths.mean, "max": widths.max, "sum": widths.sum, "none": lambda: 1.0}[
-            self.normalize
-        ]()
+        scale = {"mean": widths.mean, "max": widths.max, "sum": widths.sum, "none": lambda: 1.0}[self.normalize]()
         return trace.routing.n_experts * (fraction * (widths / scale).to(fraction) * probability).sum()

@@ -36,7 +36,7 @@ def expert_ffn(
     x, w_in, w_out, weight = (v.to(dtype) for v in (x, w_in, w_out, weight))
     if backend.active() == "reference":
         return reference.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, activation)
-    return _fused(x, token, weight, w_in, w_out, offsets, tuple(widths), activation)
+    return _fused(x, token, weight, w_in, w_out, offsets, tuple(widths), activation)  # type: ignore[call-arg]
 
 
 @torch.compiler.disable
@@ -50,7 +50,7 @@ def _fused(
     widths: tuple[int, ...],
     activation: str,
 ) -> Tensor:
-    return _ExpertFFN.apply(x, token, weight, w_in, w_out, _Plan(offsets.tolist(), widths), activation)  # type: ignore[return-value]
+    return _ExpertFFN.apply(x, token, weight, w_in, w_out, _Plan(offsets.tolist(), widths), activation)  # type: ignore
 
 
 class _Plan:

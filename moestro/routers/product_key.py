@@ -47,17 +47,13 @@ class ProductKeyRouter(Router):
         raw = linear_fp32(x, self.query)
         query, stats = self.query_norm(raw)
         with torch.autocast(x.device.type, enabled=False):
-            scores, ids = product_key_topk(
-                query.unflatten(-1, (self.heads, -1)), self.keys.to(query.dtype), self.top_k
-            )
+            scores, ids = product_key_topk(query.unflatten(-1, (self.heads, -1)), self.keys.to(query.dtype), self.top_k)
         gates = scores.softmax(-1) if self.gate == "softmax" else scores.sigmoid()
         return SparseRouting.from_topk(ids.flatten(1), gates.flatten(1), self.n_experts, query_stats=stats)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Product keys have no key of a single expert, so experts cannot be moved one by one."""
-        raise ValueError(
-            "experts behind product keys cannot be reindexed: expert i*n+j is named by its pair of keys"
-        )
+        raise ValueError("experts behind product keys cannot be reindexed: expert i*n+j is named by its pair of keys")
 
     def flops(self, n_tokens: int) -> float:
         """Query and sub-key products; comparisons and the k*k candidate sums are not multiplied."""
@@ -81,9 +77,7 @@ def _check(n_experts: int, side: int, heads: int, top_k: int, d_key: int, gate: 
     if not 1 <= top_k <= side:
         raise ValueError(f"top_k={top_k}, allowed: 1 to {side} (the square root of n_experts={n_experts})")
     if d_key < 2 or d_key % 2:
-        raise ValueError(
-            f"d_key={d_key}, allowed: an even number, at least 2 (half of it meets each side's keys)"
-        )
+        raise ValueError(f"d_key={d_key}, allowed: an even number, at least 2 (half of it meets each side's keys)")
     if top_k == 1 and gate == "softmax":
         raise ValueError(
             "top_k=1 with gate='softmax': the gate is the constant 1, so queries and keys get no gradient;"

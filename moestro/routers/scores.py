@@ -49,9 +49,7 @@ class LinearScore(Score):
 class CosineScore(Score):
     """logit_te = cos(w_e, x_t) / temperature (Chi 2022, arXiv:2204.09179; its low-dimensional projection left out)."""
 
-    def __init__(
-        self, d_model: int, n_experts: int, temperature: float = 0.1, init_std: float = 0.02
-    ) -> None:
+    def __init__(self, d_model: int, n_experts: int, temperature: float = 0.1, init_std: float = 0.02) -> None:
         super().__init__(d_model, n_experts, init_std)
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}, allowed: above 0")

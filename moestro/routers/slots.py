@@ -35,9 +35,7 @@ class SlotRouter(Router):
         return SlotRouting(logits.softmax(0).unflatten(1, shape), merge, logits.unflatten(1, shape).amax(-1))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        columns = (index[:, None] * self.slots + index.new_tensor(range(self.slots))).where(
-            index[:, None] >= 0, -1
-        )
+        columns = (index[:, None] * self.slots + index.new_tensor(range(self.slots))).where(index[:, None] >= 0, -1)
         self.score.reindex(columns.flatten())
 
     def flops(self, n_tokens: int) -> float:
