@@ -1,0 +1,102 @@
+"""The fused expert feed-forward against its definition: outputs and every gradient."""
+
+import pytest
+import torch
+
+from moestro import ops
+from moestro.ops import backend
+from tests.tolerances import FLOAT32, FLOAT64
+
+D = 12
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Unwritten elements of new buffers are NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def inputs(n_tokens: int, counts: list[int], widths: list[int], gates: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(n_tokens + sum(counts) + sum(widths))
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    n = sum(counts)
+    token = torch.randint(n_tokens, (n,), generator=generator)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    total = sum(widths)
+    return draw(n_tokens, D), token, draw(n), offsets, draw(gates * total, D), draw(total, D), widths
+
+
+def outputs_and_gradients(name: str, arguments, activation: str):
+    x, token, weight, offsets, w_in, w_out, widths = arguments
+    leaves = [v.detach().clone().requires_grad_() for v in (x, weight, w_in, w_out)]
+    with backend.force(name):
+        y = ops.expert_ffn(leaves[0], token, leaves[1], offsets, leaves[2], leaves[3], widths, activation)
+    (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return y, [leaf.grad for leaf in leaves]
+
+
+CASES = {
+    "one row": (1, [1], [1]),
+    "63 tokens, odd widths": (63, [40, 0, 23, 63], [7, 5, 0, 13]),
+    "100 tokens, all to one": (100, [0, 0, 200], [8, 16, 24]),
+    "no rows": (5, [0, 0], [4, 6]),
+    "every expert its own width": (100, [1, 50, 2, 30, 17], [1, 2, 3, 33, 65]),
+}
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "none"])
+@pytest.mark.parametrize("gates", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_fused_equals_definition_in_float64(case, gates, activation):
+    arguments = inputs(*CASES[case], gates, torch.float64)
+    want, want_gradients = outputs_and_gradients("reference", arguments, activation)
+    have, have_gradients = outputs_and_gradients("fused", arguments, activation)
+    torch.testing.assert_close(have, want, **FLOAT64)
+    for have_gradient, want_gradient in zip(have_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(have_gradient, want_gradient, **FLOAT64)
+
+
+def test_fused_in_float32_is_close_to_float64():
+    arguments = inputs(*CASES["every expert its own width"], 2, torch.float32)
+    wide = [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in arguments]
+    want, want_gradients = outputs_and_gradients("reference", wide, "silu")
+    have, have_gradients = outputs_and_gradients("fused", arguments, "silu")
+    torch.testing.assert_close(have.double(), want, **FLOAT32)
+    for have_gradient, want_gradient in zip(have_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(have_gradient.double(), want_gradient, **FLOAT32)
+
+
+def test_two_runs_are_bit_identical():
+    arguments = inputs(*CASES["every expert its own width"], 2, torch.float32)
+    first, first_gradients = outputs_and_gradients("fused", arguments, "silu")
+    second, second_gradients = outputs_and_gradients("fused", arguments, "silu")
+    assert torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip(first_gradients, second_gradients, strict=True))
+
+
+def test_autocast_lowers_the_experts_and_keeps_float32_gradients():
+    arguments = inputs(*CASES["63 tokens, odd widths"], 2, torch.float32)
+    x, token, weight, offsets, w_in, w_out, widths = arguments
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, "silu")
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert w_in.grad.dtype == torch.float32
+    want, _ = outputs_and_gradients("reference", arguments, "silu")
+    assert (y.float() - want).norm() / want.norm() < 2e-2
+
+
+def test_unknown_activation_names_the_allowed_ones():
+    with pytest.raises(ValueError, match="activation='swish', allowed: silu, gelu, relu, none"):
+        outputs_and_gradients("fused", inputs(*CASES["one row"], 2, torch.float64), "swish")
+
+
+def test_unknown_backend_names_the_allowed_ones():
+    with pytest.raises(ValueError, match="backend='cuda', allowed: fused, reference"), backend.force("cuda"):
+        pass

@@ -1,0 +1,39 @@
+"""Product-key retrieval is exact: equal to brute force over all pairs."""
+
+import pytest
+import torch
+
+from moestro import ops
+from moestro.ops import backend
+from tests.tolerances import FLOAT64
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("heads", "side", "k", "half"), [(1, 4, 4, 2), (2, 8, 3, 4), (3, 16, 16, 1), (4, 31, 5, 8)])
+def test_equals_brute_force(shared, heads, side, k, half):
+    generator = torch.Generator().manual_seed(side * k)
+    query = torch.randn(50, heads, 2 * half, generator=generator, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(2, 1 if shared else heads, side, half, generator=generator, dtype=torch.float64)
+    keys.requires_grad_()
+    results = {}
+    for name in backend.BACKENDS:
+        with backend.force(name):
+            scores, ids = ops.product_key_topk(query, keys, k)
+        results[name] = scores, ids, *torch.autograd.grad(scores.square().sum(), (query, keys))
+    for have, want in zip(results["fused"], results["reference"], strict=True):
+        torch.testing.assert_close(have, want, **(FLOAT64 if have.is_floating_point() else {}))
+
+
+def test_only_the_matching_pair_of_keys_is_hit():
+    side = 7
+    keys = torch.zeros(2, 1, side, 2, dtype=torch.float64)
+    keys[0, 0, 5, 0], keys[1, 0, 2, 1] = 1.0, 1.0
+    query = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]], dtype=torch.float64)
+    scores, ids = ops.product_key_topk(query, keys, 1)
+    assert ids.item() == 5 * side + 2
+    assert scores.item() == 2.0
+
+
+def test_more_results_than_keys_of_a_side_are_refused():
+    with pytest.raises(ValueError, match="top_k=5 > 4 sub-keys a side"):
+        ops.product_key_topk(torch.zeros(1, 1, 2), torch.zeros(2, 1, 4, 1), 5)
