@@ -10,7 +10,7 @@ BENCH_ARGS ?= --quick
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 PINS := pyproject.toml constraints.txt
-# pip reads and writes nothing but this environment; offline except for the package index
+# no target talks to a model or data hub
 export HF_HUB_OFFLINE := 1
 
 .PHONY: setup demo test lint bench docs help

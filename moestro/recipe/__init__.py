@@ -1,0 +1,1 @@
+"""Floor 7: recipes. YAML files, read strictly and bound to the signatures of the parts they name."""

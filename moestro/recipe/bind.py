@@ -1,0 +1,234 @@
+"""Plain recipe values -> checked keywords of constructors: the constructors' signatures are the schema."""
+
+import inspect
+import math
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from moestro.recipe.resolve import Place
+from moestro.recipe.syntax import RecipeError, unknown
+
+Parts = Mapping[str, Mapping[str, Callable[..., Any]]]
+SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "null"}
+# Keywords that a constructor's parts inherit from it, and the slot whose parts know the number of experts.
+SHARED = frozenset({"d_model"})
+EXPERTS = "branches"
+NO_DEFAULT = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Part:
+    """A constructor with checked keywords, not called yet."""
+
+    make: Callable[..., Any]
+    keywords: dict[str, Any]
+    place: Place
+    missing: frozenset[str] = field(default=frozenset())
+
+    def build(self, context: Mapping[str, Any] | None = None) -> Any:
+        """Call the constructor, parts inside first. Keywords that the recipe does not give come from `context`.
+
+        Raises: RecipeError with the place where the constructor refuses its values.
+        """
+        keywords: dict[str, Any] = {}
+        context = dict(context or {}) | {name: self.keywords[name] for name in SHARED & self.keywords.keys()}
+        # experts first: they tell the router how many they are, and the router tells them how it weights
+        for name in sorted(self.keywords, key=lambda name: name != EXPERTS):
+            inside = context | (_routing_facts(self.keywords) if name == EXPERTS else _expert_facts(keywords))
+            keywords[name] = built(self.keywords[name], inside)
+        keywords |= {name: context[name] for name in parameters(self.make) if name in context and name not in keywords}
+        if absent := sorted(self.missing - keywords.keys()):
+            raise self.place.error(f"missing key {absent[0]!r}")
+        try:
+            return self.make(**keywords)
+        except RecipeError:
+            raise
+        except (ValueError, OSError) as error:
+            raise self.place.error(str(error)) from error
+
+
+def _expert_facts(built_so_far: Mapping[str, Any]) -> dict[str, int]:
+    counts = [branch.n_experts for branch in built_so_far.get(EXPERTS, ()) if hasattr(branch, "n_experts")]
+    return {"n_experts": counts[0]} if counts else {}
+
+
+def _routing_facts(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    router = keywords.get("router")
+    facts = router.keywords if isinstance(router, Part) else {}
+    return {name: facts[name] for name in ("heads", "top_k") if name in facts}
+
+
+def built(value: Any, context: Mapping[str, Any]) -> Any:
+    """`value` with every part inside it built."""
+    if isinstance(value, Part):
+        return value.build(context)
+    if isinstance(value, list | tuple):
+        return type(value)(built(item, context) for item in value)
+    return value
+
+
+class Binder:
+    """Binds recipe mappings to constructors. `parts` is the vocabulary: slot (a constructor's keyword) -> kind -> part.
+
+    A keyword that is a slot takes `{kind: ..., ...}`, or a list of them; every other keyword takes plain values of the
+    annotated type, where a dataclass or one of the classes in `nested` is a mapping of its own keywords.
+    """
+
+    def __init__(self, parts: Parts, nested: Collection[type] = ()) -> None:
+        self.parts, self.nested = parts, frozenset(nested)
+
+    def bind(
+        self,
+        make: Callable[..., Any],
+        node: Any,
+        place: Place,
+        given: Collection[str] = (),
+        hidden: Collection[str] = (),
+    ) -> Part:
+        """Check the mapping `node` against the signature of `make`.
+
+        `given` names keywords that the builder supplies where the recipe does not, `hidden` those it alone supplies.
+
+        Raises: RecipeError for unknown and missing keys and for wrong types.
+        """
+        if not isinstance(node, dict):
+            raise place.error(f"expected a mapping of keys to values, got {describe(node)}")
+        known = {name: hint for name, hint in parameters(make).items() if name not in hidden}
+        for key in node:
+            if key not in known:
+                raise place.unknown_key(key, known)
+        inherited = {*given, *(SHARED & known.keys())}
+        told = inherited | {"n_experts"} if EXPERTS in known else inherited
+        keywords = {}
+        for key, value in node.items():
+            inside = inherited if key == EXPERTS else told
+            keywords[key] = self.convert(value, known[key].annotation, place / key, str(key), inside)
+        absent = {name for name, parameter in known.items() if parameter.default is NO_DEFAULT} - keywords.keys()
+        for name in known:
+            if name in absent and name not in given:
+                raise place.error(f"missing key {name!r}")
+        return Part(make, keywords, place, frozenset(absent))
+
+    def part(self, slot: str, node: dict, place: Place, given: Collection[str] = ()) -> Part:
+        """Bind `{kind: ..., ...}` to the constructor that `kind` names in a slot of the vocabulary."""
+        kinds = self.parts[slot]
+        if "kind" not in node:
+            raise place.error(f"missing key 'kind'; allowed: {', '.join(sorted(kinds))}")
+        if node["kind"] not in kinds:
+            raise (place / "kind").error(unknown("kind", node["kind"], kinds))
+        rest = {key: value for key, value in node.items() if key != "kind"}
+        return self.bind(kinds[node["kind"]], rest, place, given)
+
+    def convert(self, value: Any, hint: Any, place: Place, slot: str, given: Collection[str] = ()) -> Any:
+        """`value` as the annotation `hint` wants it.
+
+        Raises: RecipeError for any other type.
+        """
+        if slot in self.parts and isinstance(value, dict):
+            return self.part(slot, value, place, given)
+        kind, arguments = get_origin(hint), get_args(hint)
+        if kind is Annotated:
+            return self.convert(value, arguments[0], place, slot, given)
+        if kind in (Union, types.UnionType):
+            return self._one_of(value, arguments, place, slot, given)
+        if kind is Literal:
+            return _literal(value, arguments, place)
+        if isinstance(kind, type) and issubclass(kind, Collection) and not issubclass(kind, Mapping):
+            return self._sequence(value, kind, arguments, place, slot, given)
+        if kind is dict or hint is dict:
+            return _mapping(value, place)
+        if isinstance(hint, type) and (is_dataclass(hint) or hint in self.nested):
+            return self.bind(hint, value, place, given)
+        return self._leaf(value, hint, place, slot)
+
+    def _leaf(self, value: Any, hint: Any, place: Place, slot: str) -> Any:
+        if hint in SCALARS:
+            return _scalar(value, hint, place)
+        if hint is Path and isinstance(value, str):
+            return Path(value)
+        if slot in self.parts:
+            kinds = ", ".join(sorted(self.parts[slot]))
+            raise place.error(f"expected a mapping with one kind of {kinds}; got {describe(value)}")
+        if hint is Any:
+            return value
+        raise place.error(f"cannot be set in a recipe: {_name(hint)} is neither a plain value nor a part")
+
+    def _one_of(self, value: Any, hints: Sequence[Any], place: Place, slot: str, given: Collection[str]) -> Any:
+        if value is None and type(None) in hints:
+            return None
+        real = [hint for hint in hints if hint is not type(None)]
+        refused: list[RecipeError] = []
+        # whole numbers first, so that `int | float` keeps what was written
+        for hint in sorted(real, key=lambda hint: hint is not int):
+            try:
+                return self.convert(value, hint, place, slot, given)
+            except RecipeError as error:
+                refused.append(error)
+        if len(refused) == 1:
+            raise refused[0]
+        allowed = " or ".join(_name(hint) for hint in real)
+        raise place.error(f"expected {allowed}; got {describe(value)}")
+
+    def _sequence(
+        self, value: Any, kind: type, hints: Sequence[Any], place: Place, slot: str, given: Collection[str]
+    ) -> Any:
+        if not isinstance(value, list):
+            raise place.error(f"expected a list; got {describe(value)}")
+        fixed = kind is tuple and Ellipsis not in hints
+        if fixed and len(value) != len(hints):
+            raise place.error(f"expected a list of {len(hints)} values; got {len(value)}")
+        each = hints if fixed else [hints[0]] * len(value)
+        items = [
+            self.convert(item, hint, place / i, slot, given)
+            for i, (item, hint) in enumerate(zip(value, each, strict=True))
+        ]
+        return kind(items) if kind in (tuple, set, frozenset) else items
+
+
+def parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keywords a constructor takes."""
+    return dict(inspect.signature(make).parameters)
+
+
+def _scalar(value: Any, hint: type, place: Place) -> Any:
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if type(value) is hint and hint is not float:
+        return value
+    raise place.error(f"expected {SCALARS[hint]}; got {describe(value)}")
+
+
+def _literal(value: Any, allowed: Sequence[Any], place: Place) -> Any:
+    if any(value == choice and type(value) is type(choice) for choice in allowed):
+        return value
+    if isinstance(value, str):
+        raise place.error(unknown("value", value, allowed))
+    raise place.error(f"expected one of {', '.join(map(str, allowed))}; got {describe(value)}")
+
+
+def _mapping(value: Any, place: Place) -> dict:
+    if not isinstance(value, dict):
+        raise place.error(f"expected a mapping of keys to values; got {describe(value)}")
+    return value
+
+
+def describe(value: Any) -> str:
+    """A value and its type, in a recipe's terms."""
+    if isinstance(value, dict | list):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    if value is None:
+        return "null"
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{shown} ({SCALARS.get(type(value), type(value).__name__)})"
+
+
+def _name(hint: Any) -> str:
+    if hint in (*SCALARS, Path):
+        return SCALARS.get(hint, "a path")
+    origin = get_origin(hint)
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        return "a list"
+    return getattr(hint, "__name__", str(hint))

@@ -1,0 +1,139 @@
+"""A recipe file -> one plain dict: `extends`, overrides, and where each value came from."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moestro.recipe.syntax import RecipeError, parse_yaml, read_yaml, unknown
+
+Key = str | int
+Keys = tuple[Key, ...]
+# Mappings of which exactly one key is meant: a new one replaces the old one instead of standing beside it.
+ONE_OF = frozenset({"budget"})
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The file a recipe was read from, the one it extends, and what the command line changed."""
+
+    path: Path
+    own: dict
+    base_path: Path | None = None
+    base: dict | None = None
+    overrides: tuple[Keys, ...] = ()
+
+    def where(self, keys: Keys) -> str:
+        """`file: dotted.path`, naming the file (or the command line) in which the value stands."""
+        dotted = ".".join(map(str, keys)) or "top level"
+        if any(keys[: len(override)] == override for override in self.overrides):
+            return f"command line: {dotted}"
+        if self.base is not None and not has(self.own, keys) and has(self.base, keys):
+            return f"{self.base_path}: {dotted}"
+        return f"{self.path}: {dotted}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A spot in a recipe; `place / key` is the spot below it."""
+
+    origin: Origin
+    keys: Keys = ()
+
+    def __truediv__(self, key: Key) -> "Place":
+        return Place(self.origin, (*self.keys, key))
+
+    def error(self, message: str) -> RecipeError:
+        """The message with this place at its end."""
+        return RecipeError(f"{message} ({self.origin.where(self.keys)})")
+
+    def unknown_key(self, got: Key, allowed: Iterable[Key]) -> RecipeError:
+        """`unknown key 'topk'; did you mean 'top_k'? allowed: ...` at the key `got` below this place."""
+        return (self / got).error(unknown("key", got, allowed))
+
+
+def read_tree(path: Path, overrides: Iterable[str] = ()) -> tuple[dict, Origin]:
+    """The file at `path` over the one it extends, with `a.b.c=value` overrides set last."""
+    own = read_yaml(path)
+    base_path, base = _base_of(path, own)
+    tree = merge(base or {}, {key: value for key, value in own.items() if key != "extends"})
+    settings = [_split(text) for text in overrides]
+    for keys, value in settings:
+        _set(tree, keys, value)
+    return tree, Origin(path, own, base_path, base, tuple(keys for keys, _ in settings))
+
+
+def _base_of(path: Path, own: dict) -> tuple[Path | None, dict | None]:
+    if "extends" not in own:
+        return None, None
+    if not isinstance(own["extends"], str):
+        raise RecipeError(f"extends={own['extends']!r}: expected the path of one recipe ({path}: extends)")
+    base_path = path.parent / own["extends"]
+    try:
+        base = read_yaml(base_path)
+    except RecipeError as error:
+        raise RecipeError(f"{error}, extended by {path}") from error
+    if "extends" in base:
+        message = f"extends goes one level: {base_path} itself extends {base['extends']}"
+        raise RecipeError(f"{message} ({path}: extends)")
+    return base_path, base
+
+
+def merge(base: Any, own: Any, key: Key | None = None) -> Any:
+    """`own` over `base`: mappings key by key, everything else replaced, as are parts of another kind."""
+    mappings = isinstance(base, dict) and isinstance(own, dict)
+    if not mappings or key in ONE_OF or own.get("kind", base.get("kind")) != base.get("kind"):
+        return copy_tree(own)
+    merged = copy_tree(base)
+    for name, value in own.items():
+        merged[name] = merge(base[name], value, name) if name in base else copy_tree(value)
+    return merged
+
+
+def _split(text: str) -> tuple[Keys, Any]:
+    name, equals, value = text.partition("=")
+    names = name.strip().split(".")
+    if not equals or not all(names):
+        raise RecipeError(f"override {text!r} is not of the form key.key=value (command line)")
+    keys = tuple(int(part) if part.isdecimal() else part for part in names)
+    return keys, parse_yaml(value, f"command line: {name}")
+
+
+def _set(tree: dict, keys: Keys, value: Any) -> None:
+    node: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        _check_holds(node, keys, depth)
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+    _check_holds(node, keys, len(keys) - 1)
+    if ONE_OF.intersection(keys[-2:-1]):
+        node.clear()
+    node[keys[-1]] = value
+
+
+def _check_holds(node: Any, keys: Keys, depth: int) -> None:
+    """Raises: RecipeError where `keys[depth]` cannot be set in `node`."""
+    key, above, dotted = keys[depth], ".".join(map(str, keys[:depth])), ".".join(map(str, keys))
+    if isinstance(node, list) and not (isinstance(key, int) and key < len(node)):
+        allowed = f"0 to {len(node) - 1}" if node else "none, the list is empty"
+        raise RecipeError(f"list index {key!r} in {above}; allowed: {allowed} (command line: {dotted})")
+    if not isinstance(node, dict | list):
+        raise RecipeError(f"{above}={node!r} has no keys below it, so no {key!r} (command line: {dotted})")
+
+
+def has(tree: Any, keys: Keys) -> bool:
+    """Whether something stands at `keys` in a tree of mappings and lists."""
+    for key in keys:
+        inside = key in tree if isinstance(tree, dict) else isinstance(tree, list) and key in range(len(tree))
+        if not inside:
+            return False
+        tree = tree[key]
+    return True
+
+
+def copy_tree(tree: Any) -> Any:
+    """The same mappings and lists, none of them shared with `tree`."""
+    if isinstance(tree, dict):
+        return {key: copy_tree(value) for key, value in tree.items()}
+    return [copy_tree(value) for value in tree] if isinstance(tree, list) else tree

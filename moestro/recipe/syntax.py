@@ -1,0 +1,119 @@
+"""Strict YAML: text -> plain values, with errors that name line and column."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """Something a recipe must not say; the message ends with the place where it says so."""
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's core types (so `1e-3` is a number and `no` a word), no anchors, no key twice."""
+
+    yaml_implicit_resolvers: dict = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if getattr(event, "anchor", None):
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not part of recipes; use `extends`",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int) or isinstance(key, bool):
+                raise _mistake(f"key {key!r} is neither a word nor a whole number", key_node.start_mark)
+            if key in seen:
+                raise _mistake(f"key {key!r} stands twice, first on line {seen[key]}", key_node.start_mark)
+            seen[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep=deep)
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Writes what `RecipeLoader` reads back as the same values."""
+
+    yaml_implicit_resolvers: dict = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _mistake(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
+def _teach(tag: str, pattern: str, first: list[str]) -> None:
+    for kind in (RecipeLoader, RecipeDumper):
+        kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
+
+
+_teach("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF"))
+_teach("null", r"^(?:~|null|Null|NULL|)$", [*"~nN", ""])
+_teach("int", r"^[-+]?[0-9][0-9_]*$", list("-+0123456789"))
+_teach("float", r"^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789"))
+for _tag, _read in (("int", int), ("float", float)):
+    RecipeLoader.add_constructor(
+        f"tag:yaml.org,2002:{_tag}", lambda loader, node, read=_read: read(loader.construct_scalar(node))
+    )
+
+
+def unknown(what: str, got: str | int, allowed: Iterable[str | int]) -> str:
+    """The sentence that refuses a name: the nearest one, and all that are allowed."""
+    names = sorted(map(str, allowed))
+    near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"unknown {what} {got!r}{hint} allowed: {', '.join(names) or 'none'}"
+
+
+def read_yaml(path: Path) -> dict:
+    """One strict YAML file whose top level is a mapping.
+
+    Raises: RecipeError for a missing file, for YAML that does not parse and for a key twice, with line and column.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(_no_such_file(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe: {error} ({path})") from error
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise RecipeError(f"a recipe is a mapping of keys to values, got {type(tree).__name__} ({path})")
+    return tree
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value a piece of strict YAML stands for.
+
+    Raises: RecipeError naming line and column in `where`.
+    """
+    try:
+        return yaml.load(text, RecipeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        spot = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown line"
+        problem = error.problem or error.context
+        raise RecipeError(f"YAML: {problem} ({where}: {spot})") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"YAML: {' '.join(str(error).split())} ({where})") from error
+
+
+def dump_yaml(tree: dict) -> str:
+    """`tree` as YAML that `parse_yaml` reads back unchanged."""
+    return yaml.dump(tree, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _no_such_file(path: Path) -> str:
+    siblings = [str(near) for near in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), siblings, n=1)
+    return f"no such recipe: {path}" + (f"; did you mean {near[0]}?" if near else "")
