@@ -51,7 +51,7 @@ def top_p(p: Tensor, threshold: float) -> list[int]:
     """Eqs. 9-11, the set: the shortest prefix of the sorted experts whose mass reaches the threshold."""
     order, mass = descending(p), 0.0
     for t_star, i in enumerate(order, start=1):
-        mass += float(p[i])  # Eq. 10: cumulative mass
+        mass += p[i].item()  # Eq. 10: cumulative mass
         if mass >= threshold:
             return order[:t_star]
     return order  # rounding kept the total below the threshold: all N

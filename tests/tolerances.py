@@ -1,0 +1,15 @@
+"""How closely results must agree, for `torch.testing.assert_close(a, b, **FLOAT64)`: the only place that says so."""
+
+from typing import TypedDict
+
+
+class Tolerance(TypedDict):
+    rtol: float
+    atol: float
+
+
+# same mathematics in another order of operations
+FLOAT64 = Tolerance(rtol=1e-9, atol=1e-11)
+FLOAT32 = Tolerance(rtol=1e-4, atol=1e-5)
+# bfloat16 against float64, relative to the norm of the whole tensor: 8 bits of mantissa, a few dozen summands
+BFLOAT16_NORM = 2e-2
