@@ -1,0 +1,62 @@
+"""The cache folder: a finished thing appears in it whole, or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ABANDONED_AFTER = 6 * 3600  # seconds without a write
+
+
+def cache_root() -> Path:
+    """$MOESTRO_CACHE, or ~/.cache/moestro."""
+    return Path(os.environ.get("MOESTRO_CACHE") or Path.home() / ".cache" / "moestro")
+
+
+def digest(*parts: object) -> str:
+    """SHA-256 (hex) of the parts written as JSON: equal values, equal digest."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; renamed to `folder` when the block ends without an error.
+
+    Two processes may fill the same folder at once: the first to finish wins and the other's work is dropped,
+    which loses nothing because the name stands for the content.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
+    filling = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield filling
+        # mkdtemp gives 0700; a shared cache follows the umask, as its parent does
+        filling.chmod(folder.parent.stat().st_mode & 0o777)
+        try:
+            filling.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(filling, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what killed processes left half-filled for this same folder."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        # another process may finish or remove it while we look
+        with suppress(FileNotFoundError):
+            last_write = max(path.stat().st_mtime for path in (left, *left.glob("*")))
+            if time.time() - last_write > ABANDONED_AFTER:
+                shutil.rmtree(left, ignore_errors=True)
