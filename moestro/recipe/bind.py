@@ -74,11 +74,11 @@ class Binder:
     """Binds recipe mappings to constructors. `parts` is the vocabulary: slot (a constructor's keyword) -> kind -> part.
 
     A keyword that is a slot takes `{kind: ..., ...}`, or a list of them; every other keyword takes plain values of the
-    annotated type, where a dataclass or one of the classes in `nested` is a mapping of its own keywords.
+    annotated type, where a dataclass is a mapping of its own keywords.
     """
 
-    def __init__(self, parts: Parts, nested: Collection[type] = ()) -> None:
-        self.parts, self.nested = parts, frozenset(nested)
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
 
     def bind(
         self,
@@ -95,7 +95,7 @@ class Binder:
         Raises: RecipeError for unknown and missing keys and for wrong types.
         """
         if not isinstance(node, dict):
-            raise place.error(f"expected a mapping of keys to values, got {describe(node)}")
+            raise place.error(f"expected a mapping of keys to values; got {describe(node)}")
         known = {name: hint for name, hint in parameters(make).items() if name not in hidden}
         for key in node:
             if key not in known:
@@ -117,7 +117,7 @@ class Binder:
         kinds = self.parts[slot]
         if "kind" not in node:
             raise place.error(f"missing key 'kind'; allowed: {', '.join(sorted(kinds))}")
-        if node["kind"] not in kinds:
+        if not isinstance(node["kind"], str) or node["kind"] not in kinds:
             raise (place / "kind").error(unknown("kind", node["kind"], kinds))
         rest = {key: value for key, value in node.items() if key != "kind"}
         return self.bind(kinds[node["kind"]], rest, place, given)
@@ -140,7 +140,7 @@ class Binder:
             return self._sequence(value, kind, arguments, place, slot, given)
         if kind is dict or hint is dict:
             return _mapping(value, place)
-        if isinstance(hint, type) and (is_dataclass(hint) or hint in self.nested):
+        if isinstance(hint, type) and is_dataclass(hint):
             return self.bind(hint, value, place, given)
         return self._leaf(value, hint, place, slot)
 

@@ -1,0 +1,167 @@
+"""A recipe, checked against the parts it names: sections, keys and types. Values are checked when things are built."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moestro.data import TokenData
+from moestro.model import Attention
+from moestro.recipe.bind import Binder, Part, describe
+from moestro.recipe.parts import PARTS
+from moestro.recipe.resolve import Origin, Place, read_tree
+from moestro.recipe.syntax import RecipeError, dump_yaml
+from moestro.train.settings import OptimSettings, TrainSettings
+
+REQUIRED = ("model", "data", "train")
+SECTIONS = ("paper", *REQUIRED, "objectives", "rules", "optim")
+BINDER = Binder(PARTS)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a system comes from, and what differs here; for readers only."""
+
+    title: str = ""
+    arxiv: str = ""
+    differs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The `model` section: `ffn` in every block but those that `layers` names by index. Each block has parts of its own."""
+
+    d_model: int
+    n_layers: int
+    attention: dict
+    ffn: Any
+    layers: dict = field(default_factory=dict)
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-5
+    allow_non_causal: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe: `tree` is all it says, as plain values; the sections are bound to their constructors.
+
+    Equal trees are equal recipes, wherever they were read from.
+    """
+
+    tree: dict
+    origin: Origin = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """File name without ending."""
+        return self.origin.path.stem
+
+    def write(self, path: Path) -> None:
+        """Write the resolved recipe; reading it back gives an equal one."""
+        path.write_text(dump_yaml(self.tree), encoding="utf-8")
+
+    @cached_property
+    def model(self) -> Decoder:
+        """The decoder's keywords; `attention`, `ffn` and the values of `layers` are parts."""
+        node, place = self._section("model")
+        plan = Decoder(**BINDER.bind(Decoder, node, place).keywords)
+        for name in ("d_model", "n_layers"):
+            if getattr(plan, name) < 1:
+                raise (place / name).error(f"{name}={getattr(plan, name)}, allowed: at least 1")
+        attention = BINDER.bind(Attention, plan.attention, place / "attention", given=("d_model",))
+        layers = {key: self._layer(key, node, plan.n_layers) for key, node in plan.layers.items()}
+        return Decoder(**{**vars(plan), "attention": attention, "layers": layers})
+
+    def _layer(self, key: Any, node: Any, n_layers: int) -> Part:
+        place = Place(self.origin, ("model", "layers", key))
+        if key not in range(n_layers):
+            raise place.error(f"layer {key!r}, allowed: 0 to {n_layers - 1} (n_layers={n_layers})")
+        return BINDER.part("ffn", _mapping(node, place), place, given=("d_model",))
+
+    @cached_property
+    def data(self) -> Part:
+        """Makes the `TokenData`."""
+        return BINDER.bind(TokenData, *self._section("data"))
+
+    @cached_property
+    def objectives(self) -> list[tuple[str, float, Part]]:
+        """(name, weight, part) of every objective; the name is its kind."""
+        bound = [self._objective(node, place) for node, place in self._list("objectives")]
+        names = [name for name, _, _ in bound]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise Place(self.origin, ("objectives", i)).error(f"objective {name!r} stands twice")
+        return bound
+
+    def _objective(self, node: Any, place: Place) -> tuple[str, float, Part]:
+        node = _mapping(node, place)
+        if "weight" not in node:
+            raise place.error("missing key 'weight'")
+        weight = BINDER.convert(node["weight"], float, place / "weight", "weight")
+        rest = {key: value for key, value in node.items() if key != "weight"}
+        return rest.get("kind", ""), weight, BINDER.part("objectives", rest, place)
+
+    @cached_property
+    def rules(self) -> list[Part]:
+        """Makes the rules, in order."""
+        return [BINDER.part("rules", _mapping(node, place), place) for node, place in self._list("rules")]
+
+    @cached_property
+    def optim(self) -> Part:
+        """Makes the `OptimSettings`."""
+        return BINDER.bind(OptimSettings, *self._section("optim"))
+
+    @cached_property
+    def train(self) -> Part:
+        """Makes the `TrainSettings`, but for `optim`, which is a section of its own."""
+        return BINDER.bind(TrainSettings, *self._section("train"), hidden=("optim",))
+
+    @cached_property
+    def paper(self) -> Paper:
+        """Title, arXiv number and deviations."""
+        return BINDER.bind(Paper, *self._section("paper")).build()
+
+    def _section(self, name: str) -> tuple[Any, Place]:
+        return self.tree.get(name, {}), Place(self.origin, (name,))
+
+    def _list(self, name: str) -> list[tuple[Any, Place]]:
+        node, place = self.tree.get(name, []), Place(self.origin, (name,))
+        if not isinstance(node, list):
+            raise place.error(f"expected a list of parts; got {describe(node)}")
+        return [(item, place / i) for i, item in enumerate(node)]
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe at `path` with `a.b.c=value` overrides, every key and type checked.
+
+    Raises: RecipeError naming what is wrong, what is allowed and where.
+    """
+    tree, origin = read_tree(Path(path), overrides)
+    return check_recipe(Recipe(tree, origin))
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """The same recipe, once every section has been bound.
+
+    Raises: RecipeError.
+    """
+    top = Place(recipe.origin)
+    for name in recipe.tree:
+        if name not in SECTIONS:
+            raise top.unknown_key(name, (*SECTIONS, "extends"))
+    for name in REQUIRED:
+        if name not in recipe.tree:
+            raise top.error(f"missing key {name!r}")
+    for name in SECTIONS:
+        getattr(recipe, name)
+    return recipe
+
+
+def _mapping(node: Any, place: Place) -> dict:
+    if not isinstance(node, dict):
+        raise place.error(f"expected a mapping with a kind; got {describe(node)}")
+    return node
+
+
+__all__ = ["Decoder", "Paper", "Recipe", "RecipeError", "check_recipe", "load_recipe"]

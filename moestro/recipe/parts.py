@@ -1,0 +1,57 @@
+"""The vocabulary: every part under its recipe name. Slots are constructors' keywords; a new part is one line here."""
+
+from collections.abc import Callable
+from typing import Any
+
+from moestro.data import (
+    BPETokenizer,
+    ByteTokenizer,
+    FileTokenizer,
+    HubSource,
+    JsonlSource,
+    ParquetSource,
+    StdlibSource,
+    TextSource,
+)
+from moestro.experts import FFNBank, SharedExpert, SingletonBank, widths
+from moestro.layers import DenseFFN, MoELayer
+from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy, RouterZLoss
+from moestro.routers import CosineScore, LinearScore, ProductKeyRouter, ScoredRouter, SlotRouter, Soft, TopK, TopP
+from moestro.train.schedules import WSD, Constant, Cosine
+
+SOURCES: dict[str, Callable[..., Any]] = {
+    "stdlib": StdlibSource,
+    "text": TextSource,
+    "jsonl": JsonlSource,
+    "parquet": ParquetSource,
+    "hub": HubSource,
+}
+
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {
+    # model
+    "ffn": {"dense": DenseFFN, "moe": MoELayer},
+    "router": {"scored": ScoredRouter, "product_key": ProductKeyRouter, "slots": SlotRouter},
+    "score": {"linear": LinearScore, "cosine": CosineScore},
+    "select": {"top_k": TopK, "top_p": TopP, "soft": Soft},
+    "branches": {"ffn": FFNBank, "singleton": SingletonBank, "shared": SharedExpert},
+    "widths": {
+        "equal": widths.equal,
+        "arithmetic": widths.arithmetic,
+        "geometric": widths.geometric,
+        "hybrid": widths.hybrid,
+        "ratios": widths.from_ratios,
+    },
+    # data
+    "source": SOURCES,
+    "val_source": SOURCES,
+    "tokenizer": {"bytes": ByteTokenizer, "bpe": BPETokenizer, "file": FileTokenizer},
+    # training
+    "objectives": {
+        "load_balance": LoadBalance,
+        "parameter_penalty": ParameterPenalty,
+        "router_entropy": RouterEntropy,
+        "router_z_loss": RouterZLoss,
+    },
+    "rules": {},
+    "schedule": {"constant": Constant, "cosine": Cosine, "wsd": WSD},
+}
