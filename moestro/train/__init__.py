@@ -1,0 +1,20 @@
+"""Floor 6: the training loop, its optimizer, checkpoints and rules."""
+
+from moestro.train.checkpoint import CheckpointError
+from moestro.train.environment import describe_machine
+from moestro.train.folder import RunFolder, RunFolderError
+from moestro.train.loop import train
+from moestro.train.progress import Bar, Display, Lines, Silent, display_on
+from moestro.train.rules import QueryNormStatistics, Rule
+from moestro.train.schedules import WSD, Constant, Cosine, Schedule
+from moestro.train.settings import Budget, OptimSettings, ParameterGroup, TrainSettings
+from moestro.train.signals import TrainingStopped
+from moestro.train.step import NonFiniteLoss, Objective
+from moestro.train.weights import best_checkpoint, load_weights, newest_checkpoint
+
+__all__ = [
+    "WSD", "Bar", "Budget", "CheckpointError", "Constant", "Cosine", "Display", "Lines", "NonFiniteLoss", "Objective",
+    "OptimSettings", "ParameterGroup", "QueryNormStatistics", "Rule", "RunFolder", "RunFolderError", "Schedule",
+    "Silent", "TrainSettings", "TrainingStopped", "best_checkpoint", "describe_machine", "display_on", "load_weights",
+    "newest_checkpoint", "train",
+]  # fmt: skip

@@ -1,0 +1,139 @@
+"""Checkpoint folders: tensors in safetensors files, the rest in `state.json`, every file with its SHA-256.
+
+A folder `step-00000123` appears complete or not at all. Nothing is pickled.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moestro.train.durable import (
+    TEMPORARY,
+    publish_folder,
+    remove_folder,
+    remove_temporary,
+    sha256,
+    sha256_json,
+)
+
+FORMAT_VERSION = 1
+STATE = "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message says which file and what to do."""
+
+
+def write_checkpoint(
+    checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> Path:
+    """Write `step-<step>` with one safetensors file for each name in `tensors`, and `state`; returns its path.
+
+    Raises: CheckpointError where the disk refuses; the unfinished folder is removed.
+    """
+    path = checkpoints / f"step-{step:08d}"
+    temporary = checkpoints / (TEMPORARY + path.name)
+    try:
+        temporary.mkdir(parents=True)
+        for name, named in tensors.items():
+            save_file(named, temporary / f"{name}.safetensors")
+        hashes = {f"{name}.safetensors": sha256(temporary / f"{name}.safetensors") for name in tensors}
+        content = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, **state}
+        content["checksum"] = sha256_json(content)
+        (temporary / STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        publish_folder(temporary, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write checkpoint {path}: {error}.{advice(checkpoints)}") from error
+    return path
+
+
+def advice(checkpoints: Path) -> str:
+    """What is left to continue from when a checkpoint could not be written."""
+    names = [path.name for path in list_checkpoints(checkpoints)]
+    left = f"continues from {names[-1]}" if names else "starts again from the beginning (no checkpoint is complete)"
+    return f" Free space or make the folder writable; the same command then {left}"
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Complete checkpoint folders, oldest first."""
+    return sorted(checkpoints.glob("step-*"))
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(path.name.removeprefix("step-"))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of `state.json`, once every file of the checkpoint is shown to be what was written.
+
+    Raises: CheckpointError naming the damaged file with its expected and actual hash, and the earlier checkpoint that
+    can be used instead.
+    """
+    try:
+        return verified_state(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {way_out(path)}") from error.__cause__
+
+
+def verified_state(path: Path) -> dict[str, Any]:
+    """As `read_state`, without advice."""
+    file = path / STATE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path.name} is damaged: {file} cannot be read ({error})") from error
+    if not isinstance(state, dict) or "checksum" not in state:
+        raise CheckpointError(f"checkpoint {path.name} is damaged: {file} has no checksum")
+    compare_hash(file, state.pop("checksum"), sha256_json(state))
+    if state["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format_version {state['format_version']}, this moestro reads {FORMAT_VERSION}"
+        )
+    for name, expected in state["sha256"].items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"checkpoint {path.name} is damaged: {path / name} is missing")
+        compare_hash(path / name, expected, sha256(path / name))
+    return state
+
+
+def compare_hash(file: Path, expected: str, actual: str) -> None:
+    """Raises: CheckpointError where the two hashes differ."""
+    if expected != actual:
+        raise CheckpointError(
+            f"checkpoint {file.parent.name} is damaged: {file} has sha256 {actual}, expected {expected}"
+        )
+
+
+def way_out(path: Path) -> str:
+    """What to do about a damaged checkpoint: the newest earlier one that is intact."""
+    for earlier in reversed([p for p in list_checkpoints(path.parent) if p.name < path.name]):
+        try:
+            verified_state(earlier)
+        except CheckpointError:
+            continue
+        return f"{earlier.name} is intact: remove {path} to continue from there"
+    return f"No earlier checkpoint is intact: remove {path} to start again from the beginning"
+
+
+def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """Tensors of one safetensors file of a checkpoint, on the CPU."""
+    return load_file(path / f"{name}.safetensors")
+
+
+def keep_checkpoints(checkpoints: Path, last: int, best_step: int | None) -> None:
+    """Remove all but the `last` newest checkpoints and the one of `best_step`."""
+    for path in list_checkpoints(checkpoints)[:-last]:
+        if step_of(path) != best_step:
+            remove_folder(path)
+
+
+def clear_unfinished(checkpoints: Path) -> None:
+    """Remove checkpoint folders whose writing or removal was interrupted."""
+    remove_temporary(checkpoints)

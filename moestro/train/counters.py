@@ -1,0 +1,44 @@
+"""How far training has come."""
+
+from dataclasses import dataclass
+
+from moestro.train.settings import Budget
+from moestro.train.step import Measured
+
+
+@dataclass
+class Counters:
+    """Everything that accumulates over a run. FLOPs are of training (3 x forward); `seconds` is time spent in optimizer
+    steps; `metrics_bytes` the size of metrics.jsonl at the last checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    flops_computed: float = 0.0
+    active_params_sum: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    last_eval: dict[str, float] | None = None
+    seconds: float = 0.0
+    metrics_bytes: int = 0
+
+    def add(self, measured: Measured) -> None:
+        """Count one optimizer step."""
+        self.step += 1
+        self.tokens += measured.tokens
+        self.flops += measured.flops
+        self.flops_computed += measured.flops_computed
+        self.active_params_sum += measured.active_params
+
+    def share(self, budget: Budget) -> float:
+        """Share of the budget that is used; above 1 where the last step went beyond it."""
+        used = {"steps": self.step, "tokens": self.tokens, "flops": self.flops}[budget.unit]
+        return used / budget.total
+
+    def evaluated(self, figures: dict[str, float]) -> bool:
+        """Take note of an evaluation after the current step; True where its loss is the lowest so far."""
+        self.last_eval = figures
+        if self.best_loss is not None and figures["loss"] >= self.best_loss:
+            return False
+        self.best_step, self.best_loss = self.step, figures["loss"]
+        return True

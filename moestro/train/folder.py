@@ -1,0 +1,138 @@
+"""The run folder: one process at a time, metrics that match the checkpoints, a result once training is over."""
+
+import fcntl
+import json
+import os
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
+
+from moestro.train.checkpoint import clear_unfinished, list_checkpoints
+from moestro.train.durable import remove_temporary, write_json
+
+
+class RunFolderError(RuntimeError):
+    """The run folder is in use, cannot be written, or does not fit its checkpoints."""
+
+
+class RunFolder:
+    """`run_dir` and what lies in it:
+
+    lock, environment.json, metrics.jsonl, tensorboard/, checkpoints/step-00000123/, done.json (the final metrics; it is
+    there when training is over). Entered, it holds the lock until it is left or the process ends in whatever way.
+
+    Raises: RunFolderError where another process holds it or it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+
+    def __enter__(self) -> Self:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        self._take_lock()
+        remove_temporary(self.path)
+        clear_unfinished(self.checkpoints)
+        return self
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.read(self.lock, 32).decode() or "unknown"
+            os.close(self.lock)
+            raise RunFolderError(
+                f"run folder {self.path} is in use by process {pid}: wait for it, stop it, or choose another folder"
+            ) from error
+        os.ftruncate(self.lock, 0)
+        os.pwrite(self.lock, str(os.getpid()).encode(), 0)
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self.lock)
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The complete checkpoint of the highest step."""
+        return next(reversed(list_checkpoints(self.checkpoints)), None)
+
+    @property
+    def result(self) -> dict | None:
+        """The final metrics of a finished run, None while it is not finished."""
+        file = self.path / "done.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def finish(self, result: dict) -> dict:
+        """Record the final metrics, which marks the run as finished."""
+        self.write_json("done.json", result)
+        return result
+
+    def add_session(self, session: dict) -> None:
+        """Append to the list in environment.json: one entry for every process that worked on the run."""
+        file = self.path / "environment.json"
+        sessions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        self.write_json("environment.json", [*sessions, session])
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file of the folder in one step."""
+        try:
+            write_json(self.path / name, value)
+        except OSError as error:
+            raise unwritable(self.path / name, error) from error
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, cut back to `size` bytes when opened, so that what a killed process wrote
+    after its last checkpoint goes and the file becomes that of an uninterrupted run.
+
+    Raises: RunFolderError where the file is shorter than its checkpoint says, or cannot be written.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        try:
+            self.file: FileIO = path.open("ab", buffering=0)
+            actual = self.file.tell()
+            if actual < size:
+                raise RunFolderError(
+                    f"{path} has {actual} bytes, its checkpoint was written at {size}: lines are missing. Restore the "
+                    "file, or train again in another folder"
+                )
+            # Devices such as /dev/full have no size to cut.
+            if actual > size:
+                self.file.truncate(size)
+        except OSError as error:
+            raise unwritable(path, error) from error
+
+    def write(self, line: dict) -> None:
+        """Append one object."""
+        try:
+            left = json.dumps(line, allow_nan=False).encode() + b"\n"
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def sync(self) -> int:
+        """Force all lines to the disk; returns the file's size in bytes."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        return self.file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def unwritable(path: Path, error: OSError) -> RunFolderError:
+    """The error for a path that the system refuses to write."""
+    return RunFolderError(
+        f"cannot write {path}: {error.strerror}. Free space or make it writable, then run the same command again: "
+        "it continues from the last complete checkpoint"
+    )

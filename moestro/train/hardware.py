@@ -1,0 +1,27 @@
+"""Peak arithmetic of accelerators, for the share of it that training uses (MFU)."""
+
+import torch
+
+# Vendors' data sheets, dense bfloat16 tensor FLOP/s (sheets that print the figure with 2:4 sparsity are halved).
+# The first name contained in the device's name counts, so the more particular one stands first.
+PEAK_BF16 = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that `device` can do at most in `precision`; None where it is not known."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of the accelerator called `name`; None where the table does not have it."""
+    return next((peak for key, peak in PEAK_BF16.items() if key in name), None)

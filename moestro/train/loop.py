@@ -1,0 +1,109 @@
+"""The training loop: every effect of a run, in the order in which it happens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moestro.evaluate.perplexity import evaluate
+from moestro.evaluate.scoring import check_precision
+from moestro.model import Transformer
+from moestro.train.environment import describe_machine
+from moestro.train.folder import RunFolder
+from moestro.train.hardware import peak_flops
+from moestro.train.metrics import MetricsLog
+from moestro.train.optim import build_optimizer, clip_gradients, set_learning_rate
+from moestro.train.progress import Display, Silent
+from moestro.train.rules import QueryNormStatistics, Rule
+from moestro.train.settings import TrainSettings
+from moestro.train.signals import StopSignal, TrainingStopped
+from moestro.train.state import TrainState
+from moestro.train.step import Batches, WeightedObjectives, backward, check_names, measure, require_finite
+
+
+def train(
+    model: Transformer,
+    dataset: Batches,
+    settings: TrainSettings,
+    objectives: WeightedObjectives,
+    rules: Sequence[Rule],
+    run_dir: Path,
+    progress: Display | None = None,
+) -> dict[str, Any]:
+    """Train until the budget is used; returns the final metrics, which are also in `run_dir`/done.json.
+
+    Where `run_dir` has a checkpoint, training goes on from the newest; where it has a result, that is returned. On the
+    CPU, training that was interrupted at any moment ends as if it had not been, to the last bit.
+
+    Raises: RunFolderError, CheckpointError, NonFiniteLoss; TrainingStopped after SIGTERM or SIGINT, once saved.
+    """
+    device = next(model.parameters()).device
+    check_precision(device, settings.precision)
+    check_names(objectives)
+    with RunFolder(run_dir) as folder, StopSignal() as stop, progress or Silent() as display:
+        if folder.result is not None:
+            return folder.result
+        torch.manual_seed(settings.seed)
+        model.recompute = settings.recompute
+        same = {"data": {"fingerprint": dataset.fingerprint}, "objectives": {name: w for name, w, _ in objectives}}
+        rules = [QueryNormStatistics(), *rules]
+        state = TrainState(model, build_optimizer(model, settings.optim), rules, settings, same)
+        if folder.newest_checkpoint is not None:
+            state.restore(folder.newest_checkpoint)
+            display.message(f"continuing from {folder.newest_checkpoint.name}")
+        folder.add_session({"from_step": state.counters.step, **describe_machine(device)})
+        with MetricsLog(folder, settings, state.counters, display) as log:
+            run(dataset, objectives, state, folder, log, stop)
+        return folder.finish(state.result())
+
+
+def run(
+    dataset: Batches,
+    objectives: WeightedObjectives,
+    state: TrainState,
+    folder: RunFolder,
+    log: MetricsLog,
+    stop: StopSignal,
+) -> None:
+    """The optimizer steps from where `state` is to the end of the budget."""
+    model, optimizer, settings, counters = state.model, state.optimizer, state.settings, state.counters
+    peak = peak_flops(next(model.parameters()).device, settings.precision)
+    forward: Any = torch.compile(model) if settings.compile else model
+    model.train()
+    share = counters.share(settings.budget)
+    while share < 1:
+        batch = dataset.train_batch(counters.step, settings.batch_size, settings.seed)
+        optimizer.zero_grad(set_to_none=True)
+        sums = backward(forward, batch, settings, objectives, state.rules)
+        grad_norm = clip_gradients(model, settings.optim.clip)
+        measured = measure(sums, grad_norm, batch, objectives)
+
+        # The rate of the middle of the step: neither 0 in the first nor past the schedule's end in the last.
+        counters.add(measured)
+        before, share = share, counters.share(settings.budget)
+        lr = settings.optim.lr * settings.optim.schedule(min(1.0, (before + share) / 2), share / counters.step)
+        require_finite(measured, counters.step, lr)
+        set_learning_rate(optimizer, lr)
+        optimizer.step()
+        for rule in state.rules:
+            rule.apply(counters.step)
+        log.step(measured, lr, peak)
+
+        finished, better = share >= 1, False
+        if finished or due(settings.eval_every, counters.step):
+            held_out = dataset.val_batches(settings.batch_size, settings.eval_tokens)
+            figures = evaluate(model, held_out, precision=settings.precision)
+            better = counters.evaluated(figures) and settings.keep_best
+            log.evaluation(figures)
+        saved = None
+        if finished or better or stop.name is not None or due(settings.save_every, counters.step):
+            saved = state.save(folder, log.file.sync())
+        if saved is not None and stop.name is not None and not finished:
+            raise TrainingStopped(f"stopped by {stop.name}, saved {saved}; the same command continues from there")
+        log.skip()
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after `step`."""
+    return every > 0 and step % every == 0

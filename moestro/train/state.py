@@ -1,0 +1,121 @@
+"""Everything that decides how training goes on, into a checkpoint and back."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moestro.train.checkpoint import CheckpointError, keep_checkpoints, read_state, read_tensors, write_checkpoint
+from moestro.train.counters import Counters
+from moestro.train.folder import RunFolder
+from moestro.train.rules import Rule
+from moestro.train.settings import TrainSettings
+from moestro.train.tensors import (
+    join,
+    load_model,
+    load_optimizer,
+    model_tensors,
+    on_cpu,
+    optimizer_tensors,
+    random_state,
+    set_random_state,
+    split,
+)
+
+# Settings that change what is written or shown, not what is learned.
+FREE = frozenset({"eval_every", "eval_tokens", "save_every", "keep_last", "keep_best", "tensorboard"})
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, rules and counters of a run. `same` holds what else must be the same when it is continued:
+    {what: {name: value}}, JSON values."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    rules: Sequence[Rule]
+    settings: TrainSettings
+    same: dict[str, dict[str, Any]]
+    counters: Counters = field(default_factory=Counters)
+
+    def save(self, folder: RunFolder, metrics_bytes: int) -> Path:
+        """Write a checkpoint and remove those that are no longer kept."""
+        self.counters.metrics_bytes = metrics_bytes
+        tensors, tied = model_tensors(self.model)
+        files = {
+            "model": {name: on_cpu(tensor) for name, tensor in tensors.items()},
+            "optimizer": optimizer_tensors(self.model, self.optimizer),
+            "rules": {},
+        }
+        rules = [split(rule.state_dict(), str(index), files["rules"]) for index, rule in enumerate(self.rules)]
+        state = {
+            "counters": asdict(self.counters),
+            "random": random_state(self._device),
+            "rules": rules,
+            "tied": tied,
+            **self._fixed(),
+        }
+        path = write_checkpoint(folder.checkpoints, self.counters.step, files, state)
+        best = self.counters.best_step if self.settings.keep_best else None
+        keep_checkpoints(folder.checkpoints, self.settings.keep_last, best)
+        return path
+
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises: CheckpointError where it is damaged, or was made with other data, settings, rules or another model.
+        """
+        state = read_state(path)
+        for name, value in self._fixed().items():
+            require_equal(path, name, state[name], value)
+        load_model(self.model, read_tensors(path, "model"), state["tied"])
+        load_optimizer(self.model, self.optimizer, read_tensors(path, "optimizer"))
+        tensors = read_tensors(path, "rules")
+        for rule, saved in zip(self.rules, state["rules"], strict=True):
+            rule.load_state_dict(join(saved, tensors))
+        set_random_state(state["random"], self._device)
+        for entry in fields(Counters):
+            setattr(self.counters, entry.name, state["counters"][entry.name])
+
+    def result(self) -> dict[str, Any]:
+        """The final metrics of the run."""
+        counters = self.counters
+        return {
+            "step": counters.step,
+            "tokens": counters.tokens,
+            "flops": counters.flops,
+            "flops_computed": counters.flops_computed,
+            "params_total": sum(parameter.numel() for parameter in self.model.parameters()),
+            "params_active": counters.active_params_sum / counters.step,
+            "eval": counters.last_eval,
+            "best": {"step": counters.best_step, "loss": counters.best_loss},
+            "time": {"seconds": counters.seconds, "tokens_per_s": counters.tokens / counters.seconds},
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must be the same when training goes on, as JSON values."""
+        plain = {name: repr(value) for name, value in vars(self.settings).items() if name not in FREE | {"optim"}}
+        optim = {f"optim.{name}": repr(value) for name, value in vars(self.settings.optim).items()}
+        kinds = {str(index): type(rule).__name__ for index, rule in enumerate(self.rules)}
+        return {**self.same, "settings": plain | optim, "rule_kinds": kinds}
+
+
+def require_equal(path: Path, what: str, saved: dict, now: dict) -> None:
+    """Raises: CheckpointError naming the first entries that differ."""
+    differing = [
+        f"{key} was {saved.get(key)}, now {now.get(key)}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path.name} was written with other {what}: {'; '.join(differing)}. Continue with the same, or train in "
+            "another run folder"
+        )

@@ -1,0 +1,162 @@
+"""One optimizer step's forward and backward passes over its micro-batches, and what they measured."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moestro.data import Batch
+from moestro.evaluate.scoring import exact_dtype, score
+from moestro.routing import Trace
+from moestro.train.rules import Rule
+from moestro.train.settings import TrainSettings
+
+Objective = Callable[[Trace], Float[Tensor, ""]]
+WeightedObjectives = Sequence[tuple[str, float, Objective]]
+Sums = dict[str, Tensor]
+
+# Backward costs twice the forward: one product for the inputs' gradients, one for the weights'.
+TRAINING_FLOPS = 3.0
+
+
+class Batches(Protocol):
+    """What training asks of a data set: batches that are pure functions of their arguments, and what identifies it."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> Batch: ...
+
+    def val_batches(self, batch_size: int, max_tokens: int | None = None) -> Iterable[Batch]: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss, an objective or the gradient is infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One optimizer step in plain numbers. `loss` is nats per target token, `total_loss` adds the weighted objectives
+    (each the mean over layers and micro-batches); FLOPs are of training: forward and backward."""
+
+    loss: float
+    total_loss: float
+    objectives: dict[str, float]
+    grad_norm: float
+    flops: float
+    flops_computed: float
+    active_params: float
+    tokens: int
+    bytes: int
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the step's text."""
+        return self.loss * self.tokens / self.bytes / math.log(2)
+
+
+def backward(
+    model: nn.Module,
+    batch: Batch,
+    settings: TrainSettings,
+    objectives: WeightedObjectives,
+    rules: Sequence[Rule],
+) -> Sums:
+    """Add to every gradient d(loss)/d(parameter) of the step's loss: nats averaged over all its target tokens, plus
+    the weighted objectives. Sums stay on the device."""
+    device = next(model.parameters()).device
+    n_targets = count_targets(batch)
+    size = settings.batch_size // settings.accumulate
+    sums: Sums = {}
+    for start in range(0, settings.batch_size, size):
+        part = batch.rows(start, start + size)
+        output, losses = score(model, part, settings.precision)
+        loss = losses.sum() / n_targets
+        values = {name: mean_over_layers(name, objective, output.traces) for name, _, objective in objectives}
+        penalty = sum(weight * values[name] for name, weight, _ in objectives) / settings.accumulate
+        (loss + penalty).backward()
+        for rule in rules:
+            for trace in output.traces:
+                rule.observe(trace)
+        add(sums, device, loss=loss, **{f"objective {k}": v / settings.accumulate for k, v in values.items()})
+        add(sums, device, **usage(model, part, output.traces, settings))
+    return sums
+
+
+def usage(model: Any, batch: Batch, traces: tuple[Trace, ...], settings: TrainSettings) -> dict[str, Any]:
+    """Training FLOPs of one micro-batch, and its share of the step's mean active parameters."""
+    forward = model.flops(*batch.tokens.shape, traces)
+    # Recomputation runs the forward of all but the head a second time; nothing useful comes of it.
+    head = 2.0 * batch.tokens.numel() * model.head.weight.numel()
+    again = forward.computed - head if settings.recompute else 0.0
+    return {
+        "flops": forward.useful * TRAINING_FLOPS,
+        "flops_computed": forward.computed * TRAINING_FLOPS + again,
+        "active_params": model.active_parameters(traces) / settings.accumulate,
+    }
+
+
+def mean_over_layers(name: str, objective: Objective, traces: tuple[Trace, ...]) -> Float[Tensor, ""]:
+    """The objective's mean over the layers that have traces, so that its weight means the same at every depth.
+
+    Raises: ValueError where the model has no such layer.
+    """
+    if not traces:
+        raise ValueError(f"objective {name!r} needs a mixture-of-experts layer, the model has none")
+    return torch.stack([objective(trace) for trace in traces]).mean()
+
+
+def count_targets(batch: Batch) -> int:
+    """Target tokens of a batch.
+
+    Raises: ValueError where it has none.
+    """
+    n_targets = int(batch.keep.sum())
+    if not n_targets:
+        raise ValueError("a training batch has no target tokens: the loss is not defined")
+    return n_targets
+
+
+def add(sums: Sums, device: torch.device, **values: Any) -> None:
+    """Add detached values to the running sums, without waiting for the device."""
+    for name, value in values.items():
+        exact = torch.as_tensor(value).detach().to(device, exact_dtype(device), non_blocking=True)
+        sums[name] = sums[name] + exact if name in sums else exact
+
+
+def measure(sums: Sums, grad_norm: Tensor, batch: Batch, objectives: WeightedObjectives) -> Measured:
+    """The step's sums as numbers, in one transfer: the only time a step waits for the device."""
+    row = torch.stack([*sums.values(), grad_norm.to(next(iter(sums.values())).dtype)])
+    numbers = dict(zip([*sums, "grad_norm"], row.tolist(), strict=True))
+    values = {name: numbers.pop(f"objective {name}") for name, _, _ in objectives}
+    total = numbers["loss"] + sum(weight * values[name] for name, weight, _ in objectives)
+    return Measured(
+        total_loss=total,
+        objectives=values,
+        tokens=count_targets(batch),
+        bytes=int(batch.n_bytes.sum()),
+        **numbers,
+    )
+
+
+def require_finite(measured: Measured, step: int, lr: float) -> None:
+    """Raises: NonFiniteLoss naming step, culprit and what to try. The parameters are still those before the step."""
+    parts = {"loss": measured.loss, **measured.objectives, "gradient norm": measured.grad_norm}
+    broken = [f"{name} = {value}" for name, value in parts.items() if not math.isfinite(value)]
+    if broken:
+        raise NonFiniteLoss(
+            f"step {step}: {', '.join(broken)} (learning rate {lr:.3g}). Try, in a new run folder, a lower optim.lr, a "
+            "longer schedule warmup, a smaller optim.clip, or train.precision: fp32. This folder is as the step before "
+            "left it: its checkpoints can be used"
+        )
+
+
+def check_names(objectives: WeightedObjectives) -> None:
+    """Raises: ValueError where two objectives have one name."""
+    names = [name for name, _, _ in objectives]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"objectives {names}: {sorted(twice)[0]!r} is there twice; names must differ")

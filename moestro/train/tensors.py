@@ -1,0 +1,128 @@
+"""Model, optimizer and rule state as flat named tensors, and back."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moestro.train.checkpoint import CheckpointError
+
+
+def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters and buffers, each once, and the other names of tied ones: {name: name it is stored under}."""
+    tensors: dict[str, Tensor] = {}
+    stored: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in stored:
+            tied[name] = stored[id(tensor)]
+        else:
+            stored[id(tensor)] = name
+            tensors[name] = tensor
+    return tensors, tied
+
+
+def load_model(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str]) -> None:
+    """Copy stored tensors into a model of the same names, shapes and ties.
+
+    Raises: CheckpointError saying how the model differs.
+    """
+    own, own_tied = model_tensors(model)
+    if own_tied != tied:
+        raise CheckpointError(f"the checkpoint ties {tied or 'nothing'}, this model ties {own_tied or 'nothing'}")
+    require_same_tensors("model", own, tensors)
+    model.load_state_dict(tensors | {name: tensors[stored] for name, stored in tied.items()})
+
+
+def require_same_tensors(what: str, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Raises: CheckpointError naming the first tensors that differ in name or shape."""
+    differing = [
+        f"{name}: checkpoint {shape_of(stored, name)}, here {shape_of(own, name)}"
+        for name in sorted(own.keys() | stored.keys())
+        if shape_of(stored, name) != shape_of(own, name)
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(f"the checkpoint is of another {what}: {'; '.join(differing[:3])}{more}")
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> str:
+    """Shape of a named tensor, or that it is absent."""
+    return str(list(tensors[name].shape)) if name in tensors else "absent"
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state under `<parameter>/<entry>`, for example `head.weight/exp_avg`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}/{key}": on_cpu(value)
+        for parameter, entries in optimizer.state.items()
+        for key, value in entries.items()
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put stored state back; learning rates and other settings stay those of `optimizer`.
+
+    Raises: CheckpointError for state of parameters that the optimizer does not have.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    entries: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, entry = key.rsplit("/", 1)
+        entries.setdefault(name, {})[entry] = tensor
+    if unknown := entries.keys() - set(order):
+        raise CheckpointError(f"the checkpoint has optimizer state of {min(unknown)!r}, which is not trained here")
+    state = {index: entries[name] for index, name in enumerate(order) if name in entries}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A nested state without its tensors: each goes to `tensors` under its path and leaves {"tensor": path} behind."""
+    if isinstance(tree, Tensor):
+        tensors[path] = on_cpu(tree)
+        return {"tensor": path}
+    if isinstance(tree, Mapping):
+        if odd := [key for key in tree if not isinstance(key, str)]:
+            raise TypeError(f"{path}: the key {odd[0]!r} of a rule's state is not a string, which JSON cannot keep")
+        return {key: split(value, f"{path}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, Sequence) and not isinstance(tree, str):
+        return [split(value, f"{path}/{index}", tensors) for index, value in enumerate(tree)]
+    return tree
+
+
+def join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `split` (tuples come back as lists)."""
+    if isinstance(tree, Mapping):
+        if tree.keys() == {"tensor"}:
+            return tensors[tree["tensor"]]
+        return {key: join(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [join(value, tensors) for value in tree]
+    return tree
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Detached, contiguous, on the CPU."""
+    return tensor.detach().cpu().contiguous()
+
+
+def random_state(device: torch.device) -> dict[str, str]:
+    """State of torch's default random generators, base64."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_random_state(states: Mapping[str, str], device: torch.device) -> None:
+    """Put the default random generators back where `random_state` found them."""
+    decoded = {
+        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()
+    }
+    torch.set_rng_state(decoded["cpu"])
+    if device.type == "cuda" and "cuda" in decoded:
+        torch.cuda.set_rng_state(decoded["cuda"], device)
