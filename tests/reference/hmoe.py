@@ -114,9 +114,7 @@ def load_balance(probs: Tensor, chosen: Chosen) -> Tensor:
 
 def scaled_widths(widths: list[int], normalize: str) -> list[float]:
     """The h_i that enter Eq. 4. The paper prints raw widths ("none"), which cannot be meant literally."""
-    divisor = {"none": 1, "mean": sum(widths) / len(widths), "max": max(widths), "sum": sum(widths)}[
-        normalize
-    ]
+    divisor = {"none": 1, "mean": sum(widths) / len(widths), "max": max(widths), "sum": sum(widths)}[normalize]
     return [h / divisor for h in widths]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Retrieved = tuple[Tensor, list[int]]
+Table = Tensor | list[Tensor]
 
 
 def activation(a: Tensor, name: str = "gelu") -> Tensor:
@@ -110,8 +111,8 @@ def layer(
     q: Tensor,
     keys1: Tensor,
     keys2: Tensor,
-    u: Tensor,
-    v: Tensor,
+    u: Table,
+    v: Table,
     *,
     heads: int,
     k: int,
@@ -127,9 +128,7 @@ def layer(
     for x_t, q_t in zip(x, q, strict=True):
         y_t, gates_t, index_t = torch.zeros_like(x_t), [], []
         for a in range(heads):
-            scores, index = retrieve(
-                q_t[a * d_key : (a + 1) * d_key], head_keys(keys1, a), head_keys(keys2, a), k
-            )
+            scores, index = retrieve(q_t[a * d_key : (a + 1) * d_key], head_keys(keys1, a), head_keys(keys2, a), k)
             g = gate(scores, kind)
             for weight, i in zip(g, index, strict=True):
                 y_t = y_t + weight * expert(x_t, u[i], v[i], sigma)
@@ -146,8 +145,8 @@ def dense_mixture(
     q: Tensor,
     keys1: Tensor,
     keys2: Tensor,
-    u: Tensor,
-    v: Tensor,
+    u: Table,
+    v: Table,
     *,
     heads: int,
     k: int,

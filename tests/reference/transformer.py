@@ -9,7 +9,6 @@ blocks.i.{gate,up,down}; norm[d]; head[v, d] (absent: the embedding is tied).
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,9 +40,7 @@ def attend(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     return sum((p[s] * values[s] for s in range(len(values))), start=torch.zeros_like(values[0]))
 
 
-def attention(
-    x: Tensor, w: Weights, n_heads: int, n_kv_heads: int, theta: float, documents: list[int]
-) -> Tensor:
+def attention(x: Tensor, w: Weights, n_heads: int, n_kv_heads: int, theta: float, documents: list[int]) -> Tensor:
     """Causal grouped-query attention for one sequence x[s, d]; position t sees s <= t of its own document."""
     head_dim = len(w["q"]) // n_heads
 
@@ -87,9 +84,9 @@ def forward(
     theta: float = 10000.0,
     eps: float = 1e-5,
     documents: list[int] | None = None,
-    ffns: dict[int, Callable[[Tensor], Tensor]] | None = None,
+    ffns: dict | None = None,
 ) -> Tensor:
-    """Logits[s, v] of one sequence; `ffns` replaces the feed-forward of the blocks it names."""
+    """Logits[s, v] of one sequence; `ffns` maps a block to the function x[s, d] -> y[s, d] in place of its SwiGLU."""
     documents = documents or [0] * len(tokens)
     x = torch.stack([weights["embed"][token] for token in tokens])
     for i in range(n_layers):
