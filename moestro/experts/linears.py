@@ -73,5 +73,5 @@ class ConcatLinear(ExpertLinear):
             return rows * self.d_model**-0.5
         mean = max(1.0, sum(widths) / max(1, len(widths)))
         each = [max(1, w) if self.init == "per_width" else mean for w in widths]
-        std = torch.tensor([s**-0.5 for s in each]).repeat_interleave(torch.tensor(widths))
+        std = torch.tensor([s**-0.5 for s in each]).repeat_interleave(torch.tensor(widths), output_size=sum(widths))
         return rows * std.to(rows.device)[:, None]
