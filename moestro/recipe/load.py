@@ -30,7 +30,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The `model` section: `ffn` in every block but those that `layers` names by index. Each block has parts of its own."""
+    """The `model` section: `ffn` in every block but those that `layers` names by index."""
 
     d_model: int
     n_layers: int
