@@ -56,13 +56,13 @@ class _Singletons(torch.autograd.Function):
         hidden = act.forward(z)
         along = _dots(down, ids, dy.contiguous())
         dz = act.backward(along * weight, z)
-        segments = _Segments(ids)
+        segments = _Segments(ids, len(up))
         return (
             _weighted_rows(up, ids, dz),
             None,
             along * hidden,
-            segments.table_gradient(up, x, dz),
-            segments.table_gradient(down, dy, hidden * weight),
+            segments.table_gradient(x, dz),
+            segments.table_gradient(dy, hidden * weight),
             None,
         )
 
@@ -90,24 +90,19 @@ def _weighted_rows(table: Tensor, ids: Tensor, coefficient: Tensor) -> Tensor:
 
 
 class _Segments:
-    """The (token, slot) pairs of each expert that was used, in id order."""
+    """The (token, slot) pairs in id order, and where each expert's begin."""
 
-    def __init__(self, ids: Tensor) -> None:
+    def __init__(self, ids: Tensor, n_experts: int) -> None:
         self.per_token = ids.shape[1]
-        ordered, self.order = ids.flatten().sort(stable=True)
-        self.ids, count = torch.unique_consecutive(ordered, return_counts=True)
+        flat = ids.flatten()
+        self.order = flat.argsort(stable=True)
+        count = torch.bincount(flat, minlength=n_experts)
         self.starts = count.cumsum(0) - count
 
-    def table_gradient(self, table: Tensor, source: Tensor, coefficient: Tensor) -> Tensor:
-        """Row e = sum over the pairs (t, k) of expert e of coefficient_tk * source_t; rows not used are zero."""
-        gradient = torch.zeros_like(table)
-        if self.order.numel():
-            rows = F.embedding_bag(
-                self.order // self.per_token,
-                source.contiguous(),
-                self.starts,
-                per_sample_weights=coefficient.flatten()[self.order],
-                mode="sum",
-            )
-            gradient[self.ids] = rows
-        return gradient
+    def table_gradient(self, source: Tensor, coefficient: Tensor) -> Tensor:
+        """Row e = sum over the pairs (t, k) of expert e of coefficient_tk * source_t; zero for idle experts."""
+        if not len(self.order):
+            return source.new_zeros(len(self.starts), source.shape[1])
+        pairs = coefficient.flatten()[self.order]
+        token = self.order // self.per_token
+        return F.embedding_bag(token, source.contiguous(), self.starts, per_sample_weights=pairs, mode="sum")

@@ -1,0 +1,142 @@
+"""How every benchmark here measures and reports: interleaved rounds, medians, one JSON format.
+
+JSON: {"script", "commit", "machine", "seed", "rows"}; a timing row is {"case", "what", "unit", "ours", "peer",
+"theirs", "ratio", "spread"} with ratio > 1 where ours is better; `spread` is the 10th and 90th percentile of the
+ratio over the rounds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; `ratio` > 1 means that ours is better."""
+
+    case: str
+    what: str
+    unit: str
+    ours: float
+    peer: str
+    theirs: float
+    ratio: float
+    spread: tuple[float, float]
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The options that every script under bench/ has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="smaller shapes, under a minute on 2 cores")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows as JSON")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each side")
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    torch.manual_seed(parsed.seed)
+    return parsed
+
+
+def race(case: str, what: str, ours: Callable, peers: dict[str, Callable], rounds: int) -> list[Row]:
+    """Milliseconds of `ours` beside every peer, in interleaved rounds after one warm-up; ratios round by round."""
+    contestants = {"ours": ours, **peers}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    rows = []
+    for name in peers:
+        ratios = [theirs / mine for theirs, mine in zip(times[name], times["ours"], strict=True)]
+        tenths = quantiles(ratios, n=10)
+        spread = (tenths[0], tenths[-1])
+        rows.append(
+            Row(case, what, "ms", median(times["ours"]), name, median(times[name]), median(ratios), spread)
+        )
+    return rows
+
+
+def weigh(case: str, what: str, ours: Callable, peers: dict[str, Callable]) -> list[Row]:
+    """Peak of the memory allocated while running, above what was allocated before (MiB)."""
+    mine = peak_memory(ours)
+    rows = []
+    for name, run in peers.items():
+        theirs = peak_memory(run)
+        rows.append(Row(case, what, "MiB", mine, name, theirs, theirs / mine, (theirs / mine, theirs / mine)))
+    return rows
+
+
+def peak_memory(run: Callable) -> float:
+    """Largest sum of live allocations during `run`, in MiB."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak / 2**20
+
+
+def agree(name: str, have: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """Exit with an error where two results differ by more than `tolerance` of the norm: never time a wrong answer."""
+    error = float((have.double() - want.double()).norm() / want.double().norm())
+    if not error <= tolerance:
+        sys.exit(f"{name}: relative error {error:.2e} > {tolerance:.0e}; nothing was timed")
+
+
+def report(script: str, rows: list[Row], options: argparse.Namespace) -> None:
+    """Print the rows and write them where `--json` says."""
+    table = Table(title=script, caption="ratio > 1: ours is better; brackets: 10th and 90th percentile over rounds")
+    for column in ("case", "what", "ours", "peer", "theirs", "ratio"):
+        table.add_column(column, justify="right" if column in ("ours", "theirs", "ratio") else "left")
+    for row in rows:
+        ratio = f"{row.ratio:.2f} [{row.spread[0]:.2f}, {row.spread[1]:.2f}]"
+        table.add_row(
+            row.case, row.what, f"{row.ours:.1f} {row.unit}", row.peer, f"{row.theirs:.1f} {row.unit}", ratio
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    if options.json:
+        facts = {"script": script, "commit": commit(), "machine": machine(options.threads), "seed": options.seed}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The commit of the working tree, marked where it has uncommitted changes."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+    )
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def machine(threads: int) -> dict:
+    """What the numbers were measured on."""
+    model = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    facts = {"cpu": model, "cores": os.cpu_count(), "threads": threads, "load": os.getloadavg()[0]}
+    return {**facts, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
