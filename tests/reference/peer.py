@@ -174,7 +174,7 @@ def gate_share(gates: Tensor, index: list[list[list[int]]], n_experts: int) -> l
     for t, heads in enumerate(index):
         for a, members in enumerate(heads):
             for c, i in enumerate(members):
-                z[i] += float(gates[t, a, c])
+                z[i] += gates[t, a, c].item()
     total = sum(z)
     return [z_i / total for z_i in z]
 
