@@ -13,11 +13,11 @@ class ExpertLinear(nn.Module):
 
     n_experts: int
 
-    def matrices(self) -> Sequence[Float[Tensor, "o i"]]:
+    def matrices(self) -> Sequence[Float[Tensor, "_ _"]]:
         """The matrix of every expert."""
         raise NotImplementedError
 
-    def forward(self, groups: Sequence[Float[Tensor, "n i"]]) -> list[Float[Tensor, "n o"]]:
+    def forward(self, groups: Sequence[Float[Tensor, "_ _"]]) -> list[Float[Tensor, "_ _"]]:
         """groups[e] @ matrix_e.T for every expert."""
         return [rows @ matrix.T for rows, matrix in zip(groups, self.matrices(), strict=True)]
 
@@ -56,7 +56,7 @@ class ConcatLinear(ExpertLinear):
     def n_experts(self) -> int:  # type: ignore[override]
         return len(self.widths)
 
-    def matrices(self) -> list[Float[Tensor, "o i"]]:
+    def matrices(self) -> list[Float[Tensor, "_ _"]]:
         views = self.weight.split([self.blocks * width for width in self.widths])
         return list(views) if self.side == "in" else [view.T for view in views]
 
