@@ -1,0 +1,1 @@
+"""Equal-compute experiments: match the arms, run them, judge them, show the result."""

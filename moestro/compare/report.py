@@ -1,0 +1,77 @@
+"""report.html: one self-contained page that says which arm won at equal compute, and shows why one may believe it."""
+
+import base64
+import hashlib
+import os
+import string
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+from moestro.compare import sections
+from moestro.compare.looks import Look, arm_looks
+from moestro.compare.markup import section, tab_rules
+from moestro.compare.plots import escape
+from moestro.compare.provenance import limits
+from moestro.compare.token_text import view_rules, views
+from moestro.compare.verdict import main_verdict
+
+
+def render_report(results: Mapping) -> str:
+    """The whole page as HTML: style, script and drawings inside, nothing fetched.
+
+    Raises ValueError where `results` is not a results.json of format 1.
+    """
+    verdict, looks = main_verdict(results), arm_looks(results)
+    body = "".join(
+        [
+            sections.result(results, verdict, looks),
+            section("arms", "All arms", sections.arms(results, looks)),
+            section("curves", "Loss against compute", sections.curves(results, verdict, looks)),
+            section("isoflop", "How large should the model be?", sections.isoflop(results, looks)),
+            section("experts", "Which experts worked", sections.usage(verdict, looks)),
+            section("sample", "The same text, seen by every arm", sections.sample(results, looks)),
+            section("setup", "How this was measured", sections.setup(results, verdict, looks)),
+            section("limits", "What this does not show", limits(results, verdict)),
+        ]
+    )
+    n_views = max((len(views(tokens)) for tokens in (results.get("sample") or {}).values()), default=0)
+    rules = tab_rules(max(len(results["arms"]), len(results["sizes"]) * len(results["budgets"]), 4)) + view_rules(
+        n_views
+    )
+    script = _template("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return string.Template(_template("page.html")).substitute(
+        title=escape(results.get("title") or "moestro compare"),
+        style=_template("page.css") + rules,
+        script=script,
+        script_hash=f"sha256-{digest}",
+        legend=_legend(looks) if len(looks) > 1 else "",
+        body=body,
+    )
+
+
+def write_report(results: Mapping, path: str | os.PathLike) -> Path:
+    """Renders the page and puts it at `path` in one step: readers see the old page or the new one, never half."""
+    path = Path(path)
+    page = render_report(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        half.write_text(page, encoding="utf-8")
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+    return path
+
+
+def _template(name: str) -> str:
+    return resources.files("moestro.compare").joinpath("template", name).read_text(encoding="utf-8")
+
+
+def _legend(looks: Mapping[str, Look]) -> str:
+    chips = "".join(
+        f'<label class="chip"><input type="checkbox" checked data-arm="{look.css.split()[-1]}">{look.name()}</label>'
+        for look in looks.values()
+    )
+    return f'<div class="chips" aria-label="arms shown in the charts">{chips}</div>'
