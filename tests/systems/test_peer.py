@@ -12,13 +12,10 @@ Exact checks of arXiv:2407.04153 as our specification numbers them, and where ea
 10 usage and unevenness                     test_peer_metrics.py
 11 parameters and FLOPs                     test_peer_counts.py
 12 output scale at initialisation           test_peer_counts.py
-13 bfloat16, ties, state dict               here: test_bfloat16_*, test_state_dict_*; ties: test_peer_retrieval.py
+13 bfloat16, ties, state dict               test_peer_edges.py; ties: test_peer_retrieval.py
 Not here: row-sparse gradients and lazy Adam (9; there are none yet), expert-grouped and Triton paths (7), resharding of
 a state dict by d or by N (13; nothing is sharded yet). Queries have no bias: the paper gives none.
 """
-
-import math
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from moestro.experts import SingletonBank
 from moestro.layers import MoELayer
 from moestro.ops import backend
-from moestro.routers import ProductKeyRouter
 from moestro.routing import SparseRouting
 from tests.reference import peer
 from tests.systems.peer_layers import (
@@ -37,14 +33,13 @@ from tests.systems.peer_layers import (
     Norm,
     Twin,
     bank_of,
-    batch_norm,
     grad,
     make_layer,
     random,
     router_of,
     set_running_statistics,
 )  # fmt: skip
-from tests.tolerances import BFLOAT16_NORM, FLOAT64
+from tests.tolerances import FLOAT64
 
 close = torch.testing.assert_close
 
@@ -234,84 +229,3 @@ def test_checkpointing_changes_no_gradient_and_no_statistic() -> None:
     for a, b in zip(plain, recomputed, strict=True):
         assert torch.equal(a, b)
     assert buffers and all(torch.equal(buffer, buffers[name]) for name, buffer in layer.named_buffers())
-
-
-@pytest.mark.parametrize("norm", ["batch", "none"])
-def test_padding_reaches_neither_statistics_nor_experts(norm: Norm) -> None:
-    layer = make_layer(norm=norm)
-    keep = torch.tensor([[True, True, False, True], [False, True, True, False]])
-    x = random(2, 4, D)
-    alone, (expected,) = layer(x[keep])
-    for filler in (x, x.masked_fill(~keep[..., None], 1e30)):
-        leaf = filler.clone().requires_grad_()
-        y, (trace,) = layer(leaf, keep)
-        close(y[keep], alone, **FLOAT64)
-        assert torch.count_nonzero(y[~keep]) == 0
-        if norm == "batch":
-            for a, b in zip(trace.routing.query_stats[:2], expected.routing.query_stats[:2], strict=True):
-                close(a, b, **FLOAT64)
-            assert trace.routing.query_stats[2] == 5
-        y.sum().backward()
-        assert torch.count_nonzero(grad(leaf)[~keep]) == 0 and torch.count_nonzero(grad(leaf)[keep]) > 0
-
-
-def test_bfloat16_retrieves_in_float32() -> None:
-    """Check 13: same experts as in float32 on the same (rounded) numbers; output within the stated tolerance."""
-    layer = make_layer(side=8, heads=2, k=4, d_key=8).bfloat16()
-    exact = make_layer(side=8, heads=2, k=4, d_key=8)
-    exact.load_state_dict(layer.state_dict())
-    x = random(40, D).bfloat16()
-    y, (trace,) = layer(x)
-    y_exact, (trace_exact,) = exact(x.double())
-    assert y.dtype == torch.bfloat16 and trace.routing.weight.dtype == torch.float32
-    assert torch.equal(trace.routing.expert, trace_exact.routing.expert)
-    close(trace.routing.weight.double(), trace_exact.routing.weight, rtol=1e-4, atol=1e-6)
-    assert float(((y.double() - y_exact).norm() / y_exact.norm()).detach()) < BFLOAT16_NORM
-
-
-def test_autocast_retrieves_in_float32() -> None:
-    layer = make_layer(side=8, heads=2, k=4, d_key=8).float()
-    x = random(40, D).float()
-    _, (plain,) = layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, (trace,) = layer(x)
-    assert torch.equal(trace.routing.expert, plain.routing.expert)
-    assert torch.equal(trace.routing.weight, plain.routing.weight)
-    assert y.dtype == torch.bfloat16
-
-
-def test_state_dict_round_trip() -> None:
-    """Check 13: including running statistics."""
-    layer, other = make_layer(), make_layer()
-    set_running_statistics(layer)
-    x = random(10, D)
-    other.load_state_dict(layer.state_dict(), strict=True)
-    assert torch.equal(layer.eval()(x)[0], other.eval()(x)[0])
-    assert torch.equal(batch_norm(layer).variance, batch_norm(other).variance)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"n_experts": 15}, "n_experts=15 is not a square; nearest: 9 and 16"),
-        ({"top_k": 5}, "top_k=5, allowed: 1 to 4"),
-        ({"d_key": 5}, "d_key=5, allowed: an even number"),
-        ({"heads": 0}, "heads=0, allowed: at least 1"),
-    ],
-)
-def test_impossible_routers_are_refused(arguments: dict, message: str) -> None:
-    good: dict[str, Any] = {"d_model": D, "n_experts": 16, "heads": 2, "top_k": 3, "d_key": 6}
-    ProductKeyRouter(**good)
-    with pytest.raises(ValueError, match=message):
-        ProductKeyRouter(**(good | arguments))
-
-
-def test_reindexing_experts_behind_product_keys_is_refused() -> None:
-    with pytest.raises(ValueError, match="product keys"):
-        make_layer().reindex(torch.arange(16))
-
-
-def test_batch_of_no_tokens() -> None:
-    layer = make_layer()
-    y, (trace,) = layer(random(0, D))
-    assert y.shape == (0, D) and trace.routing.n_rows == 0 and math.prod(y.shape) == 0

@@ -44,7 +44,8 @@ def test_report_equals_reference() -> None:
     layer, share = make_layer(), [0.0] * 16
     usage, batches = LayerUsage(layer), [random(7, D) for _ in range(3)]
     for x in batches:
-        _, (trace,) = layer(x)
+        with torch.no_grad():
+            _, (trace,) = layer(x)
         usage.add(trace)
         _, gates, index = Twin(layer).forward(x)
         share = [a + b / len(batches) for a, b in zip(share, peer.gate_share(gates, index, 16), strict=True)]
