@@ -1,0 +1,137 @@
+"""What is compared: arms, budgets, sizes and seeds, read strictly from a YAML file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moestro.recipe.bind import Binder
+from moestro.recipe.load import Recipe, load_recipe
+from moestro.recipe.parts import PARTS
+from moestro.recipe.resolve import Place, read_tree
+from moestro.recipe.syntax import RecipeError
+
+BINDER = Binder(PARTS)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contestant: a recipe, keys set in it, and the key whose value is solved for equal compute.
+
+    `solve` is the dotted key of a whole number that makes the arm's FLOPs per token larger as it grows; its values are
+    multiples of `multiple_of`. The reference arm solves nothing: the sizes are its own. `proportional` is as in
+    `Sizes`, for keys that this arm has and others do not.
+    """
+
+    recipe: str
+    title: str = ""
+    description: str = ""
+    set: dict = field(default_factory=dict)
+    proportional: dict = field(default_factory=dict)
+    solve: str | None = None
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How the sizes follow from a budget: for each ratio, the width of the reference arm at which the budget buys so
+    many `tokens_per_parameter`.
+
+    d_model is a multiple of `d_model_multiple_of`. `proportional` names keys that grow with d_model, as key -> [share,
+    multiple]: the value is share * d_model, rounded to a multiple of `multiple`.
+    """
+
+    tokens_per_parameter: tuple[float, ...]
+    d_model_multiple_of: int = 32
+    proportional: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A whole comparison. `budgets` are useful training FLOPs of one run; `common` keys are set in every arm;
+    `evaluations` points make a loss curve; the final figures are of all held-out text, or of `final_tokens` of it."""
+
+    arms: dict
+    reference: str
+    budgets: tuple[float, ...]
+    sizes: Sizes
+    title: str = ""
+    seeds: tuple[int, ...] = (0,)
+    common: dict = field(default_factory=dict)
+    evaluations: int = 12
+    final_tokens: int | None = None
+    threads: int = 1
+    path: Path = Path()
+
+    def recipe(self, arm: str, settings: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe of one arm: its file, then `common`, then the arm's own keys, then `settings`."""
+        keys = {**self.common, **self.arms[arm].set, **(settings or {})}
+        # JSON is YAML of one line
+        return load_recipe(self.recipe_path(arm), [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+
+    def width_settings(self, arm: str, d_model: int) -> dict[str, int]:
+        """d_model and the keys of one arm that grow with it."""
+        shares = {**self.sizes.proportional, **self.arms[arm].proportional}
+        grown = {key: n * max(1, round(share * d_model / n)) for key, (share, n) in shares.items()}
+        return {"model.d_model": d_model, **grown}
+
+    def recipe_path(self, arm: str) -> Path:
+        """The recipe file of one arm; relative paths start at the comparison's own folder."""
+        return self.path.parent / self.arms[arm].recipe
+
+
+def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Comparison:
+    """Read a comparison and every recipe it names.
+
+    Raises: RecipeError naming what is wrong, what is allowed and where.
+    """
+    tree, origin = read_tree(Path(path), overrides)
+    top = Place(origin)
+    bound = BINDER.bind(Comparison, tree, top, hidden=("path",))
+    plan = bound.build()
+    arms = {name: BINDER.bind(Arm, node, top / "arms" / name).build() for name, node in plan.arms.items()}
+    plan = Comparison(**{**vars(plan), "arms": arms, "path": Path(path)})
+    _check(plan, top)
+    return plan
+
+
+def _check(plan: Comparison, top: Place) -> None:
+    if plan.reference not in plan.arms:
+        raise (top / "reference").error(f"reference={plan.reference!r}, allowed: {', '.join(map(str, plan.arms))}")
+    if plan.arms[plan.reference].solve is not None:
+        raise (top / "arms" / plan.reference / "solve").error("the reference arm gives the sizes and solves nothing")
+    for key, values in {"budgets": plan.budgets, "seeds": plan.seeds}.items():
+        if not values or len(set(values)) < len(values):
+            raise (top / key).error(f"{key}={list(values)}, allowed: at least one, none twice")
+    if min(plan.budgets) <= 0:
+        raise (top / "budgets").error(f"budgets={list(plan.budgets)}, allowed: FLOPs above 0")
+    ratios = plan.sizes.tokens_per_parameter
+    if not ratios or min(ratios) <= 0:
+        raise (top / "sizes" / "tokens_per_parameter").error(f"got {list(ratios)}, allowed: numbers above 0")
+    for key in ("evaluations", "threads"):
+        if getattr(plan, key) < 1:
+            raise (top / key).error(f"{key}={getattr(plan, key)}, allowed: at least 1")
+    _check_shares(plan.sizes.proportional, top / "sizes" / "proportional")
+    for name, arm in plan.arms.items():
+        _check_shares(arm.proportional, top / "arms" / name / "proportional")
+    _check_same_data(plan, top)
+
+
+def _check_shares(shares: Mapping[str, Any], place: Place) -> None:
+    for key, value in shares.items():
+        pair = isinstance(value, list) and len(value) == 2
+        if not pair or not isinstance(value[0], int | float) or type(value[1]) is not int or min(value) <= 0:
+            raise (place / key).error(f"got {value!r}, allowed: [share of d_model, whole number to round to]")
+
+
+def _check_same_data(plan: Comparison, top: Place) -> None:
+    reference = plan.recipe(plan.reference).tree["data"]
+    for name in plan.arms:
+        try:
+            data = plan.recipe(name).tree["data"]
+        except RecipeError as error:
+            raise (top / "arms" / name).error(str(error)) from error
+        if data != reference:
+            message = f"data differs from that of the reference arm {plan.reference!r}; losses would not compare"
+            raise (top / "arms" / name).error(message)
