@@ -1,11 +1,15 @@
 """Mixture-of-experts language models whose experts are unequal and countless."""
 
-from moestro.experts import FFNBank, SharedExpert, SingletonBank
-from moestro.layers import DenseFFN, MoELayer
-from moestro.model import Transformer
-from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy, RouterZLoss
-from moestro.routers import CosineScore, LinearScore, ProductKeyRouter, ScoredRouter, Soft, TopK, TopP
-from moestro.routing import Routing, SlotRouting, SoftRouting, SparseRouting, Trace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moestro.experts import FFNBank, SharedExpert, SingletonBank
+    from moestro.layers import DenseFFN, MoELayer
+    from moestro.model import Transformer
+    from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy, RouterZLoss
+    from moestro.routers import CosineScore, LinearScore, ProductKeyRouter, ScoredRouter, Soft, TopK, TopP
+    from moestro.routing import Routing, SlotRouting, SoftRouting, SparseRouting, Trace
 
 __version__ = "0.1.0"
 
@@ -23,8 +27,8 @@ __all__ = [
     "Routing",
     "ScoredRouter",
     "SharedExpert",
-    "SingletonBank",
     "SlotRouting",
+    "SingletonBank",
     "Soft",
     "SoftRouting",
     "SparseRouting",
@@ -33,3 +37,16 @@ __all__ = [
     "Trace",
     "Transformer",
 ]
+_HOMES = ("experts", "layers", "model", "objectives", "routers", "routing")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its module at first use: `moestro --help` must not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'moestro' has no attribute {name!r}")
+    home = next(module for module in map(_module, _HOMES) if hasattr(module, name))
+    return getattr(home, name)
+
+
+def _module(name: str) -> Any:
+    return import_module(f"moestro.{name}")
