@@ -67,11 +67,16 @@ for _tag, _read in (("int", int), ("float", float)):
     )
 
 
-def unknown(what: str, got: str | int, allowed: Iterable[str | int]) -> str:
+def nearest(got: object, allowed: Iterable[object]) -> str:
+    """`; did you mean 'top_k'?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(str(got), [str(name) for name in allowed], n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def unknown(what: str, got: object, allowed: Iterable[object]) -> str:
     """The sentence that refuses a name: the nearest one, and all that are allowed."""
     names = sorted(map(str, allowed))
-    near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    hint = nearest(got, names) or ";"
     return f"unknown {what} {got!r}{hint} allowed: {', '.join(names) or 'none'}"
 
 
