@@ -55,7 +55,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.bench
-	$(BIN)/python bench/layers.py $(BENCH_ARGS)
+	$(BIN)/python -m bench.layers $(BENCH_ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m mkdocs build --strict

@@ -5,7 +5,7 @@ with a parameter for each expert, which autograd treats better, and (iii) torch'
 padded to the widest. PEER: forward, and forward + backward, beside the public PEER-pytorch package (gather and
 einsum), routing included on both sides, with the same weights; its default of one expert a head is switched off.
 
-    python bench/layers.py [--quick] [--json PATH]
+    python -m bench.layers [--quick] [--json PATH]
 """
 
 import sys

@@ -1,0 +1,61 @@
+"""Sizes and free keys are solved, not typed: budgets buy the asked ratio, arms cost what the reference costs."""
+
+import pytest
+
+from moestro.compare.match import match, reference_size, sizes, solve
+from moestro.compare.plan import load_comparison
+from moestro.recipe.build import build_model
+from moestro.recipe.syntax import RecipeError
+from tests.compare.comparisons import COMPARISON, write_comparison
+
+VOCABULARY = 257
+
+
+@pytest.mark.parametrize(("target", "multiple", "best"), [(1000, 1, 100), (1004, 1, 100), (1006, 1, 101), (997, 8, 96)])
+def test_the_nearest_multiple_is_found(target, multiple, best):
+    assert solve(lambda value: 10.0 * value, target, multiple) == best
+
+
+def test_costs_that_cannot_be_reached_are_seen():
+    assert solve(lambda value: 100.0 + value, 50.0, 1) is None
+    assert solve(lambda value: 10.0, 50.0, 1) is None
+
+
+def test_sizes_buy_the_asked_tokens_a_parameter(tmp_path):
+    plan = load_comparison(write_comparison(tmp_path), ("sizes.tokens_per_parameter=[0.5, 4]", "budgets=[5e9]"))
+    found = sizes(plan, 5e9, VOCABULARY)
+    assert [size.d_model for size in found] == sorted(size.d_model for size in found)
+    for size, ratio in zip(found, (4, 0.5), strict=True):
+        have = 5e9 / size.token_flops / size.parameters
+        for neighbour in (size.d_model - 8, size.d_model + 8):
+            if neighbour:
+                other = reference_size(plan, neighbour, VOCABULARY)
+                there = 5e9 / other.token_flops / other.parameters
+                assert abs(have / ratio - 1) <= abs(there / ratio - 1) + 1
+        assert 0.5 < have / ratio < 2
+
+
+def test_ratios_that_fall_together_are_refused(tmp_path):
+    plan = load_comparison(write_comparison(tmp_path), ("sizes.tokens_per_parameter=[1, 1.01]",))
+    with pytest.raises(RecipeError, match="leads to d8 twice.*choose ratios further apart"):
+        sizes(plan, 3e7, VOCABULARY)
+
+
+def test_an_arm_costs_what_the_reference_costs(tmp_path):
+    plan = load_comparison(write_comparison(tmp_path))
+    size = reference_size(plan, 32, VOCABULARY)
+    matched = match(plan, "moe", size, VOCABULARY)
+    assert abs(matched.error) < 0.02
+    model = build_model(plan.recipe("moe", matched.settings), VOCABULARY, device="meta")
+    assert 3 * model.expected_token_flops(16) == matched.token_flops
+    assert matched.settings["model.ffn.branches.0.widths.total"] % 4 == 0
+    assert match(plan, "dense", size, VOCABULARY).error == 0
+
+
+def test_a_key_that_cannot_reach_the_cost_is_refused(tmp_path):
+    text = COMPARISON.replace("solve: model.ffn.branches.0.widths.total, multiple_of: 4", "solve: train.batch_size")
+    plan = load_comparison(write_comparison(tmp_path, text))
+    with pytest.raises(
+        RecipeError, match=r"no value of train.batch_size gives .* FLOPs a token.*arms.moe.solve"
+    ):
+        match(plan, "moe", reference_size(plan, 32, VOCABULARY), VOCABULARY)
