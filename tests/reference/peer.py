@@ -61,22 +61,23 @@ def head_keys(keys: Tensor, head: int) -> Tensor:
     return keys if keys.dim() == 2 else keys[head]
 
 
-def all_scores(q: Tensor, keys1: Tensor, keys2: Tensor) -> Tensor:
-    """Score of every one of the N product keys for one head's query: entry i*n + j is q1.c_i + q2.c'_j."""
+def score(q: Tensor, keys1: Tensor, keys2: Tensor, index: int) -> Tensor:
+    """Score of product key i*n + j for one head's query q = [q1; q2]: q1 . c_i + q2 . c'_j."""
     n, half = keys1.shape
-    scores = []
-    for i in range(n):
-        for j in range(n):
-            scores.append(torch.dot(q[:half], keys1[i]) + torch.dot(q[half:], keys2[j]))
-    return torch.stack(scores)
+    return torch.dot(q[:half], keys1[index // n]) + torch.dot(q[half:], keys2[index % n])
+
+
+def all_scores(q: Tensor, keys1: Tensor, keys2: Tensor) -> Tensor:
+    """Scores of all N = n*n product keys."""
+    return torch.stack([score(q, keys1, keys2, index) for index in range(len(keys1) ** 2)])
 
 
 def retrieve(q: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> Retrieved:
     """Brute-force top-k over all N keys, what product keys must equal: falling scores, expert indices."""
-    scores = all_scores(q, keys1, keys2)
-    values = scores.tolist()
+    with torch.no_grad():
+        values = all_scores(q, keys1, keys2).tolist()
     index = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
-    return torch.stack([scores[i] for i in index]), index
+    return torch.stack([score(q, keys1, keys2, i) for i in index]), index
 
 
 def staircase(q: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> set[int]:

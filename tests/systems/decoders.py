@@ -74,7 +74,7 @@ def tokens(batch: int, length: int) -> Tensor:
 
 
 class Twin:
-    """Leaves with the model's weights, by the model's names, and the reference decoder on them."""
+    """Leaves with the weights of a decoder, by its own names, and the reference decoder on them."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -86,12 +86,12 @@ class Twin:
         return transformer.forward(
             sequence,
             self._weights(),
-            n_layers=LAYERS,
+            n_layers=len(self.model.blocks),
             n_heads=attention.n_heads,
             n_kv_heads=attention.n_kv_heads,
             theta=attention.rope_theta,
             documents=documents,
-            ffns={1: self._mixture} if isinstance(self.model.get_submodule("blocks.1.ffn"), MoELayer) else None,
+            ffns={int(name.split(".")[1]): Mixture(self, name) for name in self.model.moe_layers()},
         )
 
     def _weights(self) -> dict[str, Tensor]:
@@ -106,16 +106,24 @@ class Twin:
                 out[f"blocks.{block}.gate"], out[f"blocks.{block}.up"] = leaf.chunk(2)
         return out
 
-    def _mixture(self, x: Tensor) -> Tensor:
-        layer = self.model.get_submodule("blocks.1.ffn")
-        assert isinstance(layer, MoELayer)
-        w = {name.removeprefix("blocks.1.ffn."): leaf for name, leaf in self.leaves.items()}
-        if isinstance(layer.router, ProductKeyRouter):
-            return self._peer(x, w, layer.router)
-        assert isinstance(layer.router, ScoredRouter)
-        select = layer.router.select
-        experts = triples(w["branches.0.w_in.weight"], w["branches.0.w_out.weight"], WIDTHS)
-        k, threshold = (None, select.threshold) if isinstance(select, TopP) else (2, None)
+
+class Mixture:
+    """One MoE layer of a decoder, as the reference computes it: x[s, d] -> y[s, d]."""
+
+    def __init__(self, twin: Twin, name: str) -> None:
+        self.layer = twin.model.moe_layers()[name]
+        self.weights = {key.removeprefix(f"{name}."): leaf for key, leaf in twin.leaves.items() if key.startswith(name)}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        router = self.layer.router
+        return self._peer(x, router) if isinstance(router, ProductKeyRouter) else self._hmoe(x)
+
+    def _hmoe(self, x: Tensor) -> Tensor:
+        router, bank, w = self.layer.router, self.layer.bank, self.weights
+        assert isinstance(router, ScoredRouter) and isinstance(bank, FFNBank)
+        experts = triples(w["branches.0.w_in.weight"], w["branches.0.w_out.weight"], list(bank.widths))
+        k = router.select.top_k if isinstance(router.select, TopK) else None
+        threshold = router.select.threshold if isinstance(router.select, TopP) else None
         y, _, _ = hmoe.layer(x, w["router.score.weight"], experts, k=k, threshold=threshold)
         if "branches.1.w_in.weight" in w:
             gate, up = w["branches.1.w_in.weight"].chunk(2)
@@ -123,10 +131,11 @@ class Twin:
             y = y + torch.stack([hmoe.swiglu_expert(x_t, (gate, up, down)) for x_t in x])
         return y
 
-    def _peer(self, x: Tensor, w: dict[str, Tensor], router: ProductKeyRouter) -> Tensor:
+    def _peer(self, x: Tensor, router: ProductKeyRouter) -> Tensor:
+        w, norm = self.weights, router.query_norm
         q = peer.queries(x, w["router.query"])
-        norm = router.query_norm
         moments = peer.batch_moments(q) if norm.training else (norm.get_buffer("mean"), norm.get_buffer("variance"))
         q = peer.normalized(q, *moments, w["router.query_norm.weight"], w["router.query_norm.bias"], 1e-5)
         first, second = w["router.keys"].squeeze(1)
-        return peer.layer(x, q, first, second, w["branches.0.up"], w["branches.0.down"], heads=2, k=3)[0]
+        up, down = w["branches.0.up"], w["branches.0.down"]
+        return peer.layer(x, q, first, second, up, down, heads=router.heads, k=router.top_k)[0]
