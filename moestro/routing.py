@@ -115,6 +115,9 @@ class SparseRouting(Routing):
             fixed=None,
         )
 
+    def load(self) -> Float[Tensor, "e"]:
+        return torch.bincount(self.expert, minlength=self.n_experts).to(torch.float32)
+
     def gather(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "n d"]:
         return x[self.token]
 
