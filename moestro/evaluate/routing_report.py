@@ -94,7 +94,8 @@ def expert_totals(routing: Routing) -> tuple[Float[Tensor, "e"], Float[Tensor, "
 
 def unevenness(gates: Float[Tensor, "e"]) -> float:
     """log N + sum_i z_i log z_i, z the experts' shares of all gates: 0 when even, log N when one expert has all."""
-    shares = gates.double() / gates.sum()
+    gates = gates.double()
+    shares = gates / gates.sum()
     return math.log(len(shares)) + float(torch.special.xlogy(shares, shares).sum())
 
 

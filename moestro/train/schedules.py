@@ -44,9 +44,9 @@ class Cosine:
 
     def __call__(self, progress: float, step_size: float = 0.0) -> float:
         warm = warmup_share(self.warmup, step_size)
-        if progress < warm:
+        if progress < warm or warm == 1:
             return rise(progress, warm)
-        through = (progress - warm) / (1 - warm) if warm < 1 else 1.0
+        through = (progress - warm) / (1 - warm)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * through)) / 2
 
 
