@@ -92,7 +92,7 @@ def train(arguments: argparse.Namespace) -> int:
     seed = recipe.train.keywords.get("seed", 0)
     out = arguments.out or Path("runs") / f"{recipe.name}-{seed}"
     try:
-        result = run_training(recipe, out, _device(arguments.device), display_on(title=recipe.name))
+        result = run_training(recipe, out, _device(arguments.device), display_on(sys.stderr, recipe.name))
     except TrainingStopped as stopped:
         return _stopped(stopped)
     figures = result["eval"]

@@ -150,11 +150,14 @@ class Binder:
         if hint is Path and isinstance(value, str):
             return Path(value)
         if slot in self.parts:
-            kinds = ", ".join(sorted(self.parts[slot]))
-            raise place.error(f"expected a mapping with one kind of {kinds}; got {describe(value)}")
+            raise self._not_a_part(value, place, slot)
         if hint is Any:
             return value
         raise place.error(f"cannot be set in a recipe: {_name(hint)} is neither a plain value nor a part")
+
+    def _not_a_part(self, value: Any, place: Place, slot: str) -> RecipeError:
+        kinds = ", ".join(sorted(self.parts[slot]))
+        return place.error(f"expected a mapping with one kind of {kinds}; got {describe(value)}")
 
     def _one_of(self, value: Any, hints: Sequence[Any], place: Place, slot: str, given: Collection[str]) -> Any:
         if value is None and type(None) in hints:
@@ -169,6 +172,8 @@ class Binder:
                 refused.append(error)
         if len(refused) == 1:
             raise refused[0]
+        if slot in self.parts:
+            raise self._not_a_part(value, place, slot)
         allowed = " or ".join(_name(hint) for hint in real)
         raise place.error(f"expected {allowed}; got {describe(value)}")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
@@ -18,6 +19,8 @@ from moestro.recipe.syntax import RecipeError, parse_yaml
 from moestro.train import best_checkpoint, load_weights, newest_checkpoint
 from moestro.train.checkpoint import step_of
 
+# Most experts whose loads are shown one by one.
+LISTED = 64
 CHECKPOINTS = {"newest": newest_checkpoint, "best": best_checkpoint}
 
 
@@ -83,10 +86,9 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 
 def figures_table(figures: Mapping[str, Any]) -> Group:
     """What `evaluate_run` returned, for a terminal."""
-    data = figures["data"]
-    table = Table(title=f"{figures['run']}, step {figures['step']}, on {data['name']}", title_justify="left")
-    for title in ("bits per byte", "zlib -9", "perplexity", "nats/token", "tokens", "bytes"):
-        table.add_column(title, justify="right")
+    data, layers = figures["data"], figures["layers"]
+    titles = ("bits per byte", "zlib -9", "perplexity", "nats/token", "tokens", "bytes")
+    table = _table(f"{figures['run']}, step {figures['step']:,}, on {data['name']}", titles)
     table.add_row(
         f"{figures['bpb']:.4f}",
         f"{data['zlib_bpb']:.4f}",
@@ -95,14 +97,12 @@ def figures_table(figures: Mapping[str, Any]) -> Group:
         f"{figures['tokens']:,}",
         f"{figures['bytes']:,}",
     )
-    return Group(table, *([_layer_table(figures["layers"])] if figures["layers"] else []))
+    return Group(table, *([_routing_table(layers), _load_table(layers)] if layers else []))
 
 
-def _layer_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="routing", title_justify="left")
-    table.add_column("layer")
-    for title in ("experts", "experts/token", "p99", "active width", "p99", "unevenness", "used", "dead", "load"):
-        table.add_column(title, justify="right")
+def _routing_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
+    titles = ("layer", "experts", "a token", "p99", "width", "p99", "uneven", "used", "dead")
+    table = _table("routing (uneven: KL of the gates from uniform, in nats)", titles)
     for name, layer in layers.items():
         experts, width = layer["experts_per_token"], layer["active_width"]
         table.add_row(
@@ -115,18 +115,29 @@ def _layer_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{layer['unevenness']:.3f}",
             f"{layer['usage']:.1%}",
             f"{layer['dead']:.1%}",
-            _load_text(layer),
         )
-    table.caption = "unevenness: KL of the gates' shares from uniform, nats. load: share of rows, expert by expert"
+    return table
+
+
+def _load_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = _table("load (% of rows, expert by expert)", ("layer", "load"))
+    for name, layer in layers.items():
+        table.add_row(name, _load_text(layer))
     return table
 
 
 def _load_text(layer: Mapping[str, Any]) -> str:
-    """Shares of the rows in percent where they fit on a line, else their range."""
-    load = layer["load"]
-    if load is None:
-        return "-"
-    shares = [100 * rows / max(1.0, sum(load)) for rows in load]
-    if len(shares) <= 16:
-        return " ".join(f"{share:.0f}" for share in shares)
-    return f"{min(shares):.2f} to {max(shares):.2f}"
+    load, histogram = layer["load"], layer["load_histogram"]
+    if load is not None and len(load) <= LISTED:
+        return " ".join(f"{100 * rows / max(1.0, sum(load)):.1f}" for rows in load)
+    if histogram is None:
+        return f"{min(load):,.0f} to {max(load):,.0f} rows an expert"
+    edges, counts = histogram["edges"], histogram["experts"]
+    return ", ".join(f"{low}+: {n:,}" for low, n in zip(edges, counts, strict=False) if n)
+
+
+def _table(title: str, titles: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
+    for name in titles:
+        table.add_column(name, justify="left" if name in ("layer", "load") else "right", no_wrap=name == "layer")
+    return table

@@ -69,7 +69,7 @@ for _tag, _read in (("int", int), ("float", float)):
 
 def nearest(got: object, allowed: Iterable[object]) -> str:
     """`; did you mean 'top_k'?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(str(got), [str(name) for name in allowed], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(got), [str(name) for name in allowed], n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
