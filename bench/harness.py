@@ -65,7 +65,7 @@ def race(case: str, what: str, ours: Callable, peers: dict[str, Callable], round
     rows = []
     for name in peers:
         ratios = [theirs / mine for theirs, mine in zip(times[name], times["ours"], strict=True)]
-        tenths = quantiles(ratios, n=10)
+        tenths = quantiles(ratios, n=10, method="inclusive")
         spread = (tenths[0], tenths[-1])
         rows.append(
             Row(case, what, "ms", median(times["ours"]), name, median(times[name]), median(ratios), spread)
@@ -74,18 +74,18 @@ def race(case: str, what: str, ours: Callable, peers: dict[str, Callable], round
 
 
 def weigh(case: str, what: str, ours: Callable, peers: dict[str, Callable]) -> list[Row]:
-    """Peak of the memory allocated while running, above what was allocated before (MiB)."""
-    mine = peak_memory(ours)
+    """Peak of the memory allocated while running, without what is returned: activations and scratch space (MiB)."""
+    mine = activation_memory(ours)
     rows = []
     for name, run in peers.items():
-        theirs = peak_memory(run)
+        theirs = activation_memory(run)
         rows.append(Row(case, what, "MiB", mine, name, theirs, theirs / mine, (theirs / mine, theirs / mine)))
     return rows
 
 
-def peak_memory(run: Callable) -> float:
-    """Largest sum of live allocations during `run`, in MiB."""
-    run()
+def activation_memory(run: Callable) -> float:
+    """Largest sum of live allocations during `run`, less the tensors (gradients) it returns, in MiB."""
+    returned = sum(tensor.nbytes for tensor in run())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -93,7 +93,7 @@ def peak_memory(run: Callable) -> float:
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak / 2**20
+    return (peak - returned) / 2**20
 
 
 def agree(name: str, have: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:

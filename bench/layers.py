@@ -115,7 +115,7 @@ def moe_rows(quick: bool, dtype: torch.dtype) -> list[Row]:
         case = f"MoE T={tokens} d={d} E={experts} k={top_k} {name} {str(dtype)[6:]}"
         rows += race(case, "forward + backward", ours, runs, rounds)
         if dtype == torch.float32:
-            rows += weigh(case, "peak memory, forward + backward", ours, runs)
+            rows += weigh(case, "activation memory", ours, runs)
     return rows
 
 
@@ -150,7 +150,7 @@ def peer_rows(quick: bool) -> list[Row]:
     with torch.no_grad():
         rows = race(case, "forward", run_ours, {peer: run_theirs}, rounds)
     rows += race(case, "forward + backward", both_ours, {peer: both_theirs}, rounds)
-    return rows + weigh(case, "peak memory, forward + backward", both_ours, {peer: both_theirs})
+    return rows + weigh(case, "activation memory", both_ours, {peer: both_theirs})
 
 
 def main() -> None:

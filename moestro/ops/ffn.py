@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -50,20 +51,36 @@ def _fused(
     widths: tuple[int, ...],
     activation: str,
 ) -> Tensor:
-    return _ExpertFFN.apply(x, token, weight, w_in, w_out, _Plan(offsets.tolist(), widths), activation)  # type: ignore
+    plan = _Plan(token, len(x), offsets.tolist(), widths)
+    return _ExpertFFN.apply(x, token, weight, w_in, w_out, plan, activation)  # type: ignore
 
 
 class _Plan:
-    """Where each busy expert's rows, units and pre-activations lie: (rows, units, elements of z) as slices."""
+    """Where each busy expert's rows and units lie, and which rows belong to each token."""
 
-    def __init__(self, bounds: list[int], widths: tuple[int, ...]) -> None:
+    def __init__(self, token: Tensor, n_tokens: int, bounds: list[int], widths: tuple[int, ...]) -> None:
         units = [0, *accumulate(widths)]
-        self.jobs: list[tuple[slice, slice]] = [
-            (slice(bounds[e], bounds[e + 1]), slice(units[e], units[e + 1]))
-            for e in range(len(widths))
-            if bounds[e + 1] > bounds[e] and widths[e] > 0
-        ]
+        every = [(slice(bounds[e], bounds[e + 1]), slice(units[e], units[e + 1])) for e in range(len(widths))]
+        self.jobs = [(rows, unit) for rows, unit in every if _length(rows) and _length(unit)]
+        self.idle = [unit for rows, unit in every if not _length(rows)]
         self.size = sum(_length(rows) * _length(unit) for rows, unit in self.jobs)
+        # experts of width 0 have rows but no job: what they would write must not be left unwritten
+        self.complete = sum(_length(rows) for rows, _ in self.jobs) == len(token)
+        self.by_token = token.argsort(stable=True)
+        count = torch.bincount(token, minlength=n_tokens)
+        self.starts = count.cumsum(0) - count
+
+    def buffer(self, like: Tensor) -> Tensor:
+        """Room for one output of every row."""
+        n = len(self.by_token)
+        return like.new_empty(n, like.shape[1]) if self.complete else like.new_zeros(n, like.shape[1])
+
+    def combine(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Weighted sum of each token's rows, always in the same order."""
+        if not len(rows):
+            return rows.new_zeros(len(self.starts), rows.shape[1])
+        each = None if weight is None else weight[self.by_token]
+        return F.embedding_bag(self.by_token, rows, self.starts, per_sample_weights=each, mode="sum")
 
 
 class _ExpertFFN(torch.autograd.Function):
@@ -71,20 +88,18 @@ class _ExpertFFN(torch.autograd.Function):
     def forward(ctx, x, token, weight, w_in, w_out, plan, activation):  # type: ignore[override]
         act = find(activation).forward
         gates = len(w_in) // max(len(w_out), 1)
-        y = torch.zeros_like(x)
+        out = plan.buffer(x)
         z_all = x.new_empty(plan.size * gates)
         start = 0
         for rows, unit in plan.jobs:
             n, width = _length(rows), _length(unit)
             z = z_all[start : start + n * width * gates].view(n, width * gates)
             start += z.numel()
-            index = token[rows]
-            torch.mm(x.index_select(0, index), w_in[_scaled(unit, gates)].T, out=z)
-            out = _hidden(z, width, act) @ w_out[unit]
-            y.index_add_(0, index, out.mul_(weight[rows, None]))
+            torch.mm(x.index_select(0, token[rows]), w_in[_scaled(unit, gates)].T, out=z)
+            torch.mm(_hidden(z, width, act), w_out[unit], out=out[rows])
         ctx.save_for_backward(x, token, weight, w_in, w_out, z_all)
         ctx.plan, ctx.activation = plan, activation
-        return y
+        return plan.combine(out, weight)
 
     @staticmethod
     @once_differentiable
@@ -92,14 +107,18 @@ class _ExpertFFN(torch.autograd.Function):
         x, token, weight, w_in, w_out, z_all = ctx.saved_tensors
         act = find(ctx.activation)
         gates = len(w_in) // max(len(w_out), 1)
-        dx, dweight, dw_in, dw_out = (torch.zeros_like(v) for v in (x, weight, w_in, w_out))
+        dx_rows = ctx.plan.buffer(x)
+        dweight, dw_in, dw_out = torch.zeros_like(weight), torch.empty_like(w_in), torch.empty_like(w_out)
+        for unit in ctx.plan.idle:
+            dw_in[_scaled(unit, gates)] = 0
+            dw_out[unit] = 0
         start = 0
         for rows, unit in ctx.plan.jobs:
             n, width = _length(rows), _length(unit)
             z = z_all[start : start + n * width * gates].view(n, width * gates)
             start += z.numel()
             index, gate = token[rows], weight[rows, None]
-            dy_rows, x_rows = dy.index_select(0, index), x.index_select(0, index)
+            dy_rows = dy.index_select(0, index)
             hidden = _hidden(z, width, act.forward)
             dhidden = dy_rows @ w_out[unit].T
             dweight[rows] = (dhidden * hidden).sum(-1)
@@ -113,9 +132,9 @@ class _ExpertFFN(torch.autograd.Function):
             else:
                 dz.copy_(act.backward(dhidden, z))
             block = _scaled(unit, gates)
-            torch.mm(dz.T, x_rows, out=dw_in[block])
-            dx.index_add_(0, index, dz @ w_in[block])
-        return dx, None, dweight, dw_in, dw_out, None, None
+            torch.mm(dz.T, x.index_select(0, index), out=dw_in[block])
+            torch.mm(dz, w_in[block], out=dx_rows[rows])
+        return ctx.plan.combine(dx_rows), None, dweight, dw_in, dw_out, None, None
 
 
 def _hidden(z: Tensor, width: int, act) -> Tensor:
