@@ -1,6 +1,7 @@
 """The charts of final results: every seed of every arm, and bits per byte against active parameters."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from moestro.compare.isoflop import minimum_status, parabola
 from moestro.compare.looks import Look
@@ -32,9 +33,12 @@ def reach(low: float, high: float, reference: float | None, share: float = 0.6) 
 
 
 def level(x: Axis, y: Axis, value: float | None, name: str) -> str:
-    """A dashed horizontal line at a reference value, named at its left end; nothing where it is off the axis."""
-    if not is_number(value) or not y.low <= value <= y.high:
+    """A dashed horizontal line at a reference value, named at its left end; off the axis only an arrow towards it."""
+    if not is_number(value):
         return ""
+    if not y.low <= value <= y.high:
+        arrow, at = ("↓", y.start - 6) if value < y.low else ("↑", y.end + 14)
+        return text(x.start + 6, at, f"{arrow} {name} {value:.3f}", "note")
     at = y.at(value)
     return segment(x.start, at, x.end, at, "reference") + text(x.start + 6, at - 5, f"{name} {value:.3f}", "note")
 
@@ -45,7 +49,7 @@ def tick_decimals(low: float, high: float, count: int = 5) -> int:
     return next((d for d in range(6) if all(abs(round(t, d) - t) < 1e-9 for t in ticks)), 6)
 
 
-def forest(verdict: Verdict, looks: Mapping[str, Look], zlib_bpb: float | None, width: float) -> str:
+def forest(verdict: Verdict, looks: Mapping[str, Look], zlib_bpb: float | None, decimals: int, width: float) -> str:
     """One row an arm, lowest first: a dot for every seed, the mean, and a bar of one standard deviation."""
     phone = width < PHONE
     row = 46 if phone else 32
@@ -64,7 +68,7 @@ def forest(verdict: Verdict, looks: Mapping[str, Look], zlib_bpb: float | None, 
         look = looks[cell.arm]
         y = top + row * (i + 0.5) + (9 if phone else 0)
         parts.append(f'<g class="{look.css}">{_forest_row(cell, look, x, y)}</g>')
-        measured = mean_and_spread(cell.mean, cell.std)
+        measured = mean_and_spread(cell.mean, cell.std, decimals)
         if phone:
             parts.append(text(left, y - 13, shorten(look.title, 28), "name"))
             parts.append(text(right, y - 13, measured, "value", "end"))
@@ -103,31 +107,34 @@ def _forest_row(cell: Cell, look: Look, x: Axis, y: float) -> str:
     return "".join(parts)
 
 
-def isoflop_domain(panels: Mapping[float, Mapping], zlib_bpb: float | None) -> tuple[tuple, tuple]:
-    """Ranges of active parameters and of bits per byte that hold every point of every budget."""
-    points = [p for arms in panels.values() for entry in arms.values() for p in entry["points"] if is_number(p[1])]
+def isoflop_heights(arms: Mapping[str, Mapping], zlib_bpb: float | None) -> tuple[float, float]:
+    """The range of bits per byte that holds every point and every marked minimum of one budget."""
+    points = [p for entry in arms.values() for p in entry["points"] if is_number(p[1])]
     y_values = [v for p in points for v in _whiskers(p[1], p[2] if len(p) > 2 else None)]
-    for arms in panels.values():
-        for entry in arms.values():
-            if minimum_status(entry["points"], entry["fit"]) == "inside":
-                y_values.append(entry["fit"]["minimum_bpb"])
-    return padded([p[0] for p in points], 0.08, log=True), reach(*padded(y_values, 0.1), zlib_bpb)
+    for entry in arms.values():
+        if minimum_status(entry["points"], entry["fit"]) == "inside":
+            y_values.append(entry["fit"]["minimum_bpb"])
+    return reach(*padded(y_values, 0.1), zlib_bpb, 0.3)
 
 
 def isoflop(
     arms: Mapping[str, Mapping],
     looks: Mapping[str, Look],
-    domain: tuple,
+    sizes: tuple[float, float],
     zlib_bpb: float | None,
     width: float,
 ) -> str:
     """One budget: points with bars of one standard deviation, parabolas over the measured sizes, inner minima."""
     height = 340
-    (x_low, x_high), (y_low, y_high) = domain
-    x = Axis(x_low, x_high, 52, width - 12, log=True)
+    y_low, y_high = isoflop_heights(arms, zlib_bpb)
+    x = Axis(*sizes, 52, width - 12, log=True)
     y = Axis(y_low, y_high, height - 48, 30)
     decimals = tick_decimals(y_low, y_high)
-    parts = [axes(x, y, "active parameters", "validation bits per byte", si, lambda v: f"{v:.{decimals}f}")]
+    parts = [
+        axes(
+            x, y, "active parameters", "validation bits per byte", partial(si, digits=4), lambda v: f"{v:.{decimals}f}"
+        )
+    ]
     parts.append(level(x, y, zlib_bpb, "zlib"))
     for arm, entry in arms.items():
         parts.append(f'<g class="{looks[arm].css}">{_isoflop_arm(entry, looks[arm], x, y)}</g>')

@@ -77,8 +77,8 @@ def cell_curve(cell: Cell, kind: str) -> Curve | None:
 
 
 def y_domain(curves: Sequence[Curve], reference: float | None) -> tuple[float, float]:
-    """Everything from 8 % of the longest run on: the first fall from chance would flatten all the rest."""
-    begin = 0.08 * max(curve.xs[-1] for curve in curves)
+    """Everything from 12 % of the longest run on: the fall from chance would flatten all that tells arms apart."""
+    begin = 0.12 * max(curve.xs[-1] for curve in curves)
     values = [
         v
         for curve in curves
@@ -102,7 +102,7 @@ def loss_curves(
     height = 250 if small else 330 if phone else 420
     ends = [curve.xs[-1] for curve in curves.values()]
     starts = [curve.xs[0] for curve in curves.values()]
-    x_low, x_high = (min(starts), max(ends)) if log else (0.0, max(ends))
+    x_low, x_high = (max(min(starts), 0.05 * max(ends)), max(ends)) if log else (0.0, max(ends))
     if log and x_low >= x_high:
         x_low, x_high = padded([x_high], log=True)
     y_low, y_high = y_domain(list(curves.values()), reference)

@@ -45,13 +45,13 @@ def facts(pairs: Mapping[str, str]) -> str:
     return f'<dl class="facts">{items}</dl>'
 
 
-def tabs(group: str, panels: Mapping[str, str]) -> str:
+def tabs(group: str, panels: Mapping[str, str], chosen: int = 0) -> str:
     """Panels of which one is shown, chosen by radio buttons, so that no script is needed; labels are HTML."""
     if len(panels) == 1:
         return next(iter(panels.values()))
     choices, bodies = [], []
     for i, (label, body) in enumerate(panels.items()):
-        checked = " checked" if i == 0 else ""
+        checked = " checked" if i == chosen else ""
         choices.append(f'<input type="radio" class="tab-{i}" name="{group}" id="{group}-{i}"{checked}>')
         choices.append(f'<label for="{group}-{i}">{label}</label>')
         bodies.append(f'<div class="panel panel-{i}">{body}</div>')

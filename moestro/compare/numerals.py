@@ -5,6 +5,9 @@ from typing import TypeGuard
 
 MISSING = "–"
 MINUS = "\N{MINUS SIGN}"
+# Keeps a number and what belongs to it on one line.
+NO_BREAK = "\N{NO-BREAK SPACE}"
+PLUS_MINUS = f"{NO_BREAK}±{NO_BREAK}"
 _SI = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -22,14 +25,14 @@ def significant(value: float, digits: int = 3) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def si(value: float | None) -> str:
+def si(value: float | None, digits: int = 3) -> str:
     """A count with its SI letter: 1.23M; billions are B, as the field writes parameters."""
     if not is_number(value):
         return MISSING
     for scale, letter in _SI:
         if abs(value) >= 0.9995 * scale:
-            return significant(value / scale) + letter
-    return significant(value)
+            return significant(value / scale, digits) + letter
+    return significant(value, digits)
 
 
 def scientific(value: float | None) -> str:
@@ -50,14 +53,14 @@ def decimals_for(spread: float | None) -> int:
     return min(max(3, math.ceil(-math.log10(spread / 2))), 5)
 
 
-def mean_and_spread(mean: float | None, spread: float | None) -> str:
-    """`1.912 ± 0.004`; the spread is left out where it is unknown."""
+def mean_and_spread(mean: float | None, spread: float | None, decimals: int | None = None) -> str:
+    """`1.912 ± 0.004`; the spread is left out where it is unknown. By default as many decimals as it deserves."""
     if not is_number(mean):
         return MISSING
-    decimals = decimals_for(spread)
+    decimals = decimals_for(spread) if decimals is None else decimals
     if not is_number(spread):
         return f"{mean:.{decimals}f}"
-    return f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
+    return f"{mean:.{decimals}f}{PLUS_MINUS}{spread:.{decimals}f}"
 
 
 def signed(value: float | None, decimals: int = 3) -> str:
@@ -74,7 +77,7 @@ def percent(share: float | None, digits: int = 2) -> str:
     """0.0161 -> `1.6 %`."""
     if not is_number(share):
         return MISSING
-    return f"{significant(100 * share, digits if abs(share) < 0.995 else 3)} %"
+    return f"{significant(100 * share, digits if abs(share) < 0.995 else 3)}{NO_BREAK}%"
 
 
 def duration(seconds: float | None) -> str:

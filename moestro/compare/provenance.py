@@ -168,3 +168,15 @@ def runs_table(results: Mapping) -> str:
     titles += ["Useful FLOPs", "Computed FLOPs", "Tokens/s", "Folder"]
     rows = run_rows(results)
     return details(f"All {len(rows)} runs", plain_table(titles, rows)) if rows else ""
+
+
+def setup_section(results: Mapping, verdict: Verdict, looks: Mapping[str, Look]) -> str:
+    """Everything needed to judge or repeat the comparison."""
+    return (
+        corpus_facts(results)
+        + "<h3>Arms</h3>"
+        + arms_table(results, looks)
+        + "<h3>How compute is counted</h3>"
+        + counting(results, verdict)
+        + runs_table(results)
+    )

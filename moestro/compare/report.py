@@ -12,8 +12,9 @@ from moestro.compare import sections
 from moestro.compare.looks import Look, arm_looks
 from moestro.compare.markup import section, tab_rules
 from moestro.compare.plots import escape
-from moestro.compare.provenance import limits
-from moestro.compare.token_text import view_rules, views
+from moestro.compare.provenance import limits, setup_section
+from moestro.compare.token_text import sample_section, view_rules, views
+from moestro.compare.usage import usage_section
 from moestro.compare.verdict import main_verdict
 
 
@@ -26,12 +27,12 @@ def render_report(results: Mapping) -> str:
     body = "".join(
         [
             sections.result(results, verdict, looks),
-            section("arms", "All arms", sections.arms(results, looks)),
+            section("arms", "All arms", sections.arms(results, verdict, looks)),
             section("curves", "Loss against compute", sections.curves(results, verdict, looks)),
             section("isoflop", "How large should the model be?", sections.isoflop(results, looks)),
-            section("experts", "Which experts worked", sections.usage(verdict, looks)),
-            section("sample", "The same text, seen by every arm", sections.sample(results, looks)),
-            section("setup", "How this was measured", sections.setup(results, verdict, looks)),
+            section("experts", "Which experts worked", usage_section(verdict, looks)),
+            section("sample", "The same text, seen by every arm", sample_section(results, looks)),
+            section("setup", "How this was measured", setup_section(results, verdict, looks)),
             section("limits", "What this does not show", limits(results, verdict)),
         ]
     )

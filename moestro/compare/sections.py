@@ -1,4 +1,4 @@
-"""The sections of the report, from the sentence at its top to the pictures of experts and tokens."""
+"""The sections of the report on how well the arms did: verdict, tables, loss curves, isoFLOP curves."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -8,15 +8,20 @@ from moestro.compare.curves import cell_curve, loss_curves
 from moestro.compare.looks import Look
 from moestro.compare.markup import details, paragraph, plain_table, scrolling, tabs
 from moestro.compare.numerals import is_number, mean_and_spread, percent, signed, significant
-from moestro.compare.plots import escape, responsive
-from moestro.compare.provenance import arms_table, corpus_facts, counting, runs_table
-from moestro.compare.table import arm_rows, column_titles
-from moestro.compare.token_text import coloured_text
-from moestro.compare.usage import layer_figure, share_rows
-from moestro.compare.verdict import RULE, Cell, Verdict, budget_text, cells, compare, headline, judge
-
-# More layers than this are folded away behind the first ones.
-SHOWN_LAYERS = 6
+from moestro.compare.plots import escape, padded, responsive
+from moestro.compare.table import Row, arm_rows, column_titles
+from moestro.compare.verdict import (
+    RULE,
+    Cell,
+    Verdict,
+    budget_text,
+    cells,
+    common_decimals,
+    compare,
+    headline,
+    judge,
+    unranked,
+)
 
 
 def _zlib(results: Mapping) -> float | None:
@@ -28,7 +33,9 @@ def _zlib_note(results: Mapping) -> str:
     zlib = _zlib(results)
     if zlib is None:
         return ""
-    return f" zlib reaches {zlib:.3f} bits per byte on the same corpus; its line is drawn where it is near enough."
+    return (
+        f" zlib reaches {zlib:.3f} bits per byte on the same corpus; a dotted line marks it where it lies on the axis."
+    )
 
 
 def result(results: Mapping, verdict: Verdict, looks: Mapping[str, Look]) -> str:
@@ -40,7 +47,14 @@ def result(results: Mapping, verdict: Verdict, looks: Mapping[str, Look]) -> str
         )
     if verdict.ranked:
         parts.append(paragraph(_lead(results, verdict), "lead"))
-        parts.append(f"<figure>{responsive(partial(charts.forest, verdict, looks, _zlib(results)))}")
+        missing = unranked(results, verdict)
+        if missing:
+            parts.append(
+                paragraph(f"Not in this verdict, for lack of a finished run: {', '.join(missing)}.", "warning")
+            )
+        parts.append(
+            f"<figure>{responsive(partial(charts.forest, verdict, looks, _zlib(results), common_decimals(results)))}"
+        )
         parts.append("<figcaption>Small dots are seeds, marks are means, bars are one standard deviation.")
         parts.append(f"{escape(_zlib_note(results))}</figcaption></figure>")
         parts.append(_other_budgets(results, verdict))
@@ -64,8 +78,8 @@ def _lead(results: Mapping, verdict: Verdict) -> str:
         found = compare(best, reference)
         said = {True: "more than seed noise", False: "within seed noise", None: "the spread being unknown"}
         title, other = (title_of(results, cell.arm) for cell in (best, reference))
-        gap = f"{signed(-found.difference)} bits per byte, {percent(found.difference / reference.mean)}"
-        text += f" Against the reference, {other}, {title} makes a difference of {gap}: {said[found.separable]}."
+        gap = f"{found.difference:.3f} bits per byte ({percent(found.difference / reference.mean)})"
+        text += f" {title} lies {gap} below the reference, {other}: {said[found.separable]}."
     return text
 
 
@@ -116,41 +130,55 @@ def _rule_table(verdict: Verdict, looks: Mapping[str, Look]) -> str:
     return plain_table(titles, rows)
 
 
-def arms(results: Mapping, looks: Mapping[str, Look]) -> str:
-    titles = column_titles(results)
-    words = ("arm", "size")
-    head = "".join(
-        f'<th scope="col" class="{"" if column in words else "number"}">{escape(title)}</th>'
-        for column, title in titles.items()
-    )
-    body, group = [], None
+def arms(results: Mapping, verdict: Verdict, looks: Mapping[str, Look]) -> str:
+    """The tables of arms, the headline's budget first, a block for every size; and the runs that failed."""
+    titles = {column: title for column, title in column_titles(results).items() if column not in ("budget", "size")}
+    head = "".join(f'<th scope="col"{_numeric(column)}>{escape(title)}</th>' for column, title in titles.items())
+    groups: dict[float, dict[str, list[Row]]] = {}
     for row in arm_rows(results):
-        here = (row.cell.budget, row.cell.size)
-        css = ("lowest " if row.lowest else "") + ("lost " if not row.cell.runs else "")
-        css += "first" if group not in (None, here) else ""
-        group = here
-        first = f'<th scope="row" data-sort="{escape(row.texts["arm"])}">{looks[row.cell.arm].name()}</th>'
-        body.append(f'<tr class="{css.strip()}">{first}')
-        for column in list(titles)[1:]:
-            number = row.numbers.get(column)
-            key = f' data-sort="{number!r}"' if is_number(number) else ' data-sort=""' if column not in words else ""
-            body.append(f'<td class="{"" if column in words else "number"}"{key}>{escape(row.texts[column])}</td>')
-        body.append("</tr>")
-    table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+        groups.setdefault(row.cell.budget, {}).setdefault(row.cell.size, []).append(row)
+    tables = {}
+    for budget, sizes in groups.items():
+        body = "".join(_arm_block(size, rows, list(titles), looks, len(sizes) > 1) for size, rows in sizes.items())
+        tables[budget] = scrolling(f'<table class="sortable"><thead><tr>{head}</tr></thead>{body}</table>')
+    shown = tables.pop(verdict.budget, paragraph("No run was planned.", "quiet"))
     note = (
         "Bits per byte on the validation text: mean ± standard deviation over seeds; bold is the lowest mean at equal "
-        "size and budget. Active parameters and FLOPs per token (forward) are means of what was really used."
+        "size and budget. Active parameters and FLOPs per token (forward and backward) are what was really used."
     )
-    return scrolling(table) + paragraph(note, "quiet") + _lost_runs(results)
+    folded = "".join(details(f"The same at {budget_text(budget)}", table) for budget, table in tables.items())
+    return shown + paragraph(note, "quiet") + folded + _lost_runs(results)
+
+
+def _arm_block(size: str, rows: list[Row], columns: list[str], looks: Mapping[str, Look], named: bool) -> str:
+    label = f'<tr class="group"><td colspan="{len(columns)}">Size {escape(size)}</td></tr>' if named else ""
+    return f"<tbody>{label}{''.join(_arm_row(row, columns, looks) for row in rows)}</tbody>"
+
+
+def _numeric(column: str) -> str:
+    return "" if column == "arm" else ' class="number"'
+
+
+def _arm_row(row: Row, columns: list[str], looks: Mapping[str, Look]) -> str:
+    css = "lowest" if row.lowest else "lost" if not row.cell.runs else ""
+    parts = [f'<tr class="{css}"><th scope="row">{looks[row.cell.arm].name()}</th>']
+    for column in columns[1:]:
+        number = row.numbers.get(column)
+        key = repr(number) if is_number(number) else ""
+        parts.append(f'<td class="number" data-sort="{key}">{escape(row.texts[column])}</td>')
+    return "".join(parts) + "</tr>"
 
 
 def _lost_runs(results: Mapping) -> str:
-    errors = [
-        f"{title_of(results, run['arm'])}, {run['size']}, seed {run.get('seed')}: {run['error']}"
-        for run in results["runs"]
-        if run.get("error")
-    ]
-    items = "".join(f"<li>{escape(error)}</li>" for error in errors)
+    counts: dict[tuple[str, str], int] = {}
+    for run in results["runs"]:
+        if run.get("error"):
+            key = (title_of(results, run["arm"]), str(run["error"]))
+            counts[key] = counts.get(key, 0) + 1
+    items = "".join(
+        f"<li>{escape(title)}, {count} run{'s' if count > 1 else ''}: {escape(error)}</li>"
+        for (title, error), count in counts.items()
+    )
     return f'<p>Runs that failed:</p><ul class="failed">{items}</ul>' if items else ""
 
 
@@ -170,8 +198,9 @@ def curves(results: Mapping, verdict: Verdict, looks: Mapping[str, Look]) -> str
             panels[label] = responsive(partial(loss_curves, found, looks, kind, log, reference))
     if not panels:
         return paragraph("No curve was recorded.", "quiet")
+    best_sizes = ", each arm at its best size" if len(results["sizes"]) > 1 else ""
     note = (
-        f"Runs with a budget of {budget_text(verdict.budget)}, each arm at its best size. Lines are means, bands reach "
+        f"Runs with a budget of {budget_text(verdict.budget)}{best_sizes}. Lines are means, bands reach "
         "from the lowest to the highest seed. Useful FLOPs, forward and backward. The steep start may leave the frame. "
         "Training losses are averaged in bins; they are in nats per token and depend on the tokenizer."
     )
@@ -185,7 +214,7 @@ def _arm_curves(chosen: tuple[Cell, ...] | list[Cell], kind: str) -> dict:
 
 
 def _captioned(chart: str, caption: str) -> str:
-    return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure><figcaption><strong>{escape(caption)}</strong></figcaption>{chart}</figure>"
 
 
 def _all_curves(results: Mapping, looks: Mapping[str, Look]) -> str:
@@ -212,10 +241,13 @@ def isoflop(results: Mapping, looks: Mapping[str, Look]) -> str:
     panels = {budget: arms for budget, arms in sorted(panels.items()) if arms}
     if not panels:
         return paragraph("No isoFLOP points were recorded.", "quiet")
+    if not any(len({p[0] for p in entry["points"]}) > 1 for arms in panels.values() for entry in arms.values()):
+        return paragraph("Every arm ran at one size only, so this comparison cannot say. Three sizes or more can.")
     zlib = _zlib(results)
-    domain = charts.isoflop_domain(panels, zlib)
+    active = [p[0] for arms in panels.values() for entry in arms.values() for p in entry["points"] if is_number(p[1])]
+    sizes = padded(active, 0.08, log=True)
     figures = [
-        _captioned(charts.isoflop(arms, looks, domain, zlib, 460), budget_text(budget))
+        _captioned(charts.isoflop(arms, looks, sizes, zlib, 460), budget_text(budget))
         for budget, arms in panels.items()
     ]
     rows = [
@@ -224,67 +256,10 @@ def isoflop(results: Mapping, looks: Mapping[str, Look]) -> str:
         for arm, entry in arms.items()
     ]
     note = (
-        "Each panel is one budget: a smaller model sees more tokens, a larger one fewer. Bars are one standard "
-        "deviation. Where three sizes or more were measured, a parabola in the logarithm of the active parameters is "
-        "fitted to the means; a ring marks its minimum only if the parabola opens upwards and the minimum lies between "
-        "the measured sizes."
+        "Each panel is one budget, with its own vertical scale: a smaller model sees more tokens, a larger one fewer. "
+        "Bars are one standard deviation. Where three sizes or more were measured, a parabola in the logarithm of the "
+        "active parameters is fitted to the means; a ring marks its minimum only if the parabola opens upwards and the "
+        "minimum lies between the measured sizes."
     )
     table = plain_table(["Budget", "Arm", "Fitted minimum"], rows, n_text=3)
     return f'<div class="grid two">{"".join(figures)}</div>' + paragraph(note, "quiet") + details("The fits", table)
-
-
-def usage(verdict: Verdict, looks: Mapping[str, Look]) -> str:
-    blocks = []
-    for cell in verdict.ranked:
-        run = next((run for run in cell.runs if run.get("routing")), None)
-        if run is not None:
-            blocks.append(_arm_usage(run, looks[cell.arm]))
-    if not blocks:
-        return paragraph("No arm with experts has finished.", "quiet")
-    note = (
-        "Few experts: one bar each, ordered by width. A bar is as wide as its expert and as high as its share of the "
-        "routed tokens, so its area is work; the ribbons lead to the share of work itself. The dashed line is an even "
-        "share. Many experts: how many of them received how many tokens. Unevenness is ln N minus the entropy of the "
-        "summed gates: 0 where all experts get the same, ln N where one gets everything."
-    )
-    return paragraph(note, "quiet") + "".join(blocks)
-
-
-def _arm_usage(run: Mapping, look: Look) -> str:
-    figures = [layer_figure(name, layer, look) for name, layer in run["routing"].items()]
-    shown, folded = figures[:SHOWN_LAYERS], figures[SHOWN_LAYERS:]
-    rows = [row for name, layer in run["routing"].items() for row in share_rows(name, layer)]
-    body = f'<div class="grid">{"".join(shown)}</div>'
-    if folded:
-        body += details(f"{len(folded)} more layers", f'<div class="grid">{"".join(folded)}</div>')
-    if rows:
-        titles = ["Layer", "Expert", "Width", "Share of width", "Share of tokens", "Share of work"]
-        body += details("Numbers", plain_table(titles, rows))
-    where = f"size {run['size']}, seed {run.get('seed')}"
-    return f'<div class="arm-block"><h3>{look.name()} <small>{escape(where)}</small></h3>{body}</div>'
-
-
-def sample(results: Mapping, looks: Mapping[str, Look]) -> str:
-    samples = results.get("sample") or {}
-    panels = {
-        look.name(): coloured_text(samples.get(arm) or [], look, f"sample-{i}")
-        for i, (arm, look) in enumerate(looks.items())
-    }
-    if not any(samples.get(arm) for arm in looks):
-        return paragraph("No sample text was recorded.", "quiet")
-    note = (
-        "The stronger the colour, the more of the layer worked on that token. Point at a token for its loss and its "
-        "figures in every layer. Scales are those of the arm and the layer shown."
-    )
-    return paragraph(note, "quiet") + tabs("sample", panels)
-
-
-def setup(results: Mapping, verdict: Verdict, looks: Mapping[str, Look]) -> str:
-    return (
-        corpus_facts(results)
-        + "<h3>Arms</h3>"
-        + arms_table(results, looks)
-        + "<h3>How compute is counted</h3>"
-        + counting(results, verdict)
-        + runs_table(results)
-    )

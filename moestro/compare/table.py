@@ -7,8 +7,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moestro.compare.numerals import MISSING, is_number, mean_and_spread, percent, scientific, si, signed
-from moestro.compare.verdict import Cell, cells, headline, main_verdict, run_status
+from moestro.compare.numerals import MISSING, NO_BREAK, is_number, mean_and_spread, scientific, si, signed
+from moestro.compare.verdict import Cell, cells, common_decimals, headline, main_verdict, run_status
 
 COLUMNS = {
     "arm": "Arm",
@@ -19,10 +19,18 @@ COLUMNS = {
     "total": "Params",
     "active": "Active",
     "useful": "Useful FLOPs/token",
-    "computed": "Computed FLOPs/token",
+    "computed": "Computed",
     "tokens": "Tokens seen",
     "speed": "Tokens/s",
     "seeds": "Seeds",
+}
+TERMINAL_TITLES = {
+    "bpb": "Val.\nbits/byte",
+    "useful": "FLOPs/\ntoken",
+    "computed": "Com-\nputed",
+    "total": "Total",
+    "tokens": "Tokens\nseen",
+    "speed": "Tok/s",
 }
 
 
@@ -59,35 +67,35 @@ def seeds_text(cell: Cell, n_planned: int) -> str:
     return ", ".join([count, *(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))])
 
 
-def computed_per_token(cell: Cell) -> float | None:
-    """Forward FLOPs a token that were executed, padding and unused rows included."""
-    useful, trained, computed = (cell.average(f) for f in ("used_flops_per_token", "flops", "flops_computed"))
-    return useful * computed / trained if useful and trained and computed else None
+def per_token(cell: Cell, field: str) -> float | None:
+    """Training FLOPs a token, by the count in `field`."""
+    flops, tokens = cell.average(field), cell.average("tokens")
+    return flops / tokens if flops is not None and tokens else None
 
 
-def _row(cell: Cell, reference: Cell | None, lowest: bool, title: str, n_planned: int) -> Row:
+def _row(cell: Cell, reference: Cell | None, lowest: bool, results: Mapping, decimals: int) -> Row:
     gap, gap_text = None, MISSING
     if cell.runs and reference is not None and reference.runs and reference.arm != cell.arm:
         gap = cell.mean - reference.mean
-        gap_text = f"{signed(gap)} ({percent(abs(gap) / reference.mean)})"
+        gap_text = f"{signed(gap, decimals)} ({100 * abs(gap) / reference.mean:.1f}{NO_BREAK}%)"
     numbers = {
         "bpb": cell.mean if cell.runs else None,
         "gap": gap,
         "budget": cell.budget,
         "total": cell.average("params_total"),
         "active": cell.average("params_active"),
-        "useful": cell.average("used_flops_per_token"),
-        "computed": computed_per_token(cell),
+        "useful": per_token(cell, "flops"),
+        "computed": per_token(cell, "flops_computed"),
         "tokens": cell.average("tokens"),
         "speed": cell.average("tokens_per_s"),
         "seeds": len(cell.runs),
     }
     texts = {
-        "arm": title,
+        "arm": str(results["arms"][cell.arm].get("title") or cell.arm),
         "size": cell.size,
-        "bpb": mean_and_spread(numbers["bpb"], cell.std),
+        "bpb": mean_and_spread(numbers["bpb"], cell.std, decimals),
         "gap": gap_text,
-        "seeds": seeds_text(cell, n_planned),
+        "seeds": seeds_text(cell, len(results.get("seeds") or [])),
         **{column: si(numbers[column]) for column in ("total", "active", "tokens", "speed")},
         **{column: scientific(numbers[column]) for column in ("budget", "useful", "computed")},
     }
@@ -96,7 +104,7 @@ def _row(cell: Cell, reference: Cell | None, lowest: bool, title: str, n_planned
 
 def arm_rows(results: Mapping) -> list[Row]:
     """A row for every planned (budget, size, arm); `lowest` marks the lowest mean among equal budget and size."""
-    every = cells(results)
+    every, decimals = cells(results), common_decimals(results)
     groups: dict[tuple[float, str], list[Cell]] = {}
     for cell in every:
         groups.setdefault((cell.budget, cell.size), []).append(cell)
@@ -106,32 +114,55 @@ def arm_rows(results: Mapping) -> list[Row]:
         lowest = min(finished, key=lambda cell: cell.mean) if len(finished) > 1 else None
         reference = next((cell for cell in group if cell.arm == results.get("reference")), None)
         for cell in group:
-            title = str(results["arms"].get(cell.arm, {}).get("title") or cell.arm)
-            rows.append(_row(cell, reference, cell is lowest, title, len(results.get("seeds") or [])))
+            rows.append(_row(cell, reference, cell is lowest, results, decimals))
     return rows
+
+
+def _terminal_texts(row: Row) -> dict[str, str]:
+    """The row's texts, shortened: the terminal has 80 columns."""
+    useful, computed = row.numbers["useful"], row.numbers["computed"]
+    return {
+        **row.texts,
+        "gap": row.texts["gap"].split(" ")[0],
+        "computed": f"×{computed / useful:.2f}" if useful and computed else MISSING,
+        "seeds": row.texts["seeds"].replace(" of ", "/"),
+    }
+
+
+def _incomplete(row: Row, results: Mapping) -> bool:
+    return bool(row.cell.unfinished) or len(row.cell.runs) != len(results.get("seeds") or [])
 
 
 def comparison_table(results: Mapping) -> Table:
     """The arms as a rich table for the terminal, the verdict below it."""
-    titles = column_titles(results)
-    verdict = main_verdict(results)
+    rows, titles = arm_rows(results), column_titles(results)
+    columns = [column for column in titles if column != "seeds" or any(_incomplete(row, results) for row in rows)]
     table = Table(
         title=Text(str(results.get("title", "comparison"))),
-        caption=Text(headline(results, verdict)),
+        caption=Text("\n" + headline(results, main_verdict(results))),
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
         caption_justify="left",
         title_justify="left",
     )
-    for column, title in titles.items():
-        words = title if column not in ("useful", "computed") else title.replace(" FLOPs", "\nFLOPs")
-        table.add_column(Text(words), justify="left" if column in ("arm", "size") else "right", no_wrap=column == "bpb")
+    for column in columns:
+        title = TERMINAL_TITLES.get(column, titles[column].replace(" ", "\n", 1))
+        words = column in ("arm", "size")
+        table.add_column(
+            Text(title),
+            justify="left" if words else "right",
+            no_wrap=column not in ("arm", "seeds"),
+            min_width=11 if column == "arm" else None,
+        )
     group = None
-    for row in arm_rows(results):
+    for row in rows:
         if group not in (None, (row.cell.budget, row.cell.size)):
             table.add_section()
         group = (row.cell.budget, row.cell.size)
         style = "bold" if row.lowest else "dim" if not row.cell.runs else ""
-        table.add_row(*(Text(row.texts[column], style=style) for column in titles))
+        texts = _terminal_texts(row)
+        table.add_row(*(Text(texts[column], style=style) for column in columns))
     return table
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moestro.compare.looks import Look
+from moestro.compare.markup import paragraph, tabs
 from moestro.compare.numerals import is_number, significant
 from moestro.compare.plots import escape
 
@@ -124,6 +125,8 @@ def coloured_text(tokens: Sequence[Mapping], look: Look, group: str) -> str:
         f'<label for="{group}-{i}">{escape(view.name)}</label>'
         for i, view in enumerate(shown)
     )
+    # A single choice has to be checked for its rule to apply, but needs no button.
+    choices = choices.replace("<label", "<label hidden") if len(shown) == 1 else choices
     legends = "".join(_legend(i, view) for i, view in enumerate(shown))
     return f'<div class="sample {look.css}">{choices}{note}{legends}<div class="text">{text}</div></div>'
 
@@ -143,3 +146,21 @@ def view_rules(n_views: int) -> str:
         f".view-{i}:checked~.text .token{{--v:var(--v{i})}}.view-{i}:checked~.legend-{i}{{display:block}}"
         for i in range(n_views)
     )
+
+
+def sample_section(results: Mapping, looks: Mapping[str, Look]) -> str:
+    """The sample text with a choice of arms."""
+    samples = results.get("sample") or {}
+    panels = {
+        look.name(): coloured_text(samples.get(arm) or [], look, f"sample-{i}")
+        for i, (arm, look) in enumerate(looks.items())
+    }
+    # The arm whose tokens differ in most ways has most to show.
+    richest = max(range(len(panels)), key=lambda i: (len(views(samples.get(list(looks)[i]) or [])), -i), default=0)
+    if not any(samples.get(arm) for arm in looks):
+        return paragraph("No sample text was recorded.", "quiet")
+    note = (
+        "The stronger the colour, the more of the layer worked on that token. Point at a token for its loss and its "
+        "figures in every layer. Scales are those of the arm and the layer shown."
+    )
+    return paragraph(note, "quiet") + tabs("sample", panels, richest)

@@ -5,20 +5,15 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moestro.compare.numerals import is_number, mean_and_spread, percent, scientific
+import numpy as np
 
-# Student's two-sided 95 % factors for 1 to 30 degrees of freedom; the last one serves all larger numbers.
-_STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
+from moestro.compare.numerals import NO_BREAK, PLUS_MINUS, decimals_for, is_number, mean_and_spread, percent, scientific
 
 RULE = (
     "An arm wins when its mean lies below that of every other arm by more than t standard errors of the "
     "difference, the standard error being sqrt(s1²/n1 + s2²/n2) with s the standard deviation over n seeds. "
-    "t is Student's 95 % factor at Welch's degrees of freedom: near 2 for many seeds, 2.8 for three seeds an arm, "
-    "4.3 for two. Anything less is called not separable from seed noise."
+    "t is Student's 95 % factor at Welch's degrees of freedom: close to 2 for many seeds; for equal spreads 2.8 with "
+    "three seeds an arm and 4.3 with two. Anything less is called not separable from seed noise."
 )
 
 
@@ -106,7 +101,11 @@ def check_format(results: Mapping) -> None:
     """Raises ValueError where `results` is not a results.json of the format read here."""
     if results.get("format") != 1:
         raise ValueError(f"results.json: format={results.get('format')!r}; this version reads format 1")
-    unknown = {run.get("arm") for run in results["runs"]} - set(results["arms"])
+    sizes = [size["name"] for size in results["sizes"]]
+    lost = {run["size"] for run in results["runs"]} - set(sizes)
+    if lost:
+        raise ValueError(f"results.json: runs at unknown sizes {sorted(map(str, lost))}; sizes: {sizes}")
+    unknown = {run["arm"] for run in results["runs"]} - set(results["arms"])
     if unknown:
         raise ValueError(
             f"results.json: runs of unknown arms {sorted(map(str, unknown))}; arms: {list(results['arms'])}"
@@ -114,21 +113,31 @@ def check_format(results: Mapping) -> None:
 
 
 def cells(results: Mapping) -> list[Cell]:
-    """Every (budget, size, arm) of the plan in its order, finished or not."""
+    """One cell for every arm at every (budget, size) at which anything was to run, in the order of the plan."""
     check_format(results)
-    grid: dict[tuple[float, str, str], tuple[list, list]] = {
-        (float(budget), size["name"], arm): ([], [])
-        for budget in results["budgets"]
-        for size in results["sizes"]
-        for arm in results["arms"]
-    }
+    found: dict[tuple[float, str, str], tuple[list, list]] = {}
     for run in results["runs"]:
-        finished, unfinished = grid.setdefault((float(run["budget"]), run["size"], run["arm"]), ([], []))
+        finished, unfinished = found.setdefault((float(run["budget"]), run["size"], run["arm"]), ([], []))
         (finished if run_status(run) == "done" else unfinished).append(run)
+    sizes = [size["name"] for size in results["sizes"]]
+    grid = sorted({key[:2] for key in found}, key=lambda key: (key[0], sizes.index(key[1])))
     return [
-        Cell(arm, size, budget, tuple(finished), tuple(unfinished))
-        for (budget, size, arm), (finished, unfinished) in grid.items()
+        Cell(arm, size, budget, *map(tuple, found.get((budget, size, arm), ((), ()))))
+        for budget, size in grid
+        for arm in results["arms"]
     ]
+
+
+def student_factor(freedom: float, level: float = 0.95) -> float:
+    """t with P(|T| < t) = level for Student's distribution with `freedom` >= 1 degrees of freedom, not always whole.
+
+    With T = sqrt(freedom) tan(a) the density of a is cos(a)^(freedom - 1), which is smooth and has a finite range.
+    """
+    freedom = min(freedom, 1e4)
+    angles = np.linspace(0.0, math.pi / 2, 100_001)
+    density = np.cos(angles) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return float(math.sqrt(freedom) * np.tan(np.interp(level * mass[-1], mass, angles)))
 
 
 def compare(best: Cell, other: Cell) -> Comparison:
@@ -138,11 +147,10 @@ def compare(best: Cell, other: Cell) -> Comparison:
         return Comparison(best, other, difference, None, None)
     parts = [statistics.variance(cell.bpb) / len(cell.runs) for cell in (best, other)]
     if sum(parts) == 0:
-        return Comparison(best, other, difference, 0.0, _STUDENT[0])
+        return Comparison(best, other, difference, 0.0, student_factor(1))
     weights = [part**2 / (len(cell.runs) - 1) for part, cell in zip(parts, (best, other), strict=True)]
-    # The tolerance keeps e.g. 3.9999999 degrees of freedom of two equal spreads from being read as 3.
-    freedom = math.floor(sum(parts) ** 2 / sum(weights) + 1e-9)
-    return Comparison(best, other, difference, math.sqrt(sum(parts)), _STUDENT[min(freedom, len(_STUDENT)) - 1])
+    factor = student_factor(sum(parts) ** 2 / sum(weights))
+    return Comparison(best, other, difference, math.sqrt(sum(parts)), factor)
 
 
 def judge(results: Mapping, budget: float) -> Verdict:
@@ -162,6 +170,12 @@ def main_verdict(results: Mapping) -> Verdict:
     if not verdicts:
         return Verdict(0.0, (), ())
     return max(verdicts, key=lambda verdict: (len(verdict.ranked), verdict.budget))
+
+
+def common_decimals(results: Mapping) -> int:
+    """Decimals for all bits per byte of one comparison, from the median spread, so that columns line up."""
+    spreads = [cell.std for cell in cells(results) if cell.std is not None]
+    return decimals_for(statistics.median(spreads)) if spreads else 3
 
 
 def _names(results: Mapping, arms: list[str]) -> str:
@@ -201,8 +215,9 @@ def headline(results: Mapping, verdict: Verdict) -> str:
     below = f"{_gap(second)} below {_names(results, [second.other.arm])}"
     equality = _equality(verdict)
     if verdict.kind == "won":
-        spread = mean_and_spread(0.0, best.std).split(" ")[-1]
-        return f"{name} won {equality}: {below}, the runner-up, against a spread of ± {spread} over {_seeds(verdict)}."
+        spread = mean_and_spread(0.0, best.std).split(PLUS_MINUS)[-1]
+        against = f"against a spread of ±{NO_BREAK}{spread} over {_seeds(verdict)}"
+        return f"{name} won {equality}: {below}, the runner-up, {against}."
     if verdict.kind == "tied":
         tied = [best.arm, *(c.other.arm for c in verdict.comparisons if c.separable is False)]
         return (
@@ -241,3 +256,9 @@ def compute_spread(verdict: Verdict) -> float | None:
 def budget_text(budget: float) -> str:
     """How a budget is written: `4.5e12 FLOPs`."""
     return f"{scientific(budget)} FLOPs"
+
+
+def unranked(results: Mapping, verdict: Verdict) -> list[str]:
+    """Titles of the arms without a finished run at the verdict's budget."""
+    ranked = {cell.arm for cell in verdict.ranked}
+    return [str(about.get("title") or arm) for arm, about in results["arms"].items() if arm not in ranked]

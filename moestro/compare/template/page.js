@@ -38,7 +38,7 @@ for (const box of document.querySelectorAll(".chip input")) {
   apply();
 }
 
-// Tables: a click on a column's title sorts by it, a second click turns the order round.
+// Tables: a click on a column's title sorts every block by it, a second click turns the order round.
 function sort(table, column, ascending) {
   const key = (row) => {
     const cell = row.cells[column];
@@ -46,11 +46,12 @@ function sort(table, column, ascending) {
     const number = text === "" ? Infinity * (ascending ? 1 : -1) : Number(text);
     return Number.isNaN(number) ? text : number;
   };
-  const rows = Array.from(table.tBodies[0].rows);
   const order = ascending ? 1 : -1;
-  rows.sort((a, b) => { const x = key(a), y = key(b); return x < y ? -order : x > y ? order : 0; });
-  table.tBodies[0].append(...rows);
-  table.classList.add("sorted");
+  for (const body of table.tBodies) {
+    const rows = Array.from(body.rows).filter((row) => !row.classList.contains("group"));
+    rows.sort((a, b) => { const x = key(a), y = key(b); return x < y ? -order : x > y ? order : 0; });
+    body.append(...rows);
+  }
 }
 for (const table of document.querySelectorAll("table.sortable")) {
   Array.from(table.tHead.rows[0].cells).forEach((title, column) => {
