@@ -67,9 +67,7 @@ def race(case: str, what: str, ours: Callable, peers: dict[str, Callable], round
         ratios = [theirs / mine for theirs, mine in zip(times[name], times["ours"], strict=True)]
         tenths = quantiles(ratios, n=10, method="inclusive")
         spread = (tenths[0], tenths[-1])
-        rows.append(
-            Row(case, what, "ms", median(times["ours"]), name, median(times[name]), median(ratios), spread)
-        )
+        rows.append(Row(case, what, "ms", median(times["ours"]), name, median(times[name]), median(ratios), spread))
     return rows
 
 
@@ -110,9 +108,7 @@ def report(script: str, rows: list[Row], options: argparse.Namespace) -> None:
         table.add_column(column, justify="right" if column in ("ours", "theirs", "ratio") else "left")
     for row in rows:
         ratio = f"{row.ratio:.2f} [{row.spread[0]:.2f}, {row.spread[1]:.2f}]"
-        table.add_row(
-            row.case, row.what, f"{row.ours:.1f} {row.unit}", row.peer, f"{row.theirs:.1f} {row.unit}", ratio
-        )
+        table.add_row(row.case, row.what, f"{row.ours:.1f} {row.unit}", row.peer, f"{row.theirs:.1f} {row.unit}", ratio)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     if options.json:
         facts = {"script": script, "commit": commit(), "machine": machine(options.threads), "seed": options.seed}

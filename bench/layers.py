@@ -87,36 +87,36 @@ class PaddedGroupedExperts(nn.Module):
 
 
 def moe_rows(quick: bool, dtype: torch.dtype) -> list[Row]:
-    """Homogeneous and heterogeneous widths of the same sum."""
-    tokens, d, experts, top_k, mean = (512, 256, 16, 4, 256) if quick else (1024, 512, 32, 4, 512)
-    rounds = 5 if quick else 11
-    rows = []
-    for name, widths in (
-        ("equal widths", equal(experts, experts * mean, 8)),
-        ("arithmetic widths", arithmetic(experts, experts * mean, 8, first=1, step=1)),
-    ):
-        moe = MoELayer(ScoredRouter(LinearScore(d, experts, 0.2), TopK(top_k)), [FFNBank(d, widths)]).to(dtype)
-        x = torch.randn(tokens, d, dtype=dtype, requires_grad=True)
-        peers = {
-            "loop over slices": LoopedExperts(moe, split=False),
-            "loop, own parameters": LoopedExperts(moe, split=True),
-            "grouped_mm, padded": PaddedGroupedExperts(moe),
-        }
-        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-        for peer, module in peers.items():
-            agree(f"{name}, {peer}", module(x), moe(x)[0], tolerance)
-        runs = {
-            peer: grads(lambda m=module: m(x), [x, *module.parameters(), *moe.router.parameters()])
-            for peer, module in peers.items()
-        }
-        ours = grads(lambda m=moe: m(x)[0], [x, *moe.parameters()])
-        for peer, run in runs.items():
-            agree(f"{name}, {peer}, gradient of the input", run()[0], ours()[0], tolerance)
-        case = f"MoE T={tokens} d={d} E={experts} k={top_k} {name} {str(dtype)[6:]}"
-        rows += race(case, "forward + backward", ours, runs, rounds)
-        if dtype == torch.float32:
-            rows += weigh(case, "activation memory", ours, runs)
-    return rows
+    """Equal and unequal widths of the same sum."""
+    _, d, experts, _, mean, _ = shape = (512, 256, 16, 4, 256, 5) if quick else (1024, 512, 32, 4, 512, 11)
+    total = experts * mean
+    rows = moe_case("equal widths", equal(experts, total, 8), shape, dtype)
+    return rows + moe_case("arithmetic widths", arithmetic(experts, total, 8, first=1, step=1), shape, dtype)
+
+
+def moe_case(name: str, widths: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> list[Row]:
+    """One list of widths; the shape is tokens, d_model, experts, top_k, mean width, rounds."""
+    tokens, d, experts, top_k, _, rounds = shape
+    moe = MoELayer(ScoredRouter(LinearScore(d, experts, 0.2), TopK(top_k)), [FFNBank(d, widths)]).to(dtype)
+    x = torch.randn(tokens, d, dtype=dtype, requires_grad=True)
+    peers = {
+        "loop over slices": LoopedExperts(moe, split=False),
+        "loop, own parameters": LoopedExperts(moe, split=True),
+        "grouped_mm, padded": PaddedGroupedExperts(moe),
+    }
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for peer, module in peers.items():
+        agree(f"{name}, {peer}", module(x), moe(x)[0], tolerance)
+    runs = {
+        peer: grads(lambda m=module: m(x), [x, *module.parameters(), *moe.router.parameters()])
+        for peer, module in peers.items()
+    }
+    ours = grads(lambda: moe(x)[0], [x, *moe.parameters()])
+    for peer, run in runs.items():
+        agree(f"{name}, {peer}, gradient of the input", run()[0], ours()[0], tolerance)
+    case = f"MoE T={tokens} d={d} E={experts} k={top_k} {name} {str(dtype)[6:]}"
+    rows = race(case, "forward + backward", ours, runs, rounds)
+    return rows + (weigh(case, "activation memory", ours, runs) if dtype == torch.float32 else [])
 
 
 def peer_rows(quick: bool) -> list[Row]:
