@@ -33,14 +33,18 @@ def reach(low: float, high: float, reference: float | None, share: float = 0.6) 
 
 
 def level(x: Axis, y: Axis, value: float | None, name: str) -> str:
-    """A dashed horizontal line at a reference value, named at its left end; off the axis only an arrow towards it."""
-    if not is_number(value):
+    """A dashed horizontal line at a reference value, named at its left end; nothing where it is off the axis."""
+    if not is_number(value) or not y.low <= value <= y.high:
         return ""
-    if not y.low <= value <= y.high:
-        arrow, at = ("↓", y.start - 6) if value < y.low else ("↑", y.end + 14)
-        return text(x.start + 6, at, f"{arrow} {name} {value:.3f}", "note")
     at = y.at(value)
     return segment(x.start, at, x.end, at, "reference") + text(x.start + 6, at - 5, f"{name} {value:.3f}", "note")
+
+
+def with_level(label: str, y: Axis, value: float | None, name: str) -> str:
+    """The axis title, saying where the reference value lies if that is off the axis."""
+    if not is_number(value) or y.low <= value <= y.high:
+        return label
+    return f"{label} ({name}, {value:.3f}, lies {'below' if value < y.low else 'above'})"
 
 
 def tick_decimals(low: float, high: float, count: int = 5) -> int:
@@ -130,11 +134,8 @@ def isoflop(
     x = Axis(*sizes, 52, width - 12, log=True)
     y = Axis(y_low, y_high, height - 48, 30)
     decimals = tick_decimals(y_low, y_high)
-    parts = [
-        axes(
-            x, y, "active parameters", "validation bits per byte", partial(si, digits=4), lambda v: f"{v:.{decimals}f}"
-        )
-    ]
+    title = with_level("validation bits per byte", y, zlib_bpb, "zlib")
+    parts = [axes(x, y, "active parameters", title, partial(si, digits=4), lambda v: f"{v:.{decimals}f}")]
     parts.append(level(x, y, zlib_bpb, "zlib"))
     for arm, entry in arms.items():
         parts.append(f'<g class="{looks[arm].css}">{_isoflop_arm(entry, looks[arm], x, y)}</g>')

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moestro.compare.charts import PHONE, level, reach, tick_decimals
+from moestro.compare.charts import PHONE, level, reach, tick_decimals, with_level
 from moestro.compare.looks import Look
 from moestro.compare.numerals import is_number, scientific
 from moestro.compare.plots import (
@@ -110,7 +110,8 @@ def loss_curves(
     y = Axis(y_low, y_high, height - 46, 30)
     decimals = tick_decimals(y_low, y_high)
     y_label = "validation bits per byte" if kind == "validation" else "training loss, nats per token"
-    parts = [axes(x, y, "useful training FLOPs", y_label, scientific, lambda v: f"{v:.{decimals}f}")]
+    title = with_level(y_label, y, reference, "zlib")
+    parts = [axes(x, y, "useful training FLOPs", title, scientific, lambda v: f"{v:.{decimals}f}")]
     parts.append(level(x, y, reference, "zlib"))
     drawn = "".join(_one_curve(curve, looks[arm], x, y, kind) for arm, curve in curves.items())
     parts.append(clipped(x, y, drawn))

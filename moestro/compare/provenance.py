@@ -15,8 +15,8 @@ COUNTING = (
     "to more experts, costs more. Attention, routers and the output head are counted for every arm alike; a training "
     "step counts three times its forward pass. A run ends when its budget is used up, so an arm that spends less on a "
     "token sees more tokens.",
-    "Computed FLOPs also contain what was executed without being asked for, such as padding of groups and rows whose "
-    "result is not used. Where they exceed the useful FLOPs, a better kernel could save the difference.",
+    "Computed FLOPs also contain what was executed and thrown away, such as the masked half of causal attention, "
+    "padding, and rows whose result is not used. A better kernel could save the difference to the useful FLOPs.",
     "Bits per byte is the summed negative log2 likelihood of the validation text divided by its bytes of UTF-8, so "
     "that tokenizers do not matter.",
 )

@@ -204,8 +204,19 @@ def curves(results: Mapping, verdict: Verdict, looks: Mapping[str, Look]) -> str
         "from the lowest to the highest seed. Useful FLOPs, forward and backward. The steep start may leave the frame. "
         "Training losses are averaged in bins; they are in nats per token and depend on the tokenizer."
     )
+    if _ends_differ(verdict):
+        note += (
+            " Along a run another amount of validation text is scored than at its end: the table may differ a little."
+        )
     chart = f"<figure>{tabs('curves', panels)}<figcaption>{escape(note)}</figcaption></figure>"
     return chart + _all_curves(results, looks)
+
+
+def _ends_differ(verdict: Verdict) -> bool:
+    ends = [
+        (run["curve"][-1]["bpb"], run["final"]["bpb"]) for c in verdict.ranked for run in c.runs if run.get("curve")
+    ]
+    return any(is_number(last) and abs(last - final) > 1e-6 for last, final in ends)
 
 
 def _arm_curves(chosen: tuple[Cell, ...] | list[Cell], kind: str) -> dict:
