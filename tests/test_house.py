@@ -1,0 +1,225 @@
+"""The house rules of CONTRIBUTING.md and docs/house.md that a program can check."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import moestro
+from tests.conftest import CHECKED, ROOT
+
+PACKAGE = sorted((ROOT / "moestro").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+BENCH = sorted((ROOT / "bench").rglob("*.py"))
+EVERY = [*PACKAGE, *TESTS, *BENCH]
+# floors 0-3 may be told of autocast in one place
+INNER = [path for path in PACKAGE if path.relative_to(ROOT / "moestro").parts[0].removesuffix(".py") in CHECKED]
+KNOWS_AUTOCAST = {"moestro/ops/precision.py"}
+CORE = {"torch", "numpy", "safetensors", "yaml", "rich", "tokenizers", "jaxtyping", "moestro"}
+FILE_LINES, FUNCTION_LINES, INIT_ARGUMENTS = 400, 60, 8
+BROAD = {"Exception", "BaseException"}
+BANNED_NAME = re.compile(r"^common$|(^|_)(utils?|helpers?|misc|managers?|base2)(_|$)|Utils|Helper|Manager")
+# Names of the workshop in which this was built, in pieces, so that this file does not name them itself.
+WORKPLACE = [
+    "/wo" + "rk/",
+    "far" + "m-",
+    "issues " + "show",
+    "duplicates " + "--",
+    "/opt/" + "wheels",
+    "/opt/" + "pypi",
+]
+HOSTS = ["pypi" + ".org", "python" + "hosted", "download.py" + "torch", "conda" + ".anaconda"]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of the modules a tree imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield f"{node.module}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def at_import(tree: ast.Module) -> Iterator[str]:
+    """Modules imported when the file is, not inside a function."""
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield from imports(node)
+
+
+def tracked() -> list[Path]:
+    """The files of the repository, as git knows them, or all text files where there is no git."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
+        return [ROOT / file for file in listed.stdout.split("\0") if file and (ROOT / file).is_file()]
+    return [path for path in ROOT.rglob("*") if path.is_file() and not {".venv", "runs"} & set(path.parts)]
+
+
+def test_the_walk_finds_the_files() -> None:
+    assert len(PACKAGE) > 40 and len(TESTS) > 20 and len(INNER) > 15
+    assert {"moestro/ops/precision.py", "moestro/routing.py", "moestro/cost.py"} <= {name(path) for path in INNER}
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
+
+
+def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    docstring = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
+    lines = (docstring.end_lineno or 0) - docstring.lineno + 1 if docstring else 0
+    return (node.end_lineno or 0) - node.lineno + 1 - lines
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *BENCH], ids=name)
+def test_functions_are_short(path: Path) -> None:
+    long = {node.name: length(node) for node in functions(path) if length(node) > FUNCTION_LINES}
+    assert not long, f"{name(path)}: longer than {FUNCTION_LINES} lines without their docstrings"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_constructors_take_few_arguments(path: Path) -> None:
+    for node in functions(path):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        assert node.name != "__init__" or len(arguments) - 1 <= INIT_ARGUMENTS, f"{name(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_names_say_something(path: Path) -> None:
+    classes = [node.name for node in ast.walk(parsed(path)) if isinstance(node, ast.ClassDef)]
+    words = (*path.relative_to(ROOT).with_suffix("").parts, *classes, *(node.name for node in functions(path)))
+    assert not [word for word in words if BANNED_NAME.search(word)]
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_annotations_are_not_postponed(path: Path) -> None:
+    assert "__future__.annotations" not in set(imports(parsed(path)))
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_the_package_imports_only_its_core_dependencies(path: Path) -> None:
+    roots = {module.split(".")[0] for module in at_import(parsed(path))}
+    assert roots <= CORE | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_nothing_is_unpickled(path: Path) -> None:
+    tree = parsed(path)
+    assert not {"pickle", "dill", "joblib", "shelve", "marshal"} & {module.split(".")[0] for module in imports(tree)}
+    assert not re.search(r"torch\.(load|save)\(", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *BENCH], ids=name)
+def test_no_bare_asserts(path: Path) -> None:
+    lines = [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Assert)]
+    assert not lines, f"{name(path)}: asserts vanish under -O; raise an error that says what was wrong"
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_no_error_is_swallowed(path: Path) -> None:
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ExceptHandler):
+            broad = node.type is None or (isinstance(node.type, ast.Name) and node.type.id in BROAD)
+            does_nothing = all(isinstance(line, ast.Pass | ast.Continue) for line in node.body)
+            assert not (broad and does_nothing), f"{name(path)}:{node.lineno}"
+            assert node.type is not None, f"{name(path)}:{node.lineno}: bare except"
+
+
+@pytest.mark.parametrize("path", INNER, ids=name)
+def test_inner_floors_know_no_devices(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"torch\.distributed|\.cuda\b|\byaml\b", text)
+    assert name(path) in KNOWS_AUTOCAST or not re.search(r"torch\.\w*autocast", text)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "reference").rglob("*.py")), ids=name)
+def test_references_do_not_know_the_package(path: Path) -> None:
+    roots = {module.split(".")[0] for module in imports(parsed(path))}
+    assert roots <= {"torch"} | set(sys.stdlib_module_names)
+
+
+def public(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Functions and methods without an underscore, of classes without one."""
+    for node in tree.body:
+        inside = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else [node]
+        yield from (item for item in inside if isinstance(item, ast.FunctionDef) and not item.name.startswith("_"))
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_public_functions_are_annotated(path: Path) -> None:
+    for node in public(parsed(path)):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+        assert not bare and node.returns is not None, f"{name(path)}:{node.lineno} {node.name}: {bare or 'returns'}"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_modules_say_what_they_are(path: Path) -> None:
+    assert ast.get_docstring(parsed(path))
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_notes_to_self_name_an_issue(path: Path) -> None:
+    assert not re.search(r"# *(TODO|FIXME|XXX|HACK)\b(?!\(#\d+\))", path.read_text(encoding="utf-8"))
+
+
+def test_documents_are_short() -> None:
+    for file, lines in {"README.md": 150, "CONTRIBUTING.md": 80}.items():
+        assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) <= lines, file
+
+
+def test_continuous_integration_runs_the_readme_s_test_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert re.search(r"^\s*make test\b", readme, re.MULTILINE)
+    assert "make test" in script and "make lint" in script and "set -euo pipefail" in script
+
+
+def test_the_version_is_written_twice_alike() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == moestro.__version__
+
+
+def test_every_dependency_has_an_exact_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(item for extra in project["optional-dependencies"].values() for item in extra),
+    ]
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins)
+    names = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
+    missing = {re.split(r"[\[>=<]", item)[0].lower() for item in wanted} - names - {"moestro"}
+    assert not missing and "torch>=2.11" in wanted
+
+
+def test_nothing_names_the_workshop_or_a_package_index() -> None:
+    found = []
+    for path in tracked():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{name(path)}: {word}" for word in (*WORKPLACE, *HOSTS) if word in text]
+    assert not found
