@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moestro.data import Dataset
 from moestro.evaluate import evaluate, routing_report, token_sample
 from moestro.recipe.build import build_data, build_model, run_training
 from moestro.recipe.load import load_recipe
@@ -95,7 +96,7 @@ def measure(job: Job) -> dict[str, Any]:
     }
 
 
-def sample_text(dataset) -> str:
+def sample_text(dataset: Dataset) -> str:
     """The beginning of the first held-out document that is long enough to be worth reading, cut at a line's end."""
     for number in range(dataset.n_val_documents):
         text = dataset.val_document(number)

@@ -11,9 +11,14 @@ def at_least_fp32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which products on `x` run in the dtype of their inputs."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def linear_fp32(x: Float[Tensor, "*b i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*b o"]:
     """`x @ weight.T` in float32 at least, also under autocast (router scores decide discrete choices)."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return F.linear(at_least_fp32(x), at_least_fp32(weight))
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.ops import linear_fp32, product_key_topk
+from moestro.ops.precision import without_autocast
 from moestro.routers.base import Router
 from moestro.routers.query_norm import QUERY_NORMS, BatchQueryNorm
 from moestro.routing import SparseRouting
@@ -46,7 +47,7 @@ class ProductKeyRouter(Router):
     def forward(self, x: Float[Tensor, "t d"]) -> SparseRouting:
         raw = linear_fp32(x, self.query)
         query, stats = self.query_norm(raw)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             scores, ids = product_key_topk(query.unflatten(-1, (self.heads, -1)), self.keys.to(query.dtype), self.top_k)
         gates = scores.softmax(-1) if self.gate == "softmax" else scores.sigmoid()
         return SparseRouting.from_topk(ids.flatten(1), gates.flatten(1), self.n_experts, query_stats=stats)
