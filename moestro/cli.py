@@ -64,9 +64,15 @@ def _dispatch(words: list[str]) -> int:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     arguments, rest = parser.parse_known_intermixed_args(words[1:])
     if rest:
-        options = [name for action in parser._actions for name in action.option_strings]
-        raise UsageError(f"{unknown('option', rest[0].split('=')[0], options)} (moestro {verb})")
+        raise UsageError(f"{_left_over(parser, rest[0])} (moestro {verb})")
     return VERBS[verb](arguments)
+
+
+def _left_over(parser: Parser, word: str) -> str:
+    if not word.startswith("-"):
+        return f"unexpected {word!r}"
+    options = [name for action in parser._actions for name in action.option_strings]
+    return unknown("option", word.split("=")[0], options)
 
 
 def _overview() -> str:
@@ -173,8 +179,7 @@ def _device(name: str | None) -> str:
     kind, _, index = name.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind not in there or (index and not index.isdecimal()):
-        near = nearest(kind, there)
-        raise UsageError(f"device {name!r}{near}; allowed: cpu, cuda, cuda:N, mps")
+        raise UsageError(f"device {name!r}{nearest(kind, there) or ';'} allowed: cpu, cuda, cuda:N, mps")
     if int(index or 0) >= there[kind]:
         raise UsageError(f"device {name!r}: this machine has {there[kind]} of kind {kind}")
     return name

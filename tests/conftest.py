@@ -1,6 +1,7 @@
 """What every test runs under: checked shapes on the inner floors, one thread, a cache of its own, fixed examples."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jaxtyping import install_import_hook
 from tests import typechecker
 
 ROOT = Path(__file__).resolve().parents[1]
+WORDS = "the quick brown fox jumps over lazy dogs while seven wise owls watch from an old oak tree".split()
 # Floors 0-3; installed before any of them is imported. torch.compile does not work through the hook
 # (pytorch issue 122093), so tests that compile these modules run them in a process of their own.
 CHECKED = ["cost", "experts", "layers", "ops", "routers", "routing"]
@@ -44,6 +46,25 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no corpora in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 2,000 different paragraphs."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    draw = random.Random(0)
+    file.write_text("\n\n".join(" ".join(draw.choices(WORDS, k=20)) for _ in range(2000)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def small_data(text_file: Path) -> list[str]:
+    """Overrides that put this text, as bytes, in place of a recipe's corpus and tokenizer."""
+    return [
+        f"data.source={{kind: text, paths: {text_file}, split: blank-line}}",
+        "data.tokenizer={kind: bytes}",
+        "train.tensorboard=false",
+    ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ EVERY = [*PACKAGE, *TESTS, *BENCH]
 INNER = [path for path in PACKAGE if path.relative_to(ROOT / "moestro").parts[0].removesuffix(".py") in CHECKED]
 KNOWS_AUTOCAST = {"moestro/ops/precision.py"}
 CORE = {"torch", "numpy", "safetensors", "yaml", "rich", "tokenizers", "jaxtyping", "moestro"}
-FILE_LINES, FUNCTION_LINES, INIT_ARGUMENTS = 400, 60, 8
+FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, INIT_ARGUMENTS = 300, 400, 45, 8
 BROAD = {"Exception", "BaseException"}
 BANNED_NAME = re.compile(r"^common$|(^|_)(utils?|helpers?|misc|managers?|base2)(_|$)|Utils|Helper|Manager")
 # Names of the workshop in which this was built, in pieces, so that this file does not name them itself.
@@ -82,7 +82,8 @@ def test_the_walk_finds_the_files() -> None:
 
 @pytest.mark.parametrize("path", EVERY, ids=name)
 def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE_LINES
+    most = TEST_FILE_LINES if path in TESTS else FILE_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= most
 
 
 def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -1,0 +1,278 @@
+"""The command line from end to end: what it prints, what it exits with, and that no mistake ends in a traceback."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moestro.cli import main
+from tests.conftest import ROOT
+
+RECIPE = str(ROOT / "recipes" / "hmoe.yaml")
+
+
+@pytest.fixture
+def quick(small_data: list[str]) -> list[str]:
+    tiny = ["model.n_layers=1", "model.d_model=16", "model.attention.n_heads=2", "data.seq_len=16"]
+    return [*small_data, *tiny, "train.batch_size=4", "train.budget.steps=3", "train.eval_tokens=64"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture) -> Path:
+    """A finished run."""
+    assert main(["train", RECIPE, *quick, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def refusal(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str]:
+    """(exit code, the one line on standard error) of a command that must fail."""
+    code = main(words)
+    out, err = capsys.readouterr()
+    assert code != 0 and out == "" and err.count("\n") == 1 and err.startswith("moestro: error: ")
+    return code, err.removeprefix("moestro: error: ").rstrip("\n")
+
+
+def moestro(*words: str, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "moestro", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)  # type: ignore[call-overload]
+
+
+def test_help_is_quick_and_waits_for_no_torch() -> None:
+    begun = time.perf_counter()
+    done = moestro("--help")
+    assert time.perf_counter() - begun < 1.0
+    assert done.returncode == 0 and "train" in done.stdout and "compare" in done.stdout
+    check = (
+        "import sys; from moestro.cli import main; code = main(['train', '--help']); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0 and "--out DIR" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "compare", "prepare", "version"])
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([verb, "--help"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: moestro {verb}")
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().out.startswith("usage: moestro VERB ...")
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    assert main(["version"]) == 0 and main(["--version"]) == 0
+    assert capsys.readouterr().out == "moestro 0.1.0\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["trian", "x"],
+            "unknown verb 'trian'; did you mean 'train'? allowed: --help, --version, compare, eval, prepare, ",
+        ),
+        (["--hepl"], "unknown option '--hepl'; did you mean '--help'? allowed: --help, --version, compare, "),
+        (["train"], "the following arguments are required: RECIPE"),
+        (["eval"], "the following arguments are required: RUN"),
+        (
+            ["train", RECIPE, "--ot", "x"],
+            "unknown option '--ot'; did you mean '--out'? allowed: --device, --help, --out, ",
+        ),
+        (["train", RECIPE, "--outt=x"], "unknown option '--outt'; did you mean '--out'? allowed: "),
+        (["eval", "x", "--dta", "y"], "unknown option '--dta'; did you mean '--data'? allowed: "),
+        (["eval", "x", "y"], "unexpected 'y' (moestro eval)"),
+        (["version", "x"], "unexpected 'x' (moestro version)"),
+        (["eval", "x", "--tokens", "0"], "argument --tokens: '0' is not a whole number above 0"),
+        (["eval", "x", "--checkpoint", "last"], "argument --checkpoint: invalid choice: 'last' (choose from"),
+        (["train", RECIPE, "--out"], "argument --out: expected one argument"),
+        (["train", RECIPE, "--device", "gpu"], "device 'gpu'; did you mean 'cpu'? allowed: cpu, cuda, cuda:N, mps"),
+        (
+            ["train", RECIPE, "--device", "cuda:x"],
+            "device 'cuda:x'; did you mean 'cuda'? allowed: cpu, cuda, cuda:N, mps",
+        ),
+        (["train", RECIPE, "--device", "cuda:99"], "device 'cuda:99': this machine has "),
+        (["train", RECIPE, "optim.lr"], "override 'optim.lr' is not of the form key.key=value (command line)"),
+        (["train", RECIPE, "optim.lrr=1"], "unknown key 'lrr'; did you mean 'lr'? allowed: betas, clip, "),
+        (
+            ["train", RECIPE, "--out", "d", "optim.lrr=1"],
+            "unknown key 'lrr'; did you mean 'lr'? allowed: betas, clip, ",
+        ),
+        (["train", "recipes/hmo.yaml"], "no such recipe: recipes/hmo.yaml"),
+        (["compare", "recipes/compare/nowhere.yaml"], "no such recipe: recipes/compare/nowhere.yaml"),
+        (["prepare", RECIPE, "data.seq_len=0"], "seq_len=0; allowed: at least 1 ("),
+        (["eval", "nowhere"], "nowhere is not the folder of a run: it holds no recipe.yaml"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    code, error = refusal(capsys, *words)
+    assert (code, error[: len(message)]) == (2, message)
+
+
+def test_bad_yaml_is_one_line_with_its_place(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("model:\n  d_model: [1\n")
+    code, error = refusal(capsys, "train", str(file))
+    assert (code, error) == (2, f"YAML: expected ',' or ']', but got '<stream end>' ({file}: line 3, column 1)")
+
+
+def test_what_fails_while_running_exits_1(tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture) -> None:
+    words = ["train", RECIPE, *quick, "--out", str(tmp_path / "run"), "optim.lr=1e30", "train.budget.steps=50"]
+    code = main(words)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert code == 1 and last.startswith("moestro: error: step ") and "a lower optim.lr" in last
+
+
+def test_a_run_folder_that_cannot_be_made_exits_1(
+    tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, error = refusal(capsys, "train", RECIPE, *quick, "--out", str(tmp_path / "file" / "run"))
+    assert code == 1 and "Not a directory" in error
+
+
+def test_traceback_on_demand(quick: list[str]) -> None:
+    with pytest.raises(ValueError, match="unknown key 'lrr'"):
+        main(["train", RECIPE, "optim.lrr=1", "--traceback"])
+
+
+def test_a_mistake_in_the_package_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    import moestro.cli as cli
+
+    def broken(arguments: object) -> int:
+        raise KeyError("a bug")
+
+    monkeypatch.setitem(cli.VERBS, "version", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        main(["version"])
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import moestro.cli as cli
+
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "version", interrupted)
+    assert main(["version"]) == 130
+    assert capsys.readouterr().err == "moestro: error: interrupted\n"
+
+
+def test_train_writes_a_run_and_says_so(tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "run"
+    assert main(["train", RECIPE, "--out", str(out), *quick]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{out}: step 3, 192 tokens, ") and "bits per byte, perplexity" in printed.out
+    assert "hmoe  step 1" in printed.err
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "done.json", "tokenizer/tokenizer.json"):
+        assert (out / name).is_file(), name
+
+
+def test_the_default_folder_has_the_recipe_and_the_seed(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", RECIPE, *quick, "train.seed=3"]) == 0
+    assert (tmp_path / "runs" / "hmoe-3" / "done.json").is_file()
+
+
+def test_another_recipe_in_the_same_folder_is_refused(
+    run: Path, quick: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    code, error = refusal(capsys, "train", RECIPE, *quick, "optim.lr=1e-4", "--out", str(run))
+    assert code == 2 and "holds a run of another recipe: optim.lr was 0.002, now 0.0001" in error
+
+
+def test_a_run_is_continued_from_its_own_recipe(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(run / "recipe.yaml"), "--out", str(run)]) == 0
+    assert capsys.readouterr().out.startswith(f"{run}: step 3, ")
+
+
+def test_eval_prints_a_table_and_the_training_s_last_figures(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["eval", str(run), "--tokens", "64"]) == 0
+    table = capsys.readouterr().out
+    final = json.loads((run / "done.json").read_text())["eval"]
+    for text in (
+        "bits per byte",
+        "zlib -9",
+        "perplexity",
+        f"{final['bpb']:.4f}",
+        "blocks.0.ffn",
+        "uneven",
+        "dead",
+        "load",
+    ):
+        assert text in table, text
+
+
+def test_eval_writes_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["eval", str(run), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(run), "--checkpoint", "best", "--json", str(tmp_path / "figures.json")]) == 0
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written == printed and written["step"] == 3
+    assert written["layers"]["blocks.0.ffn"]["experts_per_token"]["mean"] == 2.0
+    assert sum(written["layers"]["blocks.0.ffn"]["load"]) == 2 * written["layers"]["blocks.0.ffn"]["tokens"]
+
+
+def test_eval_reads_other_text_whole(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "other.txt").write_text("An owl sat in an oak.\n" * 40)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"body": "An owl sat in an oak.\n" * 40}) + "\n")
+    as_source = f"{{kind: jsonl, paths: {tmp_path}/other.jsonl, text_field: body}}"
+    bpb = []
+    for data in (str(tmp_path / "other.txt"), as_source):
+        assert main(["eval", str(run), "--data", data, "--json"]) == 0
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["bytes"] == 22 * 40
+        bpb.append(figures["bpb"])
+    assert bpb[0] == bpb[1] > 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("nowhere.txt", "nowhere.txt: no such file or folder (looked from "),
+        ("stdlip", "stdlip: no such file or folder (looked from "),
+        (
+            "{kind: jsnl, paths: x}",
+            "unknown kind 'jsnl'; did you mean 'jsonl'? allowed: hub, jsonl, parquet, stdlib, text (",
+        ),
+        (
+            "{kind: jsonl, pths: x}",
+            "unknown key 'pths'; did you mean 'paths'? allowed: paths, text_field (--data: pths)",
+        ),
+        ("{kind: jsonl", "YAML: expected ',' or '}', but got '<stream end>' (--data: line 1, column 13)"),
+        ("jsonl", "missing key 'paths' (--data: top level)"),
+    ],
+)
+def test_eval_refuses_data_that_is_not_there(run: Path, data: str, message: str, capsys: pytest.CaptureFixture) -> None:
+    code, error = refusal(capsys, "eval", str(run), "--data", data)
+    assert (code, error[: len(message)]) == (2, message)
+
+
+def test_eval_of_a_run_without_a_checkpoint(run: Path, capsys: pytest.CaptureFixture) -> None:
+    for folder in (run / "checkpoints").iterdir():
+        folder.rename(run / folder.name)
+    code, error = refusal(capsys, "eval", str(run))
+    assert (code, error) == (1, f"run folder {run} has no checkpoint: train it first")
+
+
+def test_prepare_says_what_it_made(quick: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(["prepare", RECIPE, *quick]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("words.txt: ") and "training tokens" in out and "257 different ones" in out
+
+
+def test_the_module_and_the_script_are_the_same_command() -> None:
+    done = moestro("train", "recipes/hmoe.yaml", "model.ffn.router.select.topk=3")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "moestro: error: unknown key 'topk'; did you mean 'top_k'? allowed: renormalize, top_k "
+        "(command line: model.ffn.router.select.topk)\n"
+    )
