@@ -166,6 +166,7 @@ def judge(results: Mapping, budget: float) -> Verdict:
 
 def main_verdict(results: Mapping) -> Verdict:
     """The verdict at the largest budget at which most arms finished."""
+    check_format(results)
     verdicts = [judge(results, budget) for budget in sorted(map(float, results["budgets"]))]
     if not verdicts:
         return Verdict(0.0, (), ())
