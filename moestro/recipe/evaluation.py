@@ -128,12 +128,12 @@ def _load_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _load_text(layer: Mapping[str, Any]) -> str:
     load, histogram = layer["load"], layer["load_histogram"]
-    if load is not None and len(load) <= LISTED:
+    if load is None:
+        bins = zip(histogram["edges"], histogram["experts"], strict=False)
+        return ", ".join(f"{n:,} with {low:,} or more" for low, n in bins if n)
+    if len(load) <= LISTED:
         return " ".join(f"{100 * rows / max(1.0, sum(load)):.1f}" for rows in load)
-    if histogram is None:
-        return f"{min(load):,.0f} to {max(load):,.0f} rows an expert"
-    edges, counts = histogram["edges"], histogram["experts"]
-    return ", ".join(f"{low}+: {n:,}" for low, n in zip(edges, counts, strict=False) if n)
+    return f"{min(load):,.0f} to {max(load):,.0f} rows an expert"
 
 
 def _table(title: str, titles: tuple[str, ...]) -> Table:

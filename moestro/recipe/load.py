@@ -34,7 +34,7 @@ class Decoder:
 
     d_model: int
     n_layers: int
-    attention: dict
+    attention: Any
     ffn: Any
     layers: dict = field(default_factory=dict)
     tie_embeddings: bool = False

@@ -125,10 +125,10 @@ def _check_holds(node: Any, keys: Keys, depth: int) -> None:
 def has(tree: Any, keys: Keys) -> bool:
     """Whether something stands at `keys` in a tree of mappings and lists."""
     for key in keys:
-        inside = key in tree if isinstance(tree, dict) else isinstance(tree, list) and key in range(len(tree))
-        if not inside:
+        below: dict = tree if isinstance(tree, dict) else dict(enumerate(tree)) if isinstance(tree, list) else {}
+        if key not in below:
             return False
-        tree = tree[key]
+        tree = below[key]
     return True
 
 

@@ -14,7 +14,7 @@ class RecipeError(ValueError):
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's core types (so `1e-3` is a number and `no` a word), no anchors, no key twice."""
+    """YAML 1.2's core types (so `1e-3` is a number and `no` a word), no anchors, no tags, no key twice."""
 
     yaml_implicit_resolvers: dict = {}
 
@@ -25,6 +25,8 @@ class RecipeLoader(yaml.SafeLoader):
                 problem="anchors and aliases are not part of recipes; use `extends`",
                 problem_mark=event.start_mark,
             )
+        if getattr(event, "tag", None):
+            raise _mistake(f"tags such as {event.tag} are not part of recipes", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -59,12 +61,10 @@ def _teach(tag: str, pattern: str, first: list[str]) -> None:
 
 _teach("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF"))
 _teach("null", r"^(?:~|null|Null|NULL|)$", [*"~nN", ""])
-_teach("int", r"^[-+]?[0-9][0-9_]*$", list("-+0123456789"))
-_teach("float", r"^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789"))
-for _tag, _read in (("int", int), ("float", float)):
-    RecipeLoader.add_constructor(
-        f"tag:yaml.org,2002:{_tag}", lambda loader, node, read=_read: read(loader.construct_scalar(node))
-    )
+_teach("int", r"^[-+]?[0-9]+(?:_[0-9]+)*$", list("-+0123456789"))
+_teach("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789"))
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+RecipeLoader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value))
 
 
 def nearest(got: object, allowed: Iterable[object]) -> str:
