@@ -62,8 +62,8 @@ def test_words_that_look_like_something_else_survive_a_round_trip(text: str) -> 
         ("true: 2", "YAML: key True is neither a word nor a whole number (r.yaml: line 1, column 1)"),
         (
             "a: !!python/object/apply:os.system [ls]",
-            "YAML: tags such as tag:yaml.org,2002:python/object/apply:os.system are not part of recipes (r.yaml: line 1, "
-            "column 4)",
+            "YAML: tags such as tag:yaml.org,2002:python/object/apply:os.system are not part of recipes "
+            "(r.yaml: line 1, column 4)",
         ),
         ("a: !!int x", "YAML: tags such as tag:yaml.org,2002:int are not part of recipes (r.yaml: line 1, column 4)"),
         ("a: 1\x00", "YAML: unacceptable character #x0000: special characters are not allowed in"),
