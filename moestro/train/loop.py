@@ -33,8 +33,9 @@ def train(
 ) -> dict[str, Any]:
     """Train until the budget is used; returns the final metrics, which are also in `run_dir`/done.json.
 
-    Where `run_dir` has a checkpoint, training goes on from the newest; where it has a result, that is returned. On the
-    CPU, training that was interrupted at any moment ends as if it had not been, to the last bit.
+    Where `run_dir` has a checkpoint, training goes on from the newest; where it has a result, that is returned and
+    `model` stays as it is. On the CPU, training that was interrupted at any moment ends as if it had not been, to the
+    last bit.
 
     Raises: RunFolderError, CheckpointError, NonFiniteLoss; TrainingStopped after SIGTERM or SIGINT, once saved.
     """
@@ -42,16 +43,19 @@ def train(
     check_precision(device, settings.precision)
     check_names(objectives)
     with RunFolder(run_dir) as folder, StopSignal() as stop, progress or Silent() as display:
-        if folder.result is not None:
-            return folder.result
-        torch.manual_seed(settings.seed)
-        model.recompute = settings.recompute
         same = {"data": {"fingerprint": dataset.fingerprint}, "objectives": {name: w for name, w, _ in objectives}}
         rules = [QueryNormStatistics(), *rules]
         state = TrainState(model, build_optimizer(model, settings.optim), rules, settings, same)
-        if folder.newest_checkpoint is not None:
-            state.restore(folder.newest_checkpoint)
-            display.message(f"continuing from {folder.newest_checkpoint.name}")
+        newest = folder.newest_checkpoint
+        if folder.result is not None:
+            if newest is not None:
+                state.require_same(newest)
+            return folder.result
+        torch.manual_seed(settings.seed)
+        model.recompute = settings.recompute
+        if newest is not None:
+            state.restore(newest)
+            display.message(f"continuing from {newest.name}")
         folder.add_session({"from_step": state.counters.step, **describe_machine(device)})
         with MetricsLog(folder, settings, state.counters, display) as log:
             run(dataset, objectives, state, folder, log, stop)
@@ -83,7 +87,7 @@ def run(
         counters.add(measured)
         before, share = share, counters.share(settings.budget)
         lr = settings.optim.lr * settings.optim.schedule(min(1.0, (before + share) / 2), share / counters.step)
-        require_finite(measured, counters.step, lr)
+        require_finite(measured.signs_of_health, counters.step, lr)
         set_learning_rate(optimizer, lr)
         optimizer.step()
         for rule in state.rules:
@@ -94,6 +98,7 @@ def run(
         if finished or due(settings.eval_every, counters.step):
             held_out = dataset.val_batches(settings.batch_size, settings.eval_tokens)
             figures = evaluate(model, held_out, precision=settings.precision)
+            require_finite({"held-out loss": figures["loss"]}, counters.step, lr)
             better = counters.evaluated(figures) and settings.keep_best
             log.evaluation(figures)
         saved = None

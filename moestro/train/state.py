@@ -68,9 +68,7 @@ class TrainState:
 
         Raises: CheckpointError where it is damaged, or was made with other data, settings, rules or another model.
         """
-        state = read_state(path)
-        for name, value in self._fixed().items():
-            require_equal(path, name, state[name], value)
+        state = self.require_same(path)
         load_model(self.model, read_tensors(path, "model"), state["tied"])
         load_optimizer(self.model, self.optimizer, read_tensors(path, "optimizer"))
         tensors = read_tensors(path, "rules")
@@ -79,6 +77,16 @@ class TrainState:
         set_random_state(state["random"], self._device)
         for entry in fields(Counters):
             setattr(self.counters, entry.name, state["counters"][entry.name])
+
+    def require_same(self, path: Path) -> dict[str, Any]:
+        """The content of a checkpoint's state.json, once it is shown to be of this run.
+
+        Raises: CheckpointError where it is damaged, or was made with other data, settings, objectives or rules.
+        """
+        state = read_state(path)
+        for name, value in self._fixed().items():
+            require_equal(path, name, state[name], value)
+        return state
 
     def result(self) -> dict[str, Any]:
         """The final metrics of the run."""

@@ -1,7 +1,7 @@
 """One optimizer step's forward and backward passes over its micro-batches, and what they measured."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +52,11 @@ class Measured:
     active_params: float
     tokens: int
     bytes: int
+
+    @property
+    def signs_of_health(self) -> dict[str, float]:
+        """What must be finite before the optimizer may use the gradients."""
+        return {"loss": self.loss, **self.objectives, "gradient norm": self.grad_norm}
 
     @property
     def bpb(self) -> float:
@@ -143,15 +148,14 @@ def measure(sums: Sums, grad_norm: Tensor, batch: Batch, objectives: WeightedObj
     )
 
 
-def require_finite(measured: Measured, step: int, lr: float) -> None:
-    """Raises: NonFiniteLoss naming step, culprit and what to try. The parameters are still those before the step."""
-    parts = {"loss": measured.loss, **measured.objectives, "gradient norm": measured.grad_norm}
-    broken = [f"{name} = {value}" for name, value in parts.items() if not math.isfinite(value)]
+def require_finite(figures: Mapping[str, float], step: int, lr: float) -> None:
+    """Raises: NonFiniteLoss naming step, culprit and what to try."""
+    broken = [f"{name} = {value}" for name, value in figures.items() if not math.isfinite(value)]
     if broken:
         raise NonFiniteLoss(
             f"step {step}: {', '.join(broken)} (learning rate {lr:.3g}). Try, in a new run folder, a lower optim.lr, a "
             "longer schedule warmup, a smaller optim.clip, or train.precision: fp32. This folder is as the step before "
-            "left it: its checkpoints can be used"
+            "left it; its checkpoints can be used"
         )
 
 

@@ -21,6 +21,7 @@ from moestro.train import (
     train,
 )
 from moestro.train.checkpoint import CheckpointError, list_checkpoints
+from moestro.train.signals import StopSignal
 from tests.train.tiny import SEQUENCE, Counting, tiny_model, tiny_settings
 
 
@@ -171,6 +172,41 @@ def test_a_diverging_run_stops_and_keeps_its_folder(tmp_path):
     train(tiny_model(), Counting(), tiny_settings(12), [], [], tmp_path)
     train(tiny_model(), Counting(), tiny_settings(12), [], [], tmp_path.with_name("whole"))
     assert timeless(tmp_path) == timeless(tmp_path.with_name("whole"))
+
+
+class Poisoned(Counting):
+    """Held-out text under which the model's parameters turn to NaN."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def val_batches(self, batch_size, max_tokens=None):
+        with torch.no_grad():
+            self.model.head.weight[0, 0] = float("nan")
+        return super().val_batches(batch_size)
+
+
+def test_a_broken_evaluation_stops_before_anything_is_saved(tmp_path):
+    model = tiny_model()
+    with pytest.raises(NonFiniteLoss, match="step 4: held-out loss = nan"):
+        train(model, Poisoned(model), tiny_settings(12), [], [], tmp_path)
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_a_finished_run_is_not_the_result_of_other_settings(tmp_path):
+    train(tiny_model(), Counting(), tiny_settings(3), [], [], tmp_path)
+    with pytest.raises(CheckpointError, match="other settings: seed was 0, now 1"):
+        train(tiny_model(), Counting(), tiny_settings(3, seed=1), [], [], tmp_path)
+
+
+def test_a_second_signal_acts_as_usual():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert stop.name is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 class Interrupting(Counting):

@@ -145,7 +145,7 @@ def test_a_non_finite_step_is_an_error_that_says_what_to_try(changes, culprit):
     fine = {"loss": 1.0, "total_loss": 1.0, "objectives": {}, "grad_norm": 1.0, "flops": 1.0, "flops_computed": 1.0}
     measured = Measured(**{**fine, "active_params": 1.0, "tokens": 1, "bytes": 1, **changes})
     with pytest.raises(NonFiniteLoss, match=rf"step 7: {culprit} \(learning rate 0\.01\)\. Try, .* a lower optim\.lr"):
-        require_finite(measured, 7, 0.01)
+        require_finite(measured.signs_of_health, 7, 0.01)
 
 
 def test_bf16_computes_products_in_bfloat16_and_the_loss_in_fp32():
