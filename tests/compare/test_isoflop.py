@@ -58,7 +58,7 @@ def test_sizes_must_be_positive():
         fit_isoflop([[0, 2.0], [1e6, 1.9], [2e6, 1.8]])
 
 
-@pytest.mark.parametrize(("at", "status"), [(1.5e6, "inside"), (0.1e6, "below"), (50e6, "above")])
+@pytest.mark.parametrize(("at", "status"), [(1.5e6, "inside"), (0.38e6, "below"), (6.8e6, "above")])
 def test_where_the_minimum_lies(at, status):
     points = [[size, curve(size, at=at), None] for size in SIZES]
     assert minimum_status(points, fit_isoflop(points)) == status
