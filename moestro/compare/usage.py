@@ -87,7 +87,11 @@ def _bin_name(place: int) -> str:
     if place < 2:
         return str(place)
     low, high = 2 ** (place - 1), 2**place - 1
-    return f"{significant(low)}–{significant(high)}" if high < 100 else f"{si(low, 2)}+"
+    return f"{significant(low)}–{significant(high)}" if high < 100 else _at_least(low)
+
+
+def _at_least(low: float) -> str:
+    return f"{low:g}+" if low < 1000 else f"{si(low, 2)}+"
 
 
 def stored_bins(histogram: Mapping) -> list[tuple[str, int]]:
@@ -100,7 +104,7 @@ def stored_bins(histogram: Mapping) -> list[tuple[str, int]]:
     names = []
     for low, high in zip(edges, edges[1:], strict=False):
         single = high - low <= 1 and float(low).is_integer()
-        names.append(significant(low) if single else f"{si(low, 2)}+" if high >= 100 else f"{low:g}–{high - 1:g}")
+        names.append(significant(low) if single else _at_least(low) if high >= 100 else f"{low:g}–{high - 1:g}")
     return list(zip(names, counts, strict=True))
 
 

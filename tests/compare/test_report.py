@@ -345,6 +345,12 @@ def test_histograms():
     assert doubling_bins([0, 0, 1, 2, 3, 4, 9]) == [("0", 2), ("1", 1), ("2–3", 2), ("4–7", 1), ("8–15", 1)]
     stored = {"edges": [0, 1, 2, 4, 128], "experts": [2, 1, 2, 5]}
     assert stored_bins(stored) == [("0", 2), ("1", 1), ("2–3", 2), ("4+", 5)]
+    assert stored_bins({"edges": [256, 512, 2048, 4096], "experts": [1, 1, 1]}) == [
+        ("256+", 1),
+        ("512+", 1),
+        ("2k+", 1),
+    ]
+    assert doubling_bins([300.0])[-1] == ("256+", 1)
     with pytest.raises(ValueError, match="2 edges for 2 counts of experts; allowed: one edge more"):
         stored_bins({"edges": [0, 1], "experts": [1, 2]})
 
