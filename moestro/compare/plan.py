@@ -1,6 +1,7 @@
 """What is compared: arms, budgets, sizes and seeds, read strictly from a YAML file."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ class Comparison:
 
     def recipe_path(self, arm: str) -> Path:
         """The recipe file of one arm; relative paths start at the comparison's own folder."""
-        return self.path.parent / self.arms[arm].recipe
+        return Path(os.path.normpath(self.path.parent / self.arms[arm].recipe))
 
 
 def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Comparison:

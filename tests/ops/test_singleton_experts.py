@@ -8,15 +8,6 @@ from moestro.ops import backend
 from tests.tolerances import FLOAT32, FLOAT64
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Unwritten elements of new buffers are NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def inputs(n_tokens: int, k: int, n_experts: int, d: int, dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(n_tokens * k)
 
