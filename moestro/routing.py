@@ -51,6 +51,10 @@ class Routing:
         """Rows each expert computes (tokens)."""
         return self.grouped().offsets.diff().to(torch.float32)
 
+    def importance(self) -> Float[Tensor, "e"]:
+        """Sum of the weights each expert got (Shazeer 2017, arXiv:1701.06538, Eq. 6)."""
+        return self.dense().sum(0)
+
     def per_token(self, value: Float[Tensor, "e"] | float) -> Float[Tensor, "t"]:
         """Sum over each token's rows of `value[expert]`: 1 counts experts, a width gives the active width."""
         raise NotImplementedError
@@ -117,6 +121,9 @@ class SparseRouting(Routing):
 
     def load(self) -> Float[Tensor, "e"]:
         return torch.bincount(self.expert, minlength=self.n_experts).to(torch.float32)
+
+    def importance(self) -> Float[Tensor, "e"]:
+        return self.weight.new_zeros(self.n_experts).index_add(0, self.expert, self.weight)
 
     def gather(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "n d"]:
         return x[self.token]

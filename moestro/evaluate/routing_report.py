@@ -14,7 +14,7 @@ from moestro.evaluate.perplexity import evaluating
 from moestro.evaluate.scoring import exact_dtype, score
 from moestro.layers import MoELayer
 from moestro.model import Transformer
-from moestro.routing import Routing, SparseRouting, Trace
+from moestro.routing import Trace
 
 # Layers of more experts report a histogram of loads in place of the list.
 MAX_LISTED = 4096
@@ -32,9 +32,9 @@ class LayerUsage:
 
     def add(self, trace: Trace) -> None:
         """Count one trace."""
-        load, gates = expert_totals(trace.routing)
-        self.load = self.load + load
-        self.gates = self.gates + gates
+        exact = exact_dtype(trace.x.device)
+        self.load = self.load + trace.routing.load().to(exact)
+        self.gates = self.gates + trace.routing.importance().to(exact)
         self.experts.append(trace.experts_per_token().float().cpu().numpy())
         self.width.append(trace.active_width().float().cpu().numpy())
 
@@ -78,18 +78,6 @@ def routing_report(
                 name = names[id(trace.layer)]
                 usage.setdefault(name, LayerUsage(layers[name])).add(trace)
     return {name: layer.figures() for name, layer in usage.items()}
-
-
-def expert_totals(routing: Routing) -> tuple[Float[Tensor, "e"], Float[Tensor, "e"]]:
-    """Rows and sum of gates of every expert, without a [tokens, experts] matrix where the routing is sparse."""
-    if isinstance(routing, SparseRouting):
-        exact = exact_dtype(routing.expert.device)
-        load = torch.bincount(routing.expert, minlength=routing.n_experts)
-        gates = torch.bincount(routing.expert, routing.weight.to(exact), minlength=routing.n_experts)
-        return load.to(exact), gates
-    weights = routing.dense()
-    exact = exact_dtype(weights.device)
-    return routing.load().to(exact), weights.to(exact).sum(0)
 
 
 def unevenness(gates: Float[Tensor, "e"]) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from moestro import DenseFFN, FFNBank, LinearScore, MoELayer, ProductKeyRouter, ScoredRouter, SingletonBank, Soft, TopP
 from moestro.evaluate import routing_report
-from moestro.evaluate.routing_report import LayerUsage, expert_totals, histogram, spread, unevenness
+from moestro.evaluate.routing_report import LayerUsage, histogram, spread, unevenness
 from moestro.model import Attention, Block, Transformer
 from moestro.routing import SoftRouting, SparseRouting, Trace
 from tests.evaluate.test_perplexity import padded, ready_model
@@ -51,17 +51,15 @@ def test_an_expert_with_rows_but_no_gate_is_neither_used_nor_dead():
     assert (figures["usage"], figures["dead"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
 
 
-def test_totals_equal_those_of_the_dense_matrix():
+def test_load_and_importance_equal_those_of_the_dense_matrix():
     layer = moe()
     trace = layer(torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0)))[1][0]
-    load, gates = expert_totals(trace.routing)
-    dense = trace.routing.dense().double()
-    torch.testing.assert_close(gates, dense.sum(0))
-    assert torch.equal(load, (dense > 0).sum(0).double())
-    soft = SoftRouting((dense.float() + 0.1,))
-    load, gates = expert_totals(soft)
-    assert load.tolist() == [20.0] * 3
-    torch.testing.assert_close(gates, (dense.float() + 0.1).double().sum(0))
+    dense = trace.routing.dense()
+    torch.testing.assert_close(trace.routing.importance(), dense.sum(0))
+    assert torch.equal(trace.routing.load(), (dense > 0).sum(0).float())
+    soft = SoftRouting((dense + 0.1,))
+    assert soft.load().tolist() == [20.0] * 3
+    torch.testing.assert_close(soft.importance(), (dense + 0.1).sum(0))
 
 
 def model_of(*layers) -> Transformer:

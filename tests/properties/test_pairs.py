@@ -3,11 +3,11 @@ registered one cannot skip: the pairs come from the registry."""
 
 import pytest
 import torch
-from moestro.recipe.parts import PARTS
 
 from moestro.experts import ExpertBank
 from moestro.layers import MoELayer
 from moestro.ops import backend
+from moestro.recipe.parts import PARTS
 from moestro.routers import ScoredRouter
 from moestro.routing import SlotRouting, SparseRouting
 from tests.tolerances import FLOAT64
@@ -156,6 +156,12 @@ def test_rows_are_the_sum_of_the_load(router):
     assert routing.load().sum() == routing.n_rows
     assert routing.offsets[-1] == routing.n_rows
     assert routing.per_token(1.0).sum().item() == pytest.approx(routing.n_rows)
+
+
+@routers
+def test_importance_is_the_sum_of_the_weights(router):
+    routing = ROUTER_MAKERS[router]().double()(tokens())
+    torch.testing.assert_close(routing.importance(), routing.dense().sum(0), **FLOAT64)
 
 
 @routers
