@@ -58,4 +58,4 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench.layers $(BENCH_ARGS)
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -95,8 +95,7 @@ def train(arguments: argparse.Namespace) -> int:
     from moestro.train import TrainingStopped, display_on
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    seed = recipe.train.keywords.get("seed", 0)
-    out = arguments.out or Path("runs") / f"{recipe.name}-{seed}"
+    out = arguments.out or Path("runs") / f"{recipe.name}-{recipe.train.value('seed')}"
     try:
         result = run_training(recipe, out, _device(arguments.device), display_on(sys.stderr, recipe.name))
     except TrainingStopped as stopped:

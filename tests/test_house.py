@@ -1,7 +1,9 @@
 """The house rules of CONTRIBUTING.md and docs/house.md that a program can check."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -213,6 +215,29 @@ def test_every_dependency_has_an_exact_version() -> None:
     names = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
     missing = {re.split(r"[\[>=<]", item)[0].lower() for item in wanted} - names - {"moestro"}
     assert not missing and "torch>=2.11" in wanted
+
+
+def made(target: str) -> list[str]:
+    """What `make target` would run where nothing is set up yet."""
+    if shutil.which("make") is None:
+        pytest.skip("no make on this machine")
+    command = ["make", "-n", target, "VENV=/nowhere/venv"]
+    # a make that runs these tests would hand its own flags down
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=clean)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("target", "last"),
+    [("test", "-m pytest"), ("demo", "moestro compare recipes/compare/first_look.yaml"), ("lint", "lint-imports")],
+)
+def test_each_target_sets_itself_up_torch_first(target: str, last: str) -> None:
+    lines = made(target)
+    installs = [line for line in lines if "pip install" in line]
+    assert installs[0].endswith("constraints.txt  torch") and all("-c constraints.txt" in line for line in installs)
+    assert any("-m venv" in line for line in lines[: lines.index(installs[0])])
+    assert last in lines[-1] and lines.index(installs[-1]) < len(lines) - 1
 
 
 def test_nothing_names_the_workshop_or_a_package_index() -> None:

@@ -28,6 +28,10 @@ class Part:
     place: Place
     missing: frozenset[str] = field(default=frozenset())
 
+    def value(self, name: str) -> Any:
+        """A keyword's value: what the recipe gives, else the constructor's default."""
+        return self.keywords[name] if name in self.keywords else parameters(self.make)[name].default
+
     def build(self, context: Mapping[str, Any] | None = None) -> Any:
         """Call the constructor, parts inside first. Keywords that the recipe does not give come from `context`.
 

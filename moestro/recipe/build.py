@@ -26,7 +26,7 @@ def build_model(recipe: Recipe, vocab_size: int, device: str | torch.device = "c
         with torch.device("meta"):
             return _assemble(recipe, vocab_size)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.train.keywords.get("seed", 0))
+        torch.manual_seed(recipe.train.value("seed"))
         return _assemble(recipe, vocab_size).to(device)
 
 

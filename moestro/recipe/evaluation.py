@@ -44,8 +44,8 @@ def evaluate_run(
     dataset = _data_of(folder, recipe, data).prepare()
     model = build_model(recipe, dataset.vocab_size, device)
     load_weights(model, path)
-    batch_size = recipe.train.keywords.get("batch_size", 16)
-    precision = recipe.train.keywords.get("precision", "fp32")
+    batch_size = recipe.train.value("batch_size")
+    precision = recipe.train.value("precision")
     figures = evaluate(model, dataset.val_batches(batch_size, max_tokens), precision=precision)
     layers = routing_report(model, dataset.val_batches(batch_size, max_tokens), precision=precision)
     about = {"run": str(folder), "checkpoint": path.name, "step": step_of(path), "data": _describe(dataset)}
@@ -64,7 +64,7 @@ def _data_of(folder: Path, recipe: Recipe, data: str | None) -> TokenData:
         own = build_data(recipe)
         own.tokenizer = tokenizer
         return own
-    return TokenData(_source(data), tokenizer, recipe.data.keywords["seq_len"], val_fraction=1.0)
+    return TokenData(_source(data), tokenizer, recipe.data.value("seq_len"), val_fraction=1.0)
 
 
 def _source(data: str) -> Source:

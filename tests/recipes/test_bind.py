@@ -194,6 +194,11 @@ def test_refusals_say_what_where_and_what_is_allowed(node: dict, message: str) -
     assert got.startswith(message) and "(r.yaml: room" in got
 
 
+def test_a_part_knows_what_it_will_be_given() -> None:
+    part = BINDER.bind(Lamp, {"watts": 5}, PLACE)
+    assert part.value("watts") == 5 and part.value("colour") == "red"
+
+
 def test_a_missing_required_key_and_a_wrong_top_level() -> None:
     assert refusal(Room, {}) == "missing key 'lamp' (r.yaml: room)"
     assert refusal(Room, [1]) == "expected a mapping of keys to values; got a list of 1 (r.yaml: room)"
