@@ -1,6 +1,7 @@
 """The command line from end to end: what it prints, what it exits with, and that no mistake ends in a traceback."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -162,6 +163,26 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setitem(cli.VERBS, "version", interrupted)
     assert main(["version"]) == 130
     assert capsys.readouterr().err == "moestro: error: interrupted\n"
+
+
+def test_a_signal_saves_and_exits_0_and_the_same_command_continues(tmp_path: Path, quick: list[str]) -> None:
+    out = tmp_path / "run"
+    words = ["train", RECIPE, *quick, "train.budget.steps=600", "train.eval_every=0", "--out", str(out)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "moestro", *words], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as run:
+        deadline = time.monotonic() + 60
+        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size < 1000:
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.02)
+        run.send_signal(signal.SIGTERM)
+        _, err = run.communicate(timeout=60)
+    assert run.returncode == 0 and "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("moestro: stopped by SIGTERM, saved ") and last.endswith(
+        "; the same command continues from there"
+    )
+    assert main(words) == 0 and json.loads((out / "done.json").read_text())["step"] == 600
 
 
 def test_train_writes_a_run_and_says_so(tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture) -> None:
