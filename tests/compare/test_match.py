@@ -55,7 +55,5 @@ def test_an_arm_costs_what_the_reference_costs(tmp_path):
 def test_a_key_that_cannot_reach_the_cost_is_refused(tmp_path):
     text = COMPARISON.replace("solve: model.ffn.branches.0.widths.total, multiple_of: 4", "solve: train.batch_size")
     plan = load_comparison(write_comparison(tmp_path, text))
-    with pytest.raises(
-        RecipeError, match=r"no value of train.batch_size gives .* FLOPs a token.*arms.moe.solve"
-    ):
+    with pytest.raises(RecipeError, match=r"no value of train.batch_size gives .* FLOPs a token.*arms.moe.solve"):
         match(plan, "moe", reference_size(plan, 32, VOCABULARY), VOCABULARY)
