@@ -1,5 +1,7 @@
 """HMoE's widths, parameters and FLOPs (check 10 of the list in test_hmoe.py)."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -102,3 +104,12 @@ def test_flops_equal_a_counter(how: str) -> None:
 def test_expected_flops_are_those_of_even_routing() -> None:
     layer = make_layer([1, 3, 4, 5, 8], TopK(2))
     assert layer.expected_token_flops() == 2 * 5 * 6 + 2 * (6 * 6 * 21 / 5)
+
+
+@pytest.mark.parametrize(("out_init", "scale_of"), [("per_width", [200, 800, 3200]), ("shared", [1400] * 3)])
+def test_each_expert_starts_like_a_dense_layer(out_init: Literal["per_width", "shared"], scale_of: list[int]) -> None:
+    """Standard deviation of W_o: h_i^-0.5 of the expert's own width, or of the mean width; of W_g and W_p: d^-0.5."""
+    bank = FFNBank(64, [200, 800, 3200], out_init=out_init)
+    for inner, outer, width in zip(bank.w_in.matrices(), bank.w_out.matrices(), scale_of, strict=True):
+        assert abs(float(outer.detach().std()) * width**0.5 - 1) < 0.03
+        assert abs(float(inner.detach().std()) * 64**0.5 - 1) < 0.03

@@ -7,9 +7,13 @@ import torch
 
 from moestro.experts import FFNBank
 from moestro.model import Transformer
-from moestro.recipe.build import build_model
+from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy
+from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import load_recipe
+from moestro.routers import ProductKeyRouter, ScoredRouter, Select, TopK, TopP
+from moestro.routers.query_norm import BatchQueryNorm
 from moestro.routing import SparseRouting, Trace
+from moestro.train.step import WeightedObjectives
 from tests.reference import hmoe, peer, transformer
 from tests.systems.decoders import Twin
 from tests.tolerances import FLOAT64
@@ -46,6 +50,57 @@ def test_tiny_recipe_equals_reference(name: str) -> None:
     transformer.cross_entropy(expected, targets).backward()
     for key, parameter in model.named_parameters():
         close(parameter.grad, twin.leaves[key].grad, **FLOAT64, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def scored(model: Transformer) -> list[tuple[Select, tuple[int, ...]]]:
+    """Selection and widths of every block."""
+    found = []
+    for layer in model.moe_layers().values():
+        assert isinstance(layer.router, ScoredRouter) and isinstance(layer.bank, FFNBank)
+        found.append((layer.router.select, layer.bank.widths))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "objectives"),
+    [
+        ("moe", (64,) * 8, [("load_balance", 0.01, LoadBalance())]),
+        ("hmoe", tuple(range(36, 93, 8)), [("parameter_penalty", 0.01, ParameterPenalty("mean"))]),
+        ("paper/moe-0.4b", (1536,) * 8, [("load_balance", 0.01, LoadBalance())]),
+        ("paper/hmoe-0.4b", tuple(range(864, 2209, 192)), [("parameter_penalty", 0.01, ParameterPenalty("mean"))]),
+    ],
+)
+def test_mixtures_are_top_2_of_8_in_every_block(
+    name: str, widths: tuple[int, ...], objectives: WeightedObjectives
+) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    model = build_model(recipe, VOCAB, device="meta")
+    assert len(scored(model)) == len(model.blocks)
+    for select, found in scored(model):
+        assert isinstance(select, TopK) and select.top_k == 2 and select.renormalize and found == widths
+    assert build_training(recipe)[1] == objectives
+
+
+def test_top_p_has_the_entropy_loss_of_the_right_sign() -> None:
+    recipe = load_recipe(RECIPES / "paper" / "hmoe-0.4b-top-p.yaml")
+    for select, widths in scored(build_model(recipe, VOCAB, device="meta")):
+        assert isinstance(select, TopP) and select.threshold == 0.6 and widths == tuple(range(864, 2209, 192))
+    (penalty, entropy) = build_training(recipe)[1]
+    assert penalty == ("parameter_penalty", 0.01, ParameterPenalty("mean"))
+    assert entropy == ("router_entropy", 1e-4, RouterEntropy(scale_by_n=False, literal=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "heads", "top_k", "n_experts"), [("peer", 2, 4, 8, 4096), ("paper/peer-1m", 5, 8, 16, 1024**2)]
+)
+def test_peer_replaces_the_middle_block(name: str, block: int, heads: int, top_k: int, n_experts: int) -> None:
+    """Keys shared by the heads, batch-normalised queries, softmax gates."""
+    model = build_model(load_recipe(RECIPES / f"{name}.yaml"), VOCAB, device="meta")
+    assert list(model.moe_layers()) == [f"blocks.{block}.ffn"]
+    router = model.moe_layers()[f"blocks.{block}.ffn"].router
+    assert isinstance(router, ProductKeyRouter) and isinstance(router.query_norm, BatchQueryNorm)
+    assert (router.heads, router.top_k, router.n_experts, router.gate) == (heads, top_k, n_experts, "softmax")
+    assert router.keys.shape[1] == 1
 
 
 @pytest.mark.parametrize(
