@@ -182,6 +182,24 @@ def test_bfloat16_stays_within_the_stated_tolerance() -> None:
             assert relative(a, b) < BFLOAT16_NORM
 
 
+@pytest.mark.parametrize("select", [TopK(2), TopP(0.6)])
+def test_autocast_keeps_choices_and_gradients(select: Select) -> None:
+    """Choices and gates are float32's to the bit; gradients are float32 and within the stated tolerance."""
+    layer, x, cotangent = make_layer([8, 3, 24, 5, 40], select).float(), random(64, D).float(), random(64, D).float()
+    results = []
+    for enabled in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y, (trace,) = layer(x)
+        assert y.dtype == (torch.bfloat16 if enabled else torch.float32)
+        y.backward(cotangent.to(y.dtype))
+        results.append((trace.routing.dense(), [grad(parameter) for parameter in layer.parameters()]))
+    (gates, plain), (gates16, lowered) = results
+    assert torch.equal(gates, gates16)
+    for a, b in zip(lowered, plain, strict=True):
+        assert a.dtype == torch.float32 and relative(a, b.double()) < BFLOAT16_NORM
+
+
 def test_router_decides_in_float32_for_bfloat16_tokens() -> None:
     layer = make_layer([3, 4, 5], TopK(2)).bfloat16()
     _, (trace,) = layer(random(5, D).bfloat16())

@@ -54,15 +54,23 @@ def test_bfloat16_retrieves_in_float32() -> None:
     assert float(((y.double() - y_exact).norm() / y_exact.norm()).detach()) < BFLOAT16_NORM
 
 
-def test_autocast_retrieves_in_float32() -> None:
+def test_autocast_keeps_choices_and_gradients() -> None:
+    """Choices and gates are float32's to the bit; gradients are float32 and within the stated tolerance."""
     layer = make_layer(side=8, heads=2, k=4, d_key=8).float()
-    x = random(40, D).float()
-    _, (plain,) = layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, (trace,) = layer(x)
-    assert torch.equal(trace.routing.expert, plain.routing.expert)
-    assert torch.equal(trace.routing.weight, plain.routing.weight)
-    assert y.dtype == torch.bfloat16
+    x, cotangent, results = random(40, D).float(), random(40, D).float(), []
+    for enabled in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y, (trace,) = layer(x)
+        assert y.dtype == (torch.bfloat16 if enabled else torch.float32)
+        y.backward(cotangent.to(y.dtype))
+        gradients = [grad(parameter).double() for parameter in layer.parameters()]
+        assert all(grad(parameter).dtype == torch.float32 for parameter in layer.parameters())
+        results.append((trace.routing.expert, trace.routing.weight, gradients))
+    (expert, weight, plain), (expert16, weight16, lowered) = results
+    assert torch.equal(expert, expert16) and torch.equal(weight, weight16)
+    for a, b in zip(lowered, plain, strict=True):
+        assert float((a - b).norm() / b.norm()) < BFLOAT16_NORM
 
 
 def test_state_dict_round_trip() -> None:
