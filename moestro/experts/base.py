@@ -26,6 +26,10 @@ class ExpertBank(nn.Module):
         """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""
         raise NotImplementedError
 
+    def row_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Parameters whose gradients are sparse: rows of experts, for an optimizer that updates rows."""
+        return ()
+
     def row_flops(self) -> Float[Tensor, "e"] | float:
         """Forward FLOPs of one row, for every expert, or one number where all are equal."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -20,6 +21,10 @@ class SingletonBank(ExpertBank):
     `heads` and `top_k` of the router are given, v is scaled so that the layer's output has standard deviation
     `output_std` while gates are near uniform (1 / top_k in each head):
     Var(y) = heads / top_k * E[act(z)^2] * out_std^2.
+
+    With `sparse_gradients` the tables' gradients hold the rows met and nothing else (`torch.sparse_coo`), so that a
+    training step costs what those rows cost, however many experts there are. They need an optimizer for rows:
+    `moestro.train` gives them `RowAdamW`.
     """
 
     def __init__(
@@ -30,11 +35,12 @@ class SingletonBank(ExpertBank):
         heads: int | None = None,
         top_k: int | None = None,
         output_std: float = 0.6,
+        sparse_gradients: bool = False,
     ) -> None:
         super().__init__()
         if n_experts < 1:
             raise ValueError(f"n_experts={n_experts}, allowed: at least 1")
-        self.n_experts, self.activation = n_experts, activation
+        self.n_experts, self.activation, self.sparse_gradients = n_experts, activation, sparse_gradients
         moment = find(activation).second_moment
         out_std = d_model**-0.5 if not (heads and top_k) else output_std * math.sqrt(top_k / (heads * moment))
         self.up = nn.Parameter(torch.empty(n_experts, d_model))
@@ -45,13 +51,17 @@ class SingletonBank(ExpertBank):
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
         expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
         act = find(self.activation).forward
-        return act((z * self.up[expert]).sum(-1, keepdim=True)) * self.down[expert]
+        u, v = (F.embedding(expert, table, sparse=self.sparse_gradients) for table in (self.up, self.down))
+        return act((z * u).sum(-1, keepdim=True)) * v
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         if not isinstance(routing, SparseRouting) or routing.fixed is None:
             return super().forward(x, routing)
         ids, weight = routing.matrix()
-        return singleton_experts(x, ids, weight, self.up, self.down, self.activation)
+        return singleton_experts(x, ids, weight, self.up, self.down, self.activation, self.sparse_gradients)
+
+    def row_parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.up, self.down) if self.sparse_gradients else ()
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         for name in ("up", "down"):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -43,10 +44,12 @@ def singleton_experts(
     up: Float[Tensor, "e d"],
     down: Float[Tensor, "e d"],
     activation: str,
+    sparse_gradients: bool = False,
 ) -> Float[Tensor, "t d"]:
     """y_t = sum_k weight_tk * act(up[ids_tk] . x_t) * down[ids_tk]; materialises every gathered row."""
-    hidden = find(activation).forward(torch.einsum("td,tkd->tk", x, up[ids]))
-    return torch.einsum("tk,tkd->td", hidden * weight.to(hidden.dtype), down[ids])
+    u, v = (F.embedding(ids, table, sparse=sparse_gradients) for table in (up, down))
+    hidden = find(activation).forward(torch.einsum("td,tkd->tk", x, u))
+    return torch.einsum("tk,tkd->td", hidden * weight.to(hidden.dtype), v)
 
 
 def product_key_topk(

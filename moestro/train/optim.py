@@ -1,24 +1,65 @@
-"""AdamW over parameter groups, and clipping by the global norm."""
+"""AdamW over parameter groups, row by row where gradients are sparse, and clipping by the global norm."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from moestro.experts import ExpertBank
+from moestro.train.row_adamw import RowAdamW, rows_of
 from moestro.train.settings import OptimSettings, ParameterGroup
 
 # Where torch.optim.AdamW has one fused kernel for all parameters.
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
-def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, fused where the device has it."""
+class Optimizers:
+    """Several optimizers as one; every parameter belongs to one of them."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The groups of all parts; a change to one is a change to its part."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """{parameter: {entry: tensor}} of all parts."""
+        return {parameter: entries for part in self.parts for parameter, entries in part.state.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        """One step of every part."""
+        for part in self.parts:
+            part.step()
+
+
+def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizers:
+    """AdamW over `parameter_groups`, fused where the device has it, and `RowAdamW` for the parameters that banks of
+    experts name as having sparse gradients."""
     groups = parameter_groups(model, settings)
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=devices <= FUSED_DEVICES
-    )
+    banks = [module for module in model.modules() if isinstance(module, ExpertBank)]
+    rows = {id(parameter) for bank in banks for parameter in bank.row_parameters()}
+    shared = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    parts: list[torch.optim.Optimizer] = []
+    if dense := [group for group in (part_of(g, rows, False) for g in groups) if group["params"]]:
+        devices = {parameter.device.type for group in dense for parameter in group["params"]}
+        parts.append(torch.optim.AdamW(dense, **shared, fused=devices <= FUSED_DEVICES))
+    if sparse := [group for group in (part_of(g, rows, True) for g in groups) if group["params"]]:
+        parts.append(RowAdamW(sparse, **shared, skipped=settings.skipped_rows))
+    return Optimizers(parts)
+
+
+def part_of(group: dict, rows: set[int], inside: bool) -> dict:
+    """A group with only those parameters that are among `rows` (by id), or only those that are not."""
+    return {**group, "params": [parameter for parameter in group["params"] if (id(parameter) in rows) is inside]}
 
 
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
@@ -56,16 +97,23 @@ def first_match(groups: Iterable[ParameterGroup], name: str) -> ParameterGroup |
     return next((group for group in groups if re.search(group.pattern, name)), None)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizers, lr: float) -> None:
     """Give each group `lr` times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
-    """Scale all gradients so that their joint 2-norm is at most `clip`; returns the norm before, on the device."""
+    """Scale all gradients, rows of sparse ones included, so that their joint 2-norm is at most `clip`; returns the
+    norm before, on the device."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+    sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+    dense = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    rows = [rows_of(parameter)[1] for parameter in sparse]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None] + rows)
     if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(dense, clip, norm)
+        # torch would copy the values of a sparse gradient; here they are scaled where they lie
+        for values in rows:
+            values.mul_((clip / (norm + 1e-6)).clamp(max=1.0).to(values.device))
     return norm

@@ -56,7 +56,8 @@ class ParameterGroup:
 @dataclass(frozen=True)
 class OptimSettings:
     """AdamW (Loshchilov 2019, arXiv:1711.05101), its schedule, and the global norm to which gradients are clipped
-    (`clip`, None for no clipping)."""
+    (`clip`, None for no clipping). `skipped_rows` says what becomes of the moments of rows that a step did not touch,
+    where gradients are sparse (see `RowAdamW`)."""
 
     lr: float = 1e-3
     weight_decay: float = 0.1
@@ -65,6 +66,7 @@ class OptimSettings:
     clip: float | None = 1.0
     schedule: Schedule = field(default_factory=Cosine)
     groups: tuple[ParameterGroup, ...] = ()
+    skipped_rows: Literal["keep", "decay"] = "keep"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -75,6 +77,8 @@ class OptimSettings:
                 raise ValueError(f"optim {name}={getattr(self, name)}: must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim betas={list(self.betas)}: allowed are two numbers in [0, 1)")
+        if self.skipped_rows not in ("keep", "decay"):
+            raise ValueError(f"optim skipped_rows={self.skipped_rows!r}: allowed are 'keep', 'decay'")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"optim clip={self.clip}: must be above 0, or null for no clipping")
 

@@ -11,6 +11,7 @@ from torch import nn
 from moestro.train.checkpoint import CheckpointError, keep_checkpoints, read_state, read_tensors, write_checkpoint
 from moestro.train.counters import Counters
 from moestro.train.folder import RunFolder
+from moestro.train.optim import Optimizers
 from moestro.train.rules import Rule
 from moestro.train.settings import TrainSettings
 from moestro.train.tensors import (
@@ -35,7 +36,7 @@ class TrainState:
     {what: {name: value}}, JSON values."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     rules: Sequence[Rule]
     settings: TrainSettings
     same: dict[str, dict[str, Any]]

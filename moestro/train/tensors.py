@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moestro.train.checkpoint import CheckpointError
+from moestro.train.optim import Optimizers
+from moestro.train.row_adamw import RowAdamW
 
 
 def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -53,7 +55,7 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> str:
     return str(list(tensors[name].shape)) if name in tensors else "absent"
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     """The optimizer's state under `<parameter>/<entry>`, for example `head.weight/exp_avg`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -63,21 +65,27 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(model: nn.Module, optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
     """Put stored state back; learning rates and other settings stay those of `optimizer`.
 
-    Raises: CheckpointError for state of parameters that the optimizer does not have.
+    Raises: CheckpointError for state of parameters that the optimizer does not have, or of another kind of optimizer.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    trained = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
     entries: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, entry = key.rsplit("/", 1)
         entries.setdefault(name, {})[entry] = tensor
-    if unknown := entries.keys() - set(order):
+    if unknown := entries.keys() - trained:
         raise CheckpointError(f"the checkpoint has optimizer state of {min(unknown)!r}, which is not trained here")
-    state = {index: entries[name] for index, name in enumerate(order) if name in entries}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for part in optimizer.parts:
+        order = [names[id(parameter)] for group in part.param_groups for parameter in group["params"]]
+        state = {index: entries[name] for index, name in enumerate(order) if name in entries}
+        rows = isinstance(part, RowAdamW)
+        if odd := [order[index] for index, stored in state.items() if ("clock" in stored) is not rows]:
+            kinds = ("dense", "sparse") if rows else ("sparse", "dense")
+            raise CheckpointError(f"{odd[0]} was trained with {kinds[0]} gradients, here they are {kinds[1]}")
+        part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
 
 def split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -79,7 +79,8 @@ def stepped(dtype: torch.dtype, fused: bool) -> list[torch.Tensor]:
     model = tiny_model().to(dtype)
     settings = OptimSettings(lr=0.1)
     optimizer = build_optimizer(model, settings)
-    assert optimizer.defaults["fused"] is True
+    (only,) = optimizer.parts
+    assert only.defaults["fused"] is True
     if not fused:
         groups = parameter_groups(model, settings)
         optimizer = torch.optim.AdamW(groups, lr=0.1, betas=settings.betas, eps=settings.eps, foreach=False)

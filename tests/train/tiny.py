@@ -15,7 +15,7 @@ VOCABULARY, WIDTH, SEQUENCE = 11, 8, 6
 def tiny_model(seed: int = 0, tie_embeddings: bool = False, kinds: tuple[str, ...] = ("moe", "peer")) -> Transformer:
     """One block for each of `kinds`."""
     torch.manual_seed(seed)
-    layers = {"dense": dense, "moe": moe, "peer": peer}
+    layers = {"dense": dense, "moe": moe, "peer": peer, "rows": rows}
     blocks = [Block(WIDTH, Attention(WIDTH, n_heads=2), layers[kind]()) for kind in kinds]
     return Transformer(VOCABULARY, WIDTH, blocks, tie_embeddings=tie_embeddings)
 
@@ -31,6 +31,12 @@ def moe() -> MoELayer:
 def peer() -> MoELayer:
     router = ProductKeyRouter(WIDTH, 16, heads=2, top_k=3, d_key=4, query_norm="batch")
     return MoELayer(router, [SingletonBank(WIDTH, 16)])
+
+
+def rows(sparse_gradients: bool = True) -> MoELayer:
+    """More experts than a step of 4 sequences can meet."""
+    router = ProductKeyRouter(WIDTH, 256, heads=2, top_k=3, d_key=4, query_norm="rms")
+    return MoELayer(router, [SingletonBank(WIDTH, 256, sparse_gradients=sparse_gradients)])
 
 
 class Counting:
