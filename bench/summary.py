@@ -1,0 +1,37 @@
+"""Print the rows of result files as a Markdown table, for docs/performance.md.
+
+python -m bench.summary bench/results/FILE.json ...
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def summary(path: Path) -> str:
+    """Where the numbers come from, and one line for every timing row."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    lines = [
+        f"`{result['script']}` at commit `{result['commit']}`, seed {result['seed']}, {machine['cpu']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}, load average "
+        f"{machine['load']:.1f} at the end:",
+        "",
+        "| case | what | ours | peer | theirs | ratio | 10th to 90th percentile |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        ours, theirs = (f"{row[side]:.1f} {row['unit']}" for side in ("ours", "theirs"))
+        spread = f"{row['spread'][0]:.2f} to {row['spread'][1]:.2f}"
+        lines.append(
+            f"| {row['case']} | {row['what']} | {ours} | {row['peer']} | {theirs} | {row['ratio']:.2f} | {spread} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print("\n\n".join(summary(Path(name)) for name in sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
