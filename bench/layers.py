@@ -8,17 +8,16 @@ einsum), routing included on both sides, with the same weights; its default of o
     python -m bench.layers [--quick] [--json PATH]
 """
 
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.harness import Row, agree, arguments, race, report, weigh
-from moestro.experts import FFNBank, SingletonBank
+from bench.peer import PACKAGE, Shape, pair
+from moestro.experts import FFNBank
 from moestro.experts.widths import arithmetic, equal
 from moestro.layers import MoELayer
-from moestro.routers import LinearScore, ProductKeyRouter, ScoredRouter, TopK
+from moestro.routers import LinearScore, ScoredRouter, TopK
 
 
 def grads(run, leaves):
@@ -121,36 +120,18 @@ def moe_case(name: str, widths: list[int], shape: tuple[int, ...], dtype: torch.
 
 def peer_rows(quick: bool) -> list[Row]:
     """Our PEER layer with the weights of the public package's."""
-    try:
-        from PEER_pytorch import PEER
-    except ImportError:
-        sys.exit("the PEER comparison needs the public package: pip install 'moestro[bench]'")
-    tokens, d, side, heads, top_k, half = (256, 256, 128, 8, 16, 64) if quick else (512, 512, 512, 8, 16, 128)
-    theirs = PEER(
-        d, heads=heads, num_experts=side**2, num_experts_per_head=top_k, dim_key=half, non_competing_scores=False
-    )
-    router = ProductKeyRouter(d, side**2, heads, top_k, 2 * half, shared_keys=False, query_norm="none")
-    bank = SingletonBank(d, side**2)
-    with torch.no_grad():
-        theirs.weight_down_embed.weight.mul_(d**-0.5)
-        theirs.keys.mul_(50 * half**-0.5)
-        router.query.copy_(theirs.to_queries[0].weight.view(2, heads, half, d).transpose(0, 1).reshape(-1, d))
-        router.keys.copy_(theirs.keys.permute(2, 0, 1, 3))
-        bank.up.copy_(theirs.weight_down_embed.weight)
-        bank.down.copy_(theirs.weight_up_embed.weight)
-    ours = MoELayer(router, [bank])
-    x = torch.randn(tokens, d, requires_grad=True)
-    peer = "PEER-pytorch 0.2.2"
+    shape = Shape(256, 256, 128, half=64) if quick else Shape(512, 512, 512)
+    ours, theirs = pair(shape, sparse_gradients=False)
+    x = torch.randn(shape.tokens, shape.d, requires_grad=True)
     run_ours, run_theirs = (lambda: ours(x)[0]), (lambda: theirs(x[None])[0])
     agree("PEER, output", run_ours(), run_theirs(), 1e-4)
     both_ours, both_theirs = grads(run_ours, [x, *ours.parameters()]), grads(run_theirs, [x, *theirs.parameters()])
     agree("PEER, gradient of the input", both_ours()[0], both_theirs()[0], 1e-3)
-    case = f"PEER T={tokens} d={d} N={side}^2 h*k={heads * top_k} dk={2 * half} float32"
     rounds = 5 if quick else 7
     with torch.no_grad():
-        rows = race(case, "forward", run_ours, {peer: run_theirs}, rounds)
-    rows += race(case, "forward + backward", both_ours, {peer: both_theirs}, rounds)
-    return rows + weigh(case, "activation memory", both_ours, {peer: both_theirs})
+        rows = race(shape.case, "forward", run_ours, {PACKAGE: run_theirs}, rounds)
+    rows += race(shape.case, "forward + backward", both_ours, {PACKAGE: both_theirs}, rounds)
+    return rows + weigh(shape.case, "activation memory", both_ours, {PACKAGE: both_theirs})
 
 
 def main() -> None:

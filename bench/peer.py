@@ -140,7 +140,7 @@ def beside_the_package(shape: Shape, rounds: int) -> list[Row]:
     x = torch.randn(shape.tokens, shape.d, requires_grad=True)
     run_ours, run_theirs = (lambda: ours(x)[0]), (lambda: theirs(x[None])[0])
     before = run_ours().detach()
-    agree(f"{shape.case}, output", before, run_theirs(), 1e-4)
+    agree(f"{shape.case}, output", before, run_theirs().detach(), 1e-4)
     both_ours = gradients(run_ours, [x, *ours.parameters()])
     both_theirs = gradients(run_theirs, [x, *theirs.parameters()])
     agree(f"{shape.case}, gradient of the input", both_ours()[0], both_theirs()[0], 1e-3)
@@ -152,7 +152,7 @@ def beside_the_package(shape: Shape, rounds: int) -> list[Row]:
     step_ours()
     step_theirs()
     # Adam's first step is near the sign of the gradient, whatever its size: rounding shows where it is near 0.
-    agree(f"{shape.case}, change by a step", run_ours() - before, run_theirs() - before, 2e-2)
+    agree(f"{shape.case}, change by a step", run_ours().detach() - before, run_theirs().detach() - before, 2e-2)
     return rows + race(shape.case, "training step", step_ours, {f"{PACKAGE} + AdamW": step_theirs}, rounds)
 
 
