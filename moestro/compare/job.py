@@ -83,7 +83,7 @@ def measure(job: Job) -> dict[str, Any]:
     dataset = build_data(recipe).prepare(progress=False)
     model = build_model(recipe, dataset.vocab_size)
     load_weights(model, newest_checkpoint(job.folder))
-    batch = recipe.train.keywords.get("batch_size", 16)
+    batch = recipe.train.value("batch_size")
 
     def held_out():
         return dataset.val_batches(batch, job.final_tokens)

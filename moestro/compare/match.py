@@ -41,7 +41,7 @@ class Match:
 def training_flops(recipe: Recipe, vocab_size: int) -> float:
     """Useful training FLOPs (3 x forward) of a token, expected before anything is learned."""
     model = build_model(recipe, vocab_size, device="meta")
-    return 3.0 * model.expected_token_flops(recipe.data.keywords["seq_len"])
+    return 3.0 * model.expected_token_flops(recipe.data.value("seq_len"))
 
 
 def sizes(plan: Comparison, budget: float, vocab_size: int) -> list[Size]:

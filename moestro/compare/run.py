@@ -88,7 +88,7 @@ def plan_jobs(
 
 def _training(plan: Comparison, arm: str, matched: Match, budget: float) -> dict[str, Any]:
     recipe = plan.recipe(arm)
-    batch = recipe.train.keywords.get("batch_size", 16) * recipe.data.keywords["seq_len"]
+    batch = recipe.train.value("batch_size") * recipe.data.value("seq_len")
     steps = budget / matched.token_flops / batch
     every = max(1, round(steps / plan.evaluations))
     return {

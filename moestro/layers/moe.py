@@ -1,5 +1,6 @@
 """A mixture-of-experts layer: router + branches, nothing else."""
 
+import operator
 from collections.abc import Collection, Sequence
 from functools import reduce
 
@@ -82,8 +83,9 @@ class MoELayer(Layer):
         return idle
 
     def expert_widths(self) -> Float[Tensor, "e"] | float:
-        """Hidden units of every expert of the first bank, or one number where all are equal."""
-        return self.bank.row_widths()
+        """Hidden units of every expert, all banks together; one number where all experts are equal."""
+        banks = [branch for branch in self.branches if isinstance(branch, ExpertBank)]
+        return reduce(operator.add, [bank.row_widths() for bank in banks])
 
     def flops(self, routing: Routing) -> Cost:
         """Forward FLOPs that `routing` shows were used: router, experts and shared branches."""

@@ -22,8 +22,9 @@ class BatchQueryNorm(QueryNorm):
     """Per feature over all tokens of the batch, learned affine (He 2024, arXiv:2407.04153, section 2.3).
 
     In training the statistics mix future tokens into a token's query, as in the paper; in evaluation the running
-    statistics are used and a token depends on itself alone. `forward` never changes the running statistics: it returns
-    the batch's, and a rule calls `update`, once a step, so that recomputation and repeated forwards count nothing.
+    statistics (of the biased variance) are used and a token depends on itself alone. `forward` never changes them: it
+    returns the batch's, and a rule calls `update`, once a step, so that recomputation and repeated forwards count
+    nothing.
 
     Raises: ValueError for a training batch of one token; RuntimeError in evaluation before any update.
     """

@@ -12,6 +12,7 @@ from moestro.model import Transformer
 from moestro.train.environment import describe_machine
 from moestro.train.folder import RunFolder
 from moestro.train.hardware import peak_flops
+from moestro.train.memory import keep_freed_memory
 from moestro.train.metrics import MetricsLog
 from moestro.train.optim import build_optimizer, clip_gradients, set_learning_rate
 from moestro.train.progress import Display, Silent
@@ -51,6 +52,7 @@ def train(
             if newest is not None:
                 state.require_same(newest)
             return folder.result
+        keep_freed_memory()
         torch.manual_seed(settings.seed)
         model.recompute = settings.recompute
         if newest is not None:
