@@ -9,11 +9,19 @@ import pytest
 from moestro.model import Transformer
 from moestro.recipe.build import build_data, build_model, build_training, run_training
 from moestro.recipe.load import Recipe, load_recipe
+from moestro.train.optim import build_optimizer
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "recipes"
 EVERY = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml") if "compare" not in path.parts)
 TINY = [name for name in EVERY if "/" not in name]
+# What makes a recipe at the top small enough to be trained in a test.
+SHRUNK = {
+    "peer_million.yaml": [
+        "model.d_model=32",
+        "model.layers.2.branches=[{kind: singleton, n_experts: 1024, sparse_gradients: true}]",
+    ]
+}
 SECONDS = 5.0
 
 
@@ -49,7 +57,8 @@ def test_a_system_names_its_paper_and_extends_a_base(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_tiny_recipe_trains_two_steps(name: str, tmp_path: Path, small_data: list[str]) -> None:
-    recipe = load_recipe(FOLDER / name, [*small_data, "train.budget.steps=2", "train.eval_tokens=256"])
+    shrunk = [*SHRUNK.get(name, []), "train.budget.steps=2", "train.eval_tokens=256"]
+    recipe = load_recipe(FOLDER / name, [*small_data, *shrunk])
     begun = time.process_time()
     result = run_training(recipe, tmp_path / "run", show_preparation=False)
     assert time.process_time() - begun < SECONDS
@@ -123,6 +132,19 @@ def test_peer_has_a_million_experts_in_the_middle_block() -> None:
     dense = parameters(on_meta(load_recipe(FOLDER / "base" / "peer.yaml")))
     assert parameters(model) == dense - 2 * d * 3072 + parameters(layer.router) + parameters(layer.bank)
     assert layer.router.rows_per_token() == heads * 16
+
+
+def test_the_million_for_one_machine_is_a_million_trained_by_rows() -> None:
+    recipe = load_recipe(FOLDER / "peer_million.yaml")
+    model = on_meta(recipe)
+    (layer,) = model.moe_layers().values()
+    assert parameters(layer.bank) == 2 * 1024**2 * recipe.model.d_model == 536_870_912
+    rows, dense = layer.bank.row_parameters(), build_optimizer(model, build_training(recipe)[0].optim).parts[0]
+    assert [id(p) for p in rows] == [id(p) for p in layer.bank.parameters()]
+    # weights and moments of the tables, then what is dense with gradient and moments: well within 24 GB
+    stored = 3 * 4 * parameters(layer.bank)
+    stored += 4 * 4 * sum(p.numel() for group in dense.param_groups for p in group["params"])
+    assert stored < 7e9
 
 
 def test_a_peer_layer_costs_what_its_paper_counts() -> None:
