@@ -1,4 +1,4 @@
-"""Lists of expert widths with a fixed sum (Wang 2024, arXiv:2408.10681, section 3.2 and appendix)."""
+"""Lists of expert widths with a fixed sum (Wang 2024, arXiv:2408.10681, section 3.2 and appendix; MoDSE; MoHGE)."""
 
 from collections.abc import Sequence
 
@@ -24,6 +24,44 @@ def hybrid(n_experts: int, total: int, multiple_of: int = 1) -> list[int]:
         raise ValueError(f"n_experts={n_experts}, allowed for hybrid widths: a multiple of 4")
     quarter = n_experts // 4
     return from_ratios([1] * (2 * quarter) + [2] * quarter + [4] * quarter, total, multiple_of)
+
+
+def pairs(total: int, narrow: Sequence[float] = (0.1, 0.2, 0.4, 0.5), multiple_of: int = 1) -> list[int]:
+    """Pairs (wide, narrow) of experts whose widths sum to twice the mean, all pairs alike (Sun 2024, MoDSE,
+    arXiv:2409.12210): kept together, a pair's two experts cost every device the same.
+
+    `narrow[i]` is the share of pair i that its narrow expert has; the defaults are the paper's 4 pairs, (4.5, 0.5),
+    (4, 1), (3, 2) and (2.5, 2.5) times d_model. Narrow widths are rounded to the nearest multiple of `multiple_of`.
+
+    Raises: ValueError for shares outside (0, 0.5], or a total that does not split into equal pairs.
+    """
+    if not narrow or not all(0 < share <= 0.5 for share in narrow):
+        raise ValueError(f"narrow={list(narrow)}, allowed: at least one share, all above 0 and at most 0.5")
+    if multiple_of < 1 or total < 1 or total % (multiple_of * len(narrow)):
+        raise ValueError(
+            f"total={total} does not split into {len(narrow)} equal pairs of multiples of multiple_of={multiple_of}"
+        )
+    units = total // multiple_of // len(narrow)
+    smaller = [min(round(share * units), units // 2) for share in narrow]
+    return [width * multiple_of for low in smaller for width in (units - low, low)]
+
+
+def groups(groups: Sequence[tuple[int, int | float]], total: int | None = None, multiple_of: int = 1) -> list[int]:
+    """Groups of equal experts, (count, width) each, group after group (MoHGE, arXiv:2604.23108).
+
+    With `total`, the second numbers are ratios, and widths are multiples of `multiple_of` that sum to `total` exactly;
+    where they do not come out even, experts of one group differ by one multiple.
+
+    Raises: ValueError for empty groups, or widths that are no whole multiples.
+    """
+    if not groups or any(count < 1 for count, _ in groups):
+        raise ValueError(f"groups={[list(group) for group in groups]}, allowed: at least one, each of 1 expert or more")
+    each = [width for count, width in groups for _ in range(count)]
+    if total is not None:
+        return from_ratios(each, total, multiple_of)
+    if any(width != int(width) or width < 0 or int(width) % multiple_of for width in each):
+        raise ValueError(f"widths {each} without total=, allowed: whole multiples of multiple_of={multiple_of}")
+    return [int(width) for width in each]
 
 
 def from_ratios(ratios: Sequence[float], total: int, multiple_of: int = 1) -> list[int]:

@@ -39,6 +39,8 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "arithmetic": widths.arithmetic,
         "geometric": widths.geometric,
         "hybrid": widths.hybrid,
+        "pairs": widths.pairs,
+        "groups": widths.groups,
         "ratios": widths.from_ratios,
     },
     # data
