@@ -23,6 +23,9 @@ settings.register_profile("fixed", deadline=None, derandomize=True, database=Non
 settings.load_profile("fixed")
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Triton reads this when it is imported: its kernels are then interpreted, on tensors of the CPU
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -123,7 +123,9 @@ def test_annotations_are_not_postponed(path: Path) -> None:
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
 def test_the_package_imports_only_its_core_dependencies(path: Path) -> None:
     roots = {module.split(".")[0] for module in at_import(parsed(path))}
-    assert roots <= CORE | set(sys.stdlib_module_names)
+    # kernels are functions of their module; `ops.triton_ffn`, which imports these modules when called, is not one
+    kernels = {"triton"} if path.name.startswith("triton_ffn_") else set()
+    assert roots <= CORE | kernels | set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name)

@@ -13,3 +13,6 @@ FLOAT64 = Tolerance(rtol=1e-9, atol=1e-11)
 FLOAT32 = Tolerance(rtol=1e-4, atol=1e-5)
 # bfloat16 against float64, relative to the norm of the whole tensor: 8 bits of mantissa, a few dozen summands
 BFLOAT16_NORM = 2e-2
+# the same for float32 products that are not rounded to TF32, and for float16 with 11 bits
+FLOAT32_NORM = 1e-5
+FLOAT16_NORM = 4e-3

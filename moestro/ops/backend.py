@@ -3,12 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BACKENDS = ("fused", "reference")
+# Those that run on every device; `triton` needs CUDA tensors, or Triton's interpreter.
+EVERYWHERE = ("fused", "reference")
+BACKENDS = (*EVERYWHERE, "triton")
 _active = "fused"
 
 
 def active() -> str:
-    """Name of the backend in force: `fused` (default) or `reference` (the definition, plain autograd)."""
+    """Name of the backend in force.
+
+    - `fused`, the default on every device: custom autograd in plain torch.
+    - `reference`: the definition, plain autograd.
+    - `triton`: kernels for feed-forward experts (`ops.triton_ffn`); operations without such kernels run as `fused`.
+      It is not the default on CUDA tensors, because its speed has not been measured on a GPU yet.
+    """
     return _active
 
 

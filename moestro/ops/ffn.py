@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moestro.ops import backend, reference
+from moestro.ops import backend, reference, triton_ffn
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype
 
@@ -37,6 +37,8 @@ def expert_ffn(
     x, w_in, w_out, weight = (v.to(dtype) for v in (x, w_in, w_out, weight))
     if backend.active() == "reference":
         return reference.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, activation)
+    if backend.active() == "triton":
+        return triton_ffn.expert_ffn(x, token, weight, offsets, w_in, w_out, tuple(widths), activation)
     return _fused(x, token, weight, w_in, w_out, offsets, tuple(widths), activation)  # type: ignore[call-arg]
 
 

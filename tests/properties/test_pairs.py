@@ -80,7 +80,7 @@ routers = pytest.mark.parametrize("router", ROUTER_MAKERS)
 
 
 @pairs
-@pytest.mark.parametrize("name", backend.BACKENDS)
+@pytest.mark.parametrize("name", backend.EVERYWHERE)
 def test_output_and_gradients_equal_the_definition(router, kind, name):
     moe, x = layer(router, kind), tokens().requires_grad_()
     with backend.force(name):

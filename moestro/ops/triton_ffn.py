@@ -1,0 +1,164 @@
+"""The expert feed-forward in Triton: the kernels of `triton_ffn_*` as custom operations with gradients.
+
+Nothing waits for the device unless asked to, nothing is padded, no sum is atomic: two runs agree to the bit. To
+`torch.compile` both operations are opaque, with shapes known from their arguments.
+"""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from moestro.ops.activations import activation as find
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Rows of the plan that `triton_ffn_plan` writes; known here too, so that shapes need no Triton.
+_PLAN_ROWS = 8
+
+
+def expert_ffn(
+    x: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    widths: tuple[int, ...],
+    activation: str,
+    recompute: bool = False,
+    exact: bool = False,
+) -> Tensor:
+    """`ops.ffn.expert_ffn` on CUDA tensors of one dtype, or on CPU tensors under Triton's interpreter.
+
+    Saves `x`, the pre-activations z and the routing; with `recompute` z is computed again in the backward pass (4 d w
+    more FLOPs for a row of width w). Hidden rows are compact, but how many elements they take is known on the device
+    only: memory is reserved for every row having the greatest width, or, with `exact`, for what is needed after
+    waiting for the device once.
+
+    Raises: ValueError for an unknown activation, and for a dtype or device that the kernels cannot take; ImportError
+    where Triton is missing.
+    """
+    if find_spec("triton") is None:
+        raise ImportError("the backend 'triton' needs the package 'triton': pip install 'moestro[triton]'")
+    find(activation)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"backend 'triton' on {x.dtype}, allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
+    padded = [(width + 7) // 8 * 8 for width in widths]
+    capacity = len(token) * max(padded)
+    if exact:
+        capacity = int((offsets.diff() * torch.tensor(padded, device=offsets.device)).sum())
+    differentiable = any(v.requires_grad for v in (x, weight, w_in, w_out)) and torch.is_grad_enabled()
+    return _forward(
+        x, token, weight, offsets, _layout(widths, x.device), w_in, w_out,
+        capacity, max(widths), activation, differentiable and not recompute,
+    )[0]  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    return _cached_layout(widths, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """What is known of the experts before any routing, int64 [2, n_experts + 1]: first units; widest experts first."""
+    widest_first = sorted(range(len(widths)), key=lambda e: -widths[e])
+    return torch.tensor([[0, *accumulate(widths)], [*widest_first, 0]], device=device)
+
+
+@torch.library.custom_op("moestro::triton_expert_ffn", mutates_args=())
+def _forward(
+    x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor,
+    capacity: int, widest: int, activation: str, save_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y; z where it is to be saved, else empty; rows by token and where each token's begin; the plan."""
+    from moestro.ops import triton_ffn_forward as kernels
+    from moestro.ops.triton_ffn_plan import make_plan
+
+    blocks = _blocks(x, token, offsets, widest)
+    x, w_in, w_out = x.contiguous(), w_in.contiguous(), w_out.contiguous()
+    gates = _gates(w_in, w_out)
+    sorted_token, order = token.sort(stable=True)
+    starts = torch.searchsorted(sorted_token, torch.arange(len(x) + 1, device=x.device))
+    plan = make_plan(offsets, experts, x.shape[1], blocks)
+    z = x.new_empty(capacity * gates if save_z else 0)
+    hidden, rows = x.new_empty(capacity), x.new_empty(len(token), x.shape[1])
+    kernels.up(x, token, w_in, plan, z if save_z else None, hidden, activation, gates, blocks)
+    kernels.down(hidden, w_out, plan, rows, 1, blocks)
+    return kernels.combine(rows, weight.contiguous(), order, starts), z, order, starts, plan
+
+
+@_forward.register_fake
+def _(x, token, weight, offsets, experts, w_in, w_out, capacity, widest, activation, save_z):
+    gates = _gates(w_in, w_out)
+    plan = offsets.new_empty(_PLAN_ROWS, offsets.shape[0], dtype=torch.int64)
+    order, starts = (token.new_empty(n, dtype=torch.int64) for n in (token.shape[0], x.shape[0] + 1))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(capacity * gates if save_z else 0), order, starts, plan
+
+
+@torch.library.custom_op("moestro::triton_expert_ffn_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor, w_in: Tensor, w_out: Tensor, z: Tensor,
+    order: Tensor, starts: Tensor, plan: Tensor, capacity: int, widest: int, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weight, w_in and w_out."""
+    from moestro.ops import triton_ffn_backward as backward
+    from moestro.ops import triton_ffn_forward as forward
+
+    blocks = _blocks(x, token, offsets, widest)
+    dy, x, w_in, w_out, weight = (v.contiguous() for v in (dy, x, w_in, w_out, weight))
+    gates = _gates(w_in, w_out)
+    if not len(z):
+        z = x.new_empty(capacity * gates)
+        forward.up(x, token, w_in, plan, z, None, activation, gates, blocks)
+    dz, scaled = torch.empty_like(z), x.new_empty(capacity)
+    partial = x.new_zeros(len(token), -(-widest // blocks.units), dtype=torch.float32)
+    backward.hidden_gradients(dy, token, weight, w_out, plan, z, dz, scaled, partial, activation, gates, blocks)
+    dw_in, dw_out, dx_rows = torch.empty_like(w_in), torch.empty_like(w_out), x.new_empty(len(token), x.shape[1])
+    backward.weight_gradients(scaled, dy, token, plan, dw_out, 1, blocks)
+    backward.weight_gradients(dz, x, token, plan, dw_in, gates, blocks)
+    forward.down(dz, w_in, plan, dx_rows, gates, blocks)
+    return forward.combine(dx_rows, None, order, starts), partial.sum(1).to(weight.dtype), dw_in, dw_out
+
+
+@_backward.register_fake
+def _(dy, x, token, weight, offsets, w_in, w_out, z, order, starts, plan, capacity, widest, activation):
+    return tuple(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, weight, w_in, w_out))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, token, weight, offsets, _, w_in, w_out, ctx.capacity, ctx.widest, ctx.activation, _ = inputs
+    _, *rest = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(x, token, weight, offsets, w_in, w_out, *rest)
+
+
+def _autograd(ctx, dy, *_):
+    dx, dweight, dw_in, dw_out = _backward(dy, *ctx.saved_tensors, ctx.capacity, ctx.widest, ctx.activation)
+    return dx, None, dweight, None, None, dw_in, dw_out, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _gates(w_in: Tensor, w_out: Tensor) -> int:
+    return max(1, w_in.shape[0] // max(1, w_out.shape[0]))
+
+
+def _blocks(x: Tensor, token: Tensor, offsets: Tensor, widest: int):
+    """Tile sizes for these shapes, the same in both directions.
+
+    Raises: ValueError where the kernels cannot run on the device of `x`.
+    """
+    from moestro.ops.triton_ffn_plan import choose_blocks, interpreted
+
+    if not x.is_cuda and not (x.device.type == "cpu" and interpreted()):
+        where = "cuda, or cpu with TRITON_INTERPRET=1 set before triton is imported"
+        raise ValueError(f"backend 'triton' on a tensor on {x.device}, allowed: {where}")
+    if interpreted() and x.dtype == torch.bfloat16:
+        raise ValueError("backend 'triton' on torch.bfloat16 under the interpreter, which computes it wrongly")
+    return choose_blocks(len(token), len(offsets) - 1, x.shape[1], widest, x.dtype)
