@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moestro.experts.base import ExpertBank
 from moestro.ops import singleton_experts
 from moestro.ops.activations import activation as find
+from moestro.ops.huge_pages import request_huge_pages
 from moestro.routing import Routing, SparseRouting
 
 
@@ -45,6 +46,9 @@ class SingletonBank(ExpertBank):
         out_std = d_model**-0.5 if not (heads and top_k) else output_std * math.sqrt(top_k / (heads * moment))
         self.up = nn.Parameter(torch.empty(n_experts, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model))
+        # before the first write: that is when pages are made
+        for table in (self.up, self.down):
+            request_huge_pages(table)
         nn.init.normal_(self.up, std=d_model**-0.5)
         nn.init.normal_(self.down, std=out_std)
 

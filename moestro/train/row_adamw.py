@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moestro.ops.huge_pages import request_huge_pages
+
 # Numbers of a table updated at a time: few enough to stay in a core's cache.
 CHUNK = 2**17
 SKIPPED = ("keep", "decay")
@@ -77,9 +79,10 @@ class RowAdamW(torch.optim.Optimizer):
         if not state:
             n_rows, device = len(parameter), parameter.device
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            # calloc'ed: on the CPU, memory of rows that are never touched is never used
-            state["exp_avg"] = torch.zeros(parameter.shape, dtype=wide, device=device)
-            state["exp_avg_sq"] = torch.zeros(parameter.shape, dtype=wide, device=device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                # on the CPU not yet written, so that huge pages can still be had
+                state[name] = torch.zeros(parameter.shape, dtype=wide, device=device)
+                request_huge_pages(state[name])
             state["clock"] = torch.zeros(n_rows, dtype=torch.int32, device=device)
             state["charged"] = torch.zeros(n_rows, dtype=torch.float64, device=device)
             state["step"] = torch.zeros((), dtype=torch.int64)

@@ -85,6 +85,9 @@ def load_optimizer(model: nn.Module, optimizer: Optimizers, tensors: dict[str, T
         if odd := [order[index] for index, stored in state.items() if ("clock" in stored) is not rows]:
             kinds = ("dense", "sparse") if rows else ("sparse", "dense")
             raise CheckpointError(f"{odd[0]} was trained with {kinds[0]} gradients, here they are {kinds[1]}")
+        if not rows:
+            # tensors that were read are views of a mapped file, which torch would keep: all of it, as long as one lives
+            state = {index: {key: value.clone() for key, value in stored.items()} for index, stored in state.items()}
         part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
 
