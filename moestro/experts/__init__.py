@@ -3,7 +3,19 @@
 from moestro.experts.base import ExpertBank
 from moestro.experts.ffn import FFNBank
 from moestro.experts.linears import ConcatLinear, ExpertLinear
+from moestro.experts.mixed import MixedBank
 from moestro.experts.shared import SharedExpert
 from moestro.experts.singleton import SingletonBank
+from moestro.experts.zero_compute import ConstantBank, CopyBank
 
-__all__ = ["ConcatLinear", "ExpertBank", "ExpertLinear", "FFNBank", "SharedExpert", "SingletonBank"]
+__all__ = [
+    "ConcatLinear",
+    "ConstantBank",
+    "CopyBank",
+    "ExpertBank",
+    "ExpertLinear",
+    "FFNBank",
+    "MixedBank",
+    "SharedExpert",
+    "SingletonBank",
+]

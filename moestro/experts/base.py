@@ -1,5 +1,6 @@
 """`ExpertBank`: a set of experts that compute rows."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -49,3 +50,8 @@ class ExpertBank(nn.Module):
         """Forward FLOPs of a token that meets `rows_per_token` experts, each equally likely."""
         each = self.row_flops()
         return rows_per_token * (float(each.mean()) if isinstance(each, Tensor) else each)
+
+
+def real_device(device: torch.device) -> torch.device:
+    """Sizes are plain numbers and stay countable while the weights are on the meta device."""
+    return torch.device("cpu") if device.type == "meta" else device

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.experts.base import ExpertBank
+from moestro.experts.base import ExpertBank, real_device
 from moestro.experts.linears import ConcatLinear
 from moestro.ops import expert_ffn
 from moestro.ops.activations import activation as find
@@ -75,9 +75,4 @@ class FFNBank(ExpertBank):
         return self.row_widths() * (2.0 * self.w_out.d_model * (3 if self.glu else 2))
 
     def row_widths(self) -> Float[Tensor, "e"]:
-        return torch.tensor(self.widths, dtype=torch.float64, device=_real(self.w_out.weight.device))
-
-
-def _real(device: torch.device) -> torch.device:
-    """Sizes are plain numbers and stay countable while the weights are on the meta device."""
-    return torch.device("cpu") if device.type == "meta" else device
+        return torch.tensor(self.widths, dtype=torch.float64, device=real_device(self.w_out.weight.device))

@@ -13,7 +13,7 @@ from moestro.data import (
     StdlibSource,
     TextSource,
 )
-from moestro.experts import FFNBank, SharedExpert, SingletonBank, widths
+from moestro.experts import ConstantBank, CopyBank, FFNBank, MixedBank, SharedExpert, SingletonBank, widths
 from moestro.layers import DenseFFN, MoELayer
 from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy, RouterZLoss
 from moestro.routers import CosineScore, LinearScore, ProductKeyRouter, ScoredRouter, SlotRouter, Soft, TopK, TopP
@@ -27,13 +27,21 @@ SOURCES: dict[str, Callable[..., Any]] = {
     "hub": HubSource,
 }
 
+BANKS: dict[str, Callable[..., Any]] = {
+    "ffn": FFNBank,
+    "singleton": SingletonBank,
+    "copy": CopyBank,
+    "constant": ConstantBank,
+}
+
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     # model
     "ffn": {"dense": DenseFFN, "moe": MoELayer},
     "router": {"scored": ScoredRouter, "product_key": ProductKeyRouter, "slots": SlotRouter},
     "score": {"linear": LinearScore, "cosine": CosineScore},
     "select": {"top_k": TopK, "top_p": TopP, "soft": Soft},
-    "branches": {"ffn": FFNBank, "singleton": SingletonBank, "shared": SharedExpert},
+    "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert},
+    "banks": BANKS,
     "widths": {
         "equal": widths.equal,
         "arithmetic": widths.arithmetic,
