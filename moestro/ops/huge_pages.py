@@ -23,8 +23,8 @@ def huge_pages() -> str:
 def request_huge_pages(tensor: Tensor) -> bool:
     """Ask the system to keep the whole huge pages inside a tensor's memory as such; True where it agreed.
 
-    To be called before the memory is first written: pages are made then. Where there are no huge pages, where the system
-    refuses, where the tensor is not on the CPU or smaller than one, nothing happens; values never change.
+    To be called before the memory is first written: pages are made then. Where there are no huge pages, where the
+    system refuses, where the tensor is not on the CPU or smaller than one, nothing happens; values never change.
     """
     if tensor.device.type != "cpu" or huge_pages() not in ("always", "madvise"):
         return False

@@ -5,6 +5,7 @@ from moestro.train.environment import describe_machine
 from moestro.train.folder import RunFolder, RunFolderError
 from moestro.train.loop import train
 from moestro.train.progress import Bar, Display, Lines, Silent, display_on
+from moestro.train.row_adamw import RowAdamW
 from moestro.train.rules import QueryNormStatistics, Rule
 from moestro.train.schedules import WSD, Constant, Cosine, Schedule
 from moestro.train.settings import Budget, OptimSettings, ParameterGroup, TrainSettings
@@ -14,7 +15,7 @@ from moestro.train.weights import best_checkpoint, load_weights, newest_checkpoi
 
 __all__ = [
     "WSD", "Bar", "Budget", "CheckpointError", "Constant", "Cosine", "Display", "Lines", "NonFiniteLoss", "Objective",
-    "OptimSettings", "ParameterGroup", "QueryNormStatistics", "Rule", "RunFolder", "RunFolderError", "Schedule",
-    "Silent", "TrainSettings", "TrainingStopped", "best_checkpoint", "describe_machine", "display_on", "load_weights",
-    "newest_checkpoint", "train",
+    "OptimSettings", "ParameterGroup", "QueryNormStatistics", "RowAdamW", "Rule", "RunFolder", "RunFolderError",
+    "Schedule", "Silent", "TrainSettings", "TrainingStopped", "best_checkpoint", "describe_machine", "display_on",
+    "load_weights", "newest_checkpoint", "train",
 ]  # fmt: skip

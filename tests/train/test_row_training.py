@@ -149,6 +149,20 @@ def test_state_of_the_other_kind_of_gradients_is_refused(sparse):
         load_optimizer(other, build_optimizer(other, OptimSettings()), optimizer_tensors(model, optimizer))
 
 
+def test_restored_state_shares_no_memory_with_what_was_read():
+    """It would keep the mapped file of a checkpoint, gigabytes for a million experts, for as long as training goes."""
+    model, other = with_gradients(), with_gradients()
+    optimizer, resumed = build_optimizer(model, OptimSettings()), build_optimizer(other, OptimSettings())
+    optimizer.step()
+    read = optimizer_tensors(model, optimizer)
+    load_optimizer(other, resumed, read)
+    back = optimizer_tensors(other, resumed)
+    assert back.keys() == read.keys()
+    for name, tensor in back.items():
+        assert torch.equal(tensor, read[name]) and tensor.dtype == read[name].dtype
+        assert tensor.untyped_storage().data_ptr() != read[name].untyped_storage().data_ptr(), name
+
+
 def test_sparse_and_dense_training_agree_where_nothing_is_skipped():
     ends = []
     for sparse in (True, False):
