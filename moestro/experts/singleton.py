@@ -1,6 +1,6 @@
 """A million experts of one neuron each."""
 
-import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ class SingletonBank(ExpertBank):
 
     It is `FFNBank(widths=[1] * N, glu=False)` fetched by id. The paper states no initialisation. Here u has standard
     deviation d^-0.5, so that u . x has variance 1 for x of unit variance; v has `out_std`, by default d^-0.5. Where
-    `heads` and `top_k` of the router are given, v is scaled so that the layer's output has standard deviation
-    `output_std` while gates are near uniform (1 / top_k in each head):
-    Var(y) = heads / top_k * E[act(z)^2] * out_std^2.
+    `heads`, `top_k` and `gate` of the router are given, v is scaled so that the layer's output has standard deviation
+    `output_std` at the start: Var(y) = G * E[act(z)^2] * out_std^2, with G the sum of a token's squared gates, taken as
+    heads / top_k for softmax gates (1 / top_k each) and heads * top_k for sigmoid gates (near 1: the best of many).
 
     With `sparse_gradients` the tables' gradients hold the rows met and nothing else (`torch.sparse_coo`), so that a
     training step costs what those rows cost, however many experts there are. They need an optimizer for rows:
@@ -35,6 +35,7 @@ class SingletonBank(ExpertBank):
         activation: str = "gelu",
         heads: int | None = None,
         top_k: int | None = None,
+        gate: Literal["softmax", "sigmoid"] = "softmax",
         output_std: float = 0.6,
         sparse_gradients: bool = False,
     ) -> None:
@@ -42,8 +43,10 @@ class SingletonBank(ExpertBank):
         if n_experts < 1:
             raise ValueError(f"n_experts={n_experts}, allowed: at least 1")
         self.n_experts, self.activation, self.sparse_gradients = n_experts, activation, sparse_gradients
-        moment = find(activation).second_moment
-        out_std = d_model**-0.5 if not (heads and top_k) else output_std * math.sqrt(top_k / (heads * moment))
+        moment, out_std = find(activation).second_moment, d_model**-0.5
+        if heads and top_k:
+            squared_gates = heads / top_k if gate == "softmax" else heads * top_k
+            out_std = output_std * (squared_gates * moment) ** -0.5
         self.up = nn.Parameter(torch.empty(n_experts, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model))
         # before the first write: that is when pages are made

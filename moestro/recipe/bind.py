@@ -62,7 +62,7 @@ def _expert_facts(built_so_far: Mapping[str, Any]) -> dict[str, int]:
 def _routing_facts(keywords: Mapping[str, Any]) -> dict[str, Any]:
     router = keywords.get("router")
     facts = router.keywords if isinstance(router, Part) else {}
-    return {name: facts[name] for name in ("heads", "top_k") if name in facts}
+    return {name: facts[name] for name in ("heads", "top_k", "gate") if name in facts}
 
 
 def built(value: Any, context: Mapping[str, Any]) -> Any:

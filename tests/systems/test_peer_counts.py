@@ -77,3 +77,14 @@ def test_output_scale_follows_the_activation() -> None:
         with torch.no_grad():
             y, _ = MoELayer(router, [bank])(torch.randn(1000, 128))
         assert abs(float(y.std()) / 0.6 - 1) < 0.1
+
+
+def test_output_scale_follows_the_gate() -> None:
+    """Sigmoid gates of the best of many are near 1, not 1 / top_k: without `gate` the output would start 15 times
+    too large at these sizes."""
+    for gate in ("softmax", "sigmoid"):
+        router = ProductKeyRouter(128, 64 * 64, heads=8, top_k=16, d_key=32, gate=gate)
+        bank = SingletonBank(128, 64 * 64, heads=8, top_k=16, gate=gate)
+        with torch.no_grad():
+            y, _ = MoELayer(router, [bank])(torch.randn(1000, 128))
+        assert abs(float(y.std()) / 0.6 - 1) < 0.25
