@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -108,14 +107,15 @@ class SparseRouting(Routing):
     def grouped(self) -> "SparseRouting":
         if self.bounds is not None:
             return self
-        order = torch.argsort(self.expert, stable=True)
-        count = torch.bincount(self.expert, minlength=self.n_experts)
+        expert, order = self.expert.sort(stable=True)
+        # by search, because bincount makes the host wait for the device
+        bounds = torch.searchsorted(expert, torch.arange(self.n_experts + 1, device=expert.device))
         return replace(
             self,
             token=self.token[order],
-            expert=self.expert[order],
+            expert=expert,
             weight=self.weight[order],
-            bounds=F.pad(count.cumsum(0), (1, 0)),
+            bounds=bounds,
             fixed=None,
         )
 

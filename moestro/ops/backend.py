@@ -2,11 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 # Those that run on every device; `triton` needs CUDA tensors, or Triton's interpreter.
 EVERYWHERE = ("fused", "reference")
 BACKENDS = (*EVERYWHERE, "triton")
 _active = "fused"
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """What the Triton kernels keep. `recompute`: pre-activations are computed again in the backward pass, which adds
+    4 d w FLOPs for a row of width w and saves its w or, gated, 2 w numbers. `exact`: hidden rows get the memory that
+    they need, for which the host waits for the device once; else as if every row had the greatest width."""
+
+    recompute: bool = False
+    exact: bool = False
+
+
+_triton = TritonOptions()
 
 
 def active() -> str:
@@ -20,17 +34,23 @@ def active() -> str:
     return _active
 
 
+def triton_options() -> TritonOptions:
+    """Options of the backend `triton` in force."""
+    return _triton
+
+
 @contextmanager
-def force(name: str) -> Iterator[None]:
-    """Run the body with one backend.
+def force(name: str, triton: TritonOptions | None = None) -> Iterator[None]:
+    """Run the body with one backend, and with other options of the Triton kernels where given.
 
     Raises: ValueError for an unknown name.
     """
-    global _active
+    global _active, _triton
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}, allowed: {', '.join(BACKENDS)}")
-    before, _active = _active, name
+    before = _active, _triton
+    _active, _triton = name, triton or _triton
     try:
         yield
     finally:
-        _active = before
+        _active, _triton = before

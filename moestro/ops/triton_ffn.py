@@ -5,12 +5,13 @@ Nothing waits for the device unless asked to, nothing is padded, no sum is atomi
 """
 
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import accumulate
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from moestro.ops import backend
 from moestro.ops.activations import activation as find
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -19,40 +20,36 @@ _PLAN_ROWS = 8
 
 
 def expert_ffn(
-    x: Tensor,
-    token: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
+    x: Float[Tensor, "t d"],
+    token: Int[Tensor, "n"],
+    weight: Float[Tensor, "n"],
+    offsets: Int[Tensor, "e1"],
+    w_in: Float[Tensor, "gs d"],
+    w_out: Float[Tensor, "s d"],
     widths: tuple[int, ...],
     activation: str,
-    recompute: bool = False,
-    exact: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "t d"]:
     """`ops.ffn.expert_ffn` on CUDA tensors of one dtype, or on CPU tensors under Triton's interpreter.
 
-    Saves `x`, the pre-activations z and the routing; with `recompute` z is computed again in the backward pass (4 d w
-    more FLOPs for a row of width w). Hidden rows are compact, but how many elements they take is known on the device
-    only: memory is reserved for every row having the greatest width, or, with `exact`, for what is needed after
-    waiting for the device once.
+    Saves `x`, the pre-activations z and the routing, or with `recompute` no z (`backend.TritonOptions`). Hidden rows
+    are compact, but how many elements they take is known on the device only: memory is reserved as if every row had
+    the greatest width, or, with `exact`, for what is needed, which graphs of `torch.compile` and CUDA cannot contain.
 
     Raises: ValueError for an unknown activation, and for a dtype or device that the kernels cannot take; ImportError
     where Triton is missing.
     """
-    if find_spec("triton") is None:
-        raise ImportError("the backend 'triton' needs the package 'triton': pip install 'moestro[triton]'")
     find(activation)
     if x.dtype not in DTYPES:
         raise ValueError(f"backend 'triton' on {x.dtype}, allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
+    options = backend.triton_options()
     padded = [(width + 7) // 8 * 8 for width in widths]
     capacity = len(token) * max(padded)
-    if exact:
+    if options.exact:
         capacity = int((offsets.diff() * torch.tensor(padded, device=offsets.device)).sum())
     differentiable = any(v.requires_grad for v in (x, weight, w_in, w_out)) and torch.is_grad_enabled()
     return _forward(
         x, token, weight, offsets, _layout(widths, x.device), w_in, w_out,
-        capacity, max(widths), activation, differentiable and not recompute,
+        capacity, max(widths), activation, differentiable and not options.recompute,
     )[0]  # fmt: skip
 
 
@@ -74,10 +71,10 @@ def _forward(
     capacity: int, widest: int, activation: str, save_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y; z where it is to be saved, else empty; rows by token and where each token's begin; the plan."""
+    blocks = _blocks(x, token, offsets, widest)
     from moestro.ops import triton_ffn_forward as kernels
     from moestro.ops.triton_ffn_plan import make_plan
 
-    blocks = _blocks(x, token, offsets, widest)
     x, w_in, w_out = x.contiguous(), w_in.contiguous(), w_out.contiguous()
     gates = _gates(w_in, w_out)
     sorted_token, order = token.sort(stable=True)
@@ -150,12 +147,14 @@ def _gates(w_in: Tensor, w_out: Tensor) -> int:
 
 
 def _blocks(x: Tensor, token: Tensor, offsets: Tensor, widest: int):
-    """Tile sizes for these shapes, the same in both directions.
+    """Tile sizes for these shapes, the same in both directions; the first question to Triton.
 
-    Raises: ValueError where the kernels cannot run on the device of `x`.
+    Raises: ImportError where Triton is missing; ValueError where its kernels cannot run on the device of `x`.
     """
-    from moestro.ops.triton_ffn_plan import choose_blocks, interpreted
-
+    try:
+        from moestro.ops.triton_ffn_plan import choose_blocks, interpreted
+    except ImportError as error:
+        raise ImportError("the backend 'triton' needs the package 'triton': pip install 'moestro[triton]'") from error
     if not x.is_cuda and not (x.device.type == "cpu" and interpreted()):
         where = "cuda, or cpu with TRITON_INTERPRET=1 set before triton is imported"
         raise ValueError(f"backend 'triton' on a tensor on {x.device}, allowed: {where}")

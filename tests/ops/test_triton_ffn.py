@@ -13,7 +13,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, TopP, ops
-from moestro.ops import backend, triton_ffn
+from moestro.ops import backend
+from moestro.ops.backend import TritonOptions
 from tests.ops.triton_cases import DEVICE, assert_close, outputs_and_gradients, parts, problem
 from tests.tolerances import FLOAT16_NORM, FLOAT32_NORM
 
@@ -93,13 +94,8 @@ def test_two_runs_are_bit_identical_whatever_the_options(monkeypatch):
     p = problem(*MIXED, 2, torch.float32)
     first = outputs_and_gradients("triton", p, "silu")
     again = [outputs_and_gradients("triton", p, "silu")]
-    for options in ({"recompute": True}, {"exact": True}):
-
-        def call(*arguments, options=options):
-            *tensors, widths, activation = arguments
-            return triton_ffn.expert_ffn(*tensors, tuple(widths), activation, **options)
-
-        again.append(outputs_and_gradients("triton", p, "silu", call=call))
+    for options in (TritonOptions(recompute=True), TritonOptions(exact=True)):
+        again.append(outputs_and_gradients("triton", p, "silu", options=options))
     monkeypatch.setattr(triton_ffn_plan, "programs", lambda device: 1)
     again.append(outputs_and_gradients("triton", p, "silu"))
     for results in again:
@@ -129,7 +125,8 @@ def test_saves_x_z_and_the_routing_only():
     def saved(**options) -> int:
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
-            triton_ffn.expert_ffn(*inputs, (16, 40), "silu", **options)
+            with backend.force("triton", TritonOptions(**options)):
+                ops.expert_ffn(*inputs, (16, 40), "silu")
         held = {v.data_ptr() for v in inputs}
         return sum(v.numel() for v in kept if v.data_ptr() not in held)
 
@@ -204,7 +201,9 @@ def test_refusals(monkeypatch):
 
 
 def test_a_missing_triton_names_what_to_install(monkeypatch):
-    monkeypatch.setattr(triton_ffn, "find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.startswith("moestro.ops.triton_ffn_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match=r"pip install 'moestro\[triton\]'"):
         outputs_and_gradients("triton", problem(*MIXED, 2, torch.float32), "silu")
 
@@ -216,14 +215,16 @@ def test_the_package_needs_no_triton():
 
 COMPILED = """
 import torch
-from moestro.ops import triton_ffn
+from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, TopK, ops
+from moestro.ops import backend, triton_ffn
 from tests.ops.test_triton_ffn import MIXED
 from tests.ops.triton_cases import DEVICE, outputs_and_gradients, problem
-from moestro import ops
 
 torch.set_num_threads(1)
 p = problem(*MIXED, 2, torch.float32)
 want = outputs_and_gradients("triton", p, "silu")
+layer = MoELayer(ScoredRouter(LinearScore(20, 4), TopK(2)), [FFNBank(20, MIXED[2])]).to(DEVICE)
+x = torch.randn(5, 20, device=DEVICE)
 
 def ffn(x, token, weight, offsets, w_in, w_out, widths, activation):
     return ops.expert_ffn(x, token, weight, offsets, w_in, w_out, MIXED[2], activation)
@@ -234,6 +235,9 @@ for dynamic in (False, True):
     have = outputs_and_gradients("triton", p, "silu", call=compiled)
     if not all(torch.equal(a, b) for a, b in zip(have, want, strict=True)):
         raise SystemExit("compiled and eager differ")
+    with backend.force("triton"):
+        y = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend="{backend}", dynamic=dynamic)(x)
+        torch.testing.assert_close(y, layer(x)[0])
 widths = tuple(p.widths)
 size = sum(n * ((w + 7) // 8 * 8) for n, w in zip(p.offsets.diff().tolist(), widths))
 x, weight, w_in, w_out = (v.requires_grad_() for v in (p.x, p.weight, p.w_in, p.w_out))

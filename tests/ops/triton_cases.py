@@ -39,11 +39,11 @@ def problem(token: list[list[int]], n_tokens: int, widths: list[int], gates: int
     )  # fmt: skip
 
 
-def outputs_and_gradients(name: str, p: Problem, activation: str, dtype=None, call=ops.expert_ffn):
+def outputs_and_gradients(name: str, p: Problem, activation: str, dtype=None, call=ops.expert_ffn, options=None):
     """y and the gradients of x, weight, w_in and w_out, of a loss whose dy differs everywhere."""
     leaves = [v.detach().to(dtype or v.dtype).clone().requires_grad_() for v in (p.x, p.weight, p.w_in, p.w_out)]
     x, weight, w_in, w_out = leaves
-    with backend.force(name):
+    with backend.force(name, options):
         y = call(x, p.token, weight, p.offsets, w_in, w_out, p.widths, activation)
     slope = torch.linspace(-1.5, 1.5, y.numel(), dtype=torch.float64, device=y.device).to(p.x.dtype).to(y.dtype)
     (y * slope.view_as(y)).sum().backward()
