@@ -16,7 +16,18 @@ from moestro.data import (
 from moestro.experts import ConstantBank, CopyBank, FFNBank, MixedBank, SharedExpert, SingletonBank, widths
 from moestro.layers import DenseFFN, MoELayer
 from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy, RouterZLoss
-from moestro.routers import CosineScore, LinearScore, ProductKeyRouter, ScoredRouter, SlotRouter, Soft, TopK, TopP
+from moestro.routers import (
+    BiasedRouter,
+    CosineScore,
+    LinearScore,
+    ProductKeyRouter,
+    ScoredRouter,
+    SlotRouter,
+    Soft,
+    TopK,
+    TopP,
+)
+from moestro.train.rules import BiasBalance
 from moestro.train.schedules import WSD, Constant, Cosine
 
 SOURCES: dict[str, Callable[..., Any]] = {
@@ -37,7 +48,7 @@ BANKS: dict[str, Callable[..., Any]] = {
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     # model
     "ffn": {"dense": DenseFFN, "moe": MoELayer},
-    "router": {"scored": ScoredRouter, "product_key": ProductKeyRouter, "slots": SlotRouter},
+    "router": {"scored": ScoredRouter, "biased": BiasedRouter, "product_key": ProductKeyRouter, "slots": SlotRouter},
     "score": {"linear": LinearScore, "cosine": CosineScore},
     "select": {"top_k": TopK, "top_p": TopP, "soft": Soft},
     "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert},
@@ -62,6 +73,6 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "router_entropy": RouterEntropy,
         "router_z_loss": RouterZLoss,
     },
-    "rules": {},
+    "rules": {"bias_balance": BiasBalance},
     "schedule": {"constant": Constant, "cosine": Cosine, "wsd": WSD},
 }

@@ -1,12 +1,14 @@
 """Floor 2: who computes what. A router maps tokens to a `Routing`; it does not know what experts are."""
 
 from moestro.routers.base import Router, ScoredRouter
+from moestro.routers.biased import BiasedRouter
 from moestro.routers.product_key import ProductKeyRouter
 from moestro.routers.scores import CosineScore, LinearScore, Score
 from moestro.routers.selects import Select, Soft, TopK, TopP
 from moestro.routers.slots import SlotRouter
 
 __all__ = [
+    "BiasedRouter",
     "CosineScore",
     "LinearScore",
     "ProductKeyRouter",

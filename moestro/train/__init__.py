@@ -6,7 +6,7 @@ from moestro.train.folder import RunFolder, RunFolderError
 from moestro.train.loop import train
 from moestro.train.progress import Bar, Display, Lines, Silent, display_on
 from moestro.train.row_adamw import RowAdamW
-from moestro.train.rules import QueryNormStatistics, Rule
+from moestro.train.rules import BiasBalance, QueryNormStatistics, Rule
 from moestro.train.schedules import WSD, Constant, Cosine, Schedule
 from moestro.train.settings import Budget, OptimSettings, ParameterGroup, TrainSettings
 from moestro.train.signals import TrainingStopped
@@ -14,8 +14,8 @@ from moestro.train.step import NonFiniteLoss, Objective
 from moestro.train.weights import best_checkpoint, load_weights, newest_checkpoint
 
 __all__ = [
-    "WSD", "Bar", "Budget", "CheckpointError", "Constant", "Cosine", "Display", "Lines", "NonFiniteLoss", "Objective",
-    "OptimSettings", "ParameterGroup", "QueryNormStatistics", "RowAdamW", "Rule", "RunFolder", "RunFolderError",
-    "Schedule", "Silent", "TrainSettings", "TrainingStopped", "best_checkpoint", "describe_machine", "display_on",
-    "load_weights", "newest_checkpoint", "train",
+    "WSD", "Bar", "BiasBalance", "Budget", "CheckpointError", "Constant", "Cosine", "Display", "Lines", "NonFiniteLoss",
+    "Objective", "OptimSettings", "ParameterGroup", "QueryNormStatistics", "RowAdamW", "Rule", "RunFolder",
+    "RunFolderError", "Schedule", "Silent", "TrainSettings", "TrainingStopped", "best_checkpoint", "describe_machine",
+    "display_on", "load_weights", "newest_checkpoint", "train",
 ]  # fmt: skip

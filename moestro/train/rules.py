@@ -1,10 +1,12 @@
 """Rules: the only things besides the optimizer that change a model, between steps, from what traces showed."""
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from moestro.evaluate.scoring import exact_dtype
+from moestro.routers import BiasedRouter
 from moestro.routing import Trace
 
 
@@ -57,6 +59,53 @@ class QueryNormStatistics:
     def load_state_dict(self, state: dict) -> None:
         if state:
             raise ValueError(f"QueryNormStatistics keeps no state, got {sorted(state)}")
+
+
+class BiasBalance:
+    """Balances experts without a loss: after every optimizer step, bias_e += rate * sign(mean load - load_e) in every
+    layer with a `BiasedRouter` (Wang 2024, arXiv:2408.15664, Algorithm 1; its rate is the default).
+
+    The load is that of the step's whole batch, whatever the accumulation: rows of every expert (`tokens`), or rows
+    times width (`compute`, for experts of different widths: wide ones get fewer tokens). Only training micro-batches
+    are observed, each once: neither evaluation nor recomputation counts. What it learned is in the model's buffers.
+    """
+
+    def __init__(self, rate: float = 0.001, balances: Literal["tokens", "compute"] = "tokens") -> None:
+        if not rate > 0:
+            raise ValueError(f"bias balance rate={rate}, allowed: above 0")
+        if balances not in ("tokens", "compute"):
+            raise ValueError(f"balances={balances!r}, allowed: tokens, compute")
+        self.rate, self.balances = rate, balances
+        self.seen: dict[Any, Tensor] = {}
+
+    def observe(self, trace: Trace) -> None:
+        """Raises: ValueError where compute is to be balanced over an expert that costs none."""
+        layer: Any = trace.layer
+        if not isinstance(layer.router, BiasedRouter):
+            return
+        load = trace.routing.load().to(exact_dtype(trace.x.device))
+        if self.balances == "compute":
+            widths = torch.as_tensor(layer.expert_widths()).to(load)
+            if not bool((widths > 0).all()):
+                raise ValueError("bias balance of compute: an expert of width 0 never has any; balances: tokens can")
+            load = load * widths
+        self.seen[layer] = self.seen[layer] + load if layer in self.seen else load
+
+    @torch.no_grad()
+    def apply(self, step: int) -> None:
+        """Raises: ValueError where the model has no layer to balance."""
+        if not self.seen:
+            raise ValueError("bias balance found no router with a bias; allowed: router: {kind: biased, ...}")
+        for layer, load in self.seen.items():
+            layer.router.bias += self.rate * (load.mean() - load).sign().to(layer.router.bias.dtype)
+        self.seen.clear()
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state:
+            raise ValueError(f"BiasBalance keeps no state, got {sorted(state)}")
 
 
 @torch.no_grad()

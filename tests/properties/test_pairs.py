@@ -8,7 +8,7 @@ from moestro.experts import ConstantBank, CopyBank, ExpertBank, FFNBank, Singlet
 from moestro.layers import MoELayer
 from moestro.ops import backend
 from moestro.recipe.parts import PARTS
-from moestro.routers import ScoredRouter
+from moestro.routers import BiasedRouter, LinearScore, ScoredRouter
 from moestro.routing import SlotRouting, SparseRouting
 from tests.tolerances import FLOAT64
 
@@ -29,7 +29,7 @@ SHARED = {"shared": {"width": 5}}
 def test_every_registered_part_has_an_example():
     assert set(PARTS["score"]) == set(SCORES)
     assert set(PARTS["select"]) == set(SELECTS)
-    assert set(PARTS["router"]) == set(ROUTERS) | {"scored"}
+    assert set(PARTS["router"]) == set(ROUTERS) | {"scored", "biased"}
     assert set(PARTS["branches"]) == set(BANKS) | set(SHARED)
     assert set(PARTS["banks"]) == set(BANKS) - {"mixed"}
 
@@ -38,7 +38,15 @@ def scored(score: str, select: str) -> ScoredRouter:
     return ScoredRouter(PARTS["score"][score](D, E, **SCORES[score]), PARTS["select"][select](**SELECTS[select]))
 
 
+def biased(gate: str) -> BiasedRouter:
+    router = BiasedRouter(LinearScore(D, E, init_std=1.0), top_k=3, gate=gate)
+    router.bias.copy_(torch.linspace(-0.3, 0.3, E))
+    return router
+
+
 ROUTER_MAKERS = {
+    "biased-sigmoid": lambda: biased("sigmoid"),
+    "biased-softmax": lambda: biased("softmax"),
     **{f"{s}-{c}": (lambda s=s, c=c: scored(s, c)) for s in SCORES for c in SELECTS},
     **{kind: (lambda kind=kind: PARTS["router"][kind](D, E, **ROUTERS[kind])) for kind in ROUTERS},
 }

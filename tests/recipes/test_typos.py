@@ -162,7 +162,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
             "objectives=[{kind: load_balance, weight: 1}, {kind: load_balance, weight: 2}]",
             "objective 'load_balance' s",
         ),
-        ("hmoe", "rules=[{kind: magic}]", "unknown kind 'magic'; allowed: none (command line: rules.0.kind)"),
+        ("hmoe", "rules=[{kind: magic}]", "unknown kind 'magic'; allowed: bias_balance (command line: rules.0.kind)"),
         (
             "hmoe",
             "model.layers={9: {kind: dense, width: 3}}",
