@@ -113,7 +113,7 @@ class RowAdamW(torch.optim.Optimizer):
         correction = column((1 - beta2**count).sqrt(), rows)
         denominator = square.sqrt().div_(correction).add_(group["eps"])
         size = column(-lr / (1 - beta1**count), rows)
-        rows.add_((size * mean).div_(denominator))
+        rows.addcdiv_(size * mean, denominator)
         parameter.index_copy_(0, ids, rows.to(parameter.dtype))
         state["exp_avg"].index_copy_(0, ids, mean)
         state["exp_avg_sq"].index_copy_(0, ids, square)
