@@ -181,6 +181,27 @@ def test_sparse_and_dense_training_agree_where_nothing_is_skipped():
         torch.testing.assert_close(value, ends[1][name], **FLOAT64)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("skipped", ["keep", "decay"])
+def test_a_gpu_trains_rows_as_the_cpu_does(skipped):
+    """Two micro-batches a step; torch adds sparse gradients in another way there."""
+    torch.manual_seed(0)
+    router = ProductKeyRouter(8, 256, heads=2, top_k=3, d_key=4, query_norm="none")
+    first = MoELayer(router, [SingletonBank(8, 256, sparse_gradients=True)]).double()
+    layers = [first, copy.deepcopy(first).cuda()]
+    optimizers = [build_optimizer(layer, OptimSettings(lr=0.01, skipped_rows=skipped)) for layer in layers]
+    for _ in range(5):
+        batches = torch.randn(2, 10, 8, dtype=torch.float64)
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            optimizer.zero_grad()
+            for x in batches.to(layer.bank.up.device):
+                layer(x)[0].square().sum().backward()
+            clip_gradients(layer, 1.0)
+            optimizer.step()
+    for here, there in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        torch.testing.assert_close(there.cpu(), here, **FLOAT64)
+
+
 def test_a_step_of_a_million_experts_allocates_rows_only():
     """Forward, backward, clipping and update at N = 1024^2, d = 64: no allocation is a hundredth of a table."""
     n, d, tokens = 1024**2, 64, 16
