@@ -36,6 +36,8 @@ constants = {
     "STEPS": plan.search_steps(experts), "WEIGHTED": True, "BM": blocks.rows, "BU": blocks.units, "BD": blocks.model,
     "BK": blocks.inner, "BLOCK": triton.next_power_of_2(experts + 1),
 }
+# a number that is 1 becomes a constant, as when kernels are launched
+constants |= {name: 1 for name, n in (("n_experts", experts), ("n_partial", -(-widest // blocks.units))) if n == 1}
 row, weight = blocks.row_options(), blocks.weight_options()
 kernels = [
     (plan._plan_kernel, {}), (forward._up_kernel, row), (forward._down_kernel, row), (forward._combine_kernel, {}),
