@@ -16,7 +16,7 @@ from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, TopP, ops
 from moestro.ops import backend
 from moestro.ops.backend import TritonOptions
 from tests.ops.triton_cases import DEVICE, assert_close, outputs_and_gradients, parts, problem
-from tests.tolerances import FLOAT16_NORM, FLOAT32_NORM
+from tests.tolerances import FLOAT16_NORM, FLOAT32, FLOAT32_NORM
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no triton: pip install 'moestro[triton]'")
 INTERPRETED = DEVICE == "cpu"
@@ -117,6 +117,24 @@ def test_what_no_row_needs_is_not_read_into_a_result():
             assert dirty[key][0].isnan().any() and torch.equal(dirty[key][1:], clean[key][1:])
         else:
             assert torch.equal(dirty[key], clean[key]) != key.endswith("expert 2"), key
+
+
+@needs_triton
+@pytest.mark.parametrize("where", ["x", "dy"])
+def test_infinities_stay_infinite(where):
+    p = problem([[0, 1], [1, 2]], 3, [5, 9], 1, torch.float32)
+    leaves = [v.abs().requires_grad_() for v in (p.x, p.weight, p.w_in, p.w_out)]
+    dy = torch.ones_like(p.x)
+    with torch.no_grad():
+        (leaves[0] if where == "x" else dy)[1, 3] = float("inf")
+
+    def run(name):
+        with backend.force(name):
+            y = ops.expert_ffn(leaves[0], p.token, leaves[1], p.offsets, *leaves[2:], p.widths, "relu")
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    for have, want in zip(run("triton"), run("reference"), strict=True):
+        torch.testing.assert_close(have, want, equal_nan=True, **FLOAT32)
 
 
 @needs_triton
