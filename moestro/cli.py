@@ -115,15 +115,39 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from moestro.recipe.evaluation import evaluate_run, figures_table
 
     device = _device(arguments.device)
-    figures = evaluate_run(arguments.run, arguments.data, device, arguments.tokens, arguments.checkpoint)
-    text = json.dumps(figures, indent=1)
-    if arguments.json == Path("-"):
-        print(text)
-        return 0
-    if arguments.json is not None:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
-    Console().print(figures_table(figures))
+    figures = evaluate_run(
+        arguments.run, arguments.data, device, arguments.tokens, arguments.checkpoint, arguments.settings
+    )
+    if not _as_json(arguments.json, figures):
+        Console().print(figures_table(figures))
     return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Show where a run's compute goes: experts, layers, tokens, a homogeneous twin, other settings."""
+    from rich.console import Console
+
+    from moestro.compare.inspection import write_inspection
+    from moestro.recipe.inspection import TOKENS, inspect_run, inspection_table
+
+    device, tokens = _device(arguments.device), arguments.tokens or TOKENS
+    found = inspect_run(arguments.run, arguments.data, device, tokens, arguments.checkpoint, arguments.settings)
+    page = write_inspection(found, arguments.out or arguments.run / "inspect.html")
+    if not _as_json(arguments.json, found):
+        Console().print(inspection_table(found))
+        print(f"page: {page}")
+    return 0
+
+
+def _as_json(path: Path | None, figures: dict[str, Any]) -> bool:
+    """Write figures where they are asked for; True where that is the terminal, which then gets nothing else."""
+    text = json.dumps(figures, indent=1)
+    if path == Path("-"):
+        print(text)
+        return True
+    if path is not None:
+        path.write_text(text + "\n", encoding="utf-8")
+    return False
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -206,9 +230,26 @@ def _compare_arguments(parser: Parser) -> None:
 
 
 def _evaluate_arguments(parser: Parser) -> None:
+    _run_arguments(parser, "all")
+
+
+def _inspect_arguments(parser: Parser) -> None:
+    _run_arguments(parser, "65,536")
+    parser.add_argument("--out", type=Path, metavar="PAGE", help="the page to write (default: RUN/inspect.html)")
+
+
+def _run_arguments(parser: Parser, tokens: str) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--data", metavar="PATH|SOURCE", help="text to evaluate (default: the run's held-out text)")
-    parser.add_argument("--tokens", type=_positive, metavar="N", help="evaluate about so many tokens (default: all)")
+    parser.add_argument("--data", metavar="PATH|SOURCE", help="text to look at (default: the run's held-out text)")
+    parser.add_argument("--tokens", type=_positive, metavar="N", help=f"look at about so many (default: {tokens})")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="key=value",
+        help="turn a knob without training: model.ffn.router.select.threshold=0.4 (or a top_k); may be repeated",
+    )
     parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="default: newest")
     parser.add_argument(
         "--json", type=Path, nargs="?", const=Path("-"), metavar="PATH", help="write JSON, without PATH to the terminal"
@@ -229,6 +270,7 @@ def _positive(text: str) -> int:
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "eval": evaluate,
+    "inspect": inspect,
     "compare": compare,
     "prepare": prepare,
     "version": version,
@@ -236,6 +278,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 ARGUMENTS: dict[str, Callable[[Any], None]] = {
     "train": _train_arguments,
     "eval": _evaluate_arguments,
+    "inspect": _inspect_arguments,
     "compare": _compare_arguments,
     "prepare": _recipe_arguments,
     "version": _no_arguments,

@@ -1,21 +1,27 @@
 """report.html: one self-contained page that says which arm won at equal compute, and shows why one may believe it."""
 
-import base64
-import hashlib
 import os
-import string
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 
 from moestro.compare import sections
 from moestro.compare.looks import Look, arm_looks
 from moestro.compare.markup import section, tab_rules
-from moestro.compare.plots import escape
+from moestro.compare.page import html_page, write_page
 from moestro.compare.provenance import limits, setup_section
 from moestro.compare.token_text import sample_section, view_rules, views
 from moestro.compare.usage import usage_section
 from moestro.compare.verdict import main_verdict
+
+MENU = {
+    "arms": "Arms",
+    "curves": "Curves",
+    "isoflop": "isoFLOP",
+    "experts": "Experts",
+    "sample": "Sample",
+    "setup": "Setup",
+    "limits": "Limits",
+}
 
 
 def render_report(results: Mapping) -> str:
@@ -40,34 +46,13 @@ def render_report(results: Mapping) -> str:
     rules = tab_rules(max(len(results["arms"]), len(results["sizes"]) * len(results["budgets"]), 4)) + view_rules(
         n_views
     )
-    script = _template("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return string.Template(_template("page.html")).substitute(
-        title=escape(results.get("title") or "moestro compare"),
-        style=_template("page.css") + rules,
-        script=script,
-        script_hash=f"sha256-{digest}",
-        legend=_legend(looks) if len(looks) > 1 else "",
-        body=body,
-    )
+    title = results.get("title") or "moestro compare"
+    return html_page("compare", title, MENU, body, rules, _legend(looks) if len(looks) > 1 else "")
 
 
 def write_report(results: Mapping, path: str | os.PathLike) -> Path:
     """Renders the page and puts it at `path` in one step: readers see the old page or the new one, never half."""
-    path = Path(path)
-    page = render_report(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        half.write_text(page, encoding="utf-8")
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
-    return path
-
-
-def _template(name: str) -> str:
-    return resources.files("moestro.compare").joinpath("template", name).read_text(encoding="utf-8")
+    return write_page(render_report(results), path)
 
 
 def _legend(looks: Mapping[str, Look]) -> str:

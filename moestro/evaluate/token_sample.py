@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from moestro.data import Tokenizer
+from moestro.data import Dataset, Tokenizer
 from moestro.evaluate.perplexity import evaluating
 from moestro.evaluate.scoring import autocast, nats
 from moestro.model import Transformer
@@ -60,3 +60,15 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
         out.append("" if unfinished else piece)
         pending = pending if unfinished else []
     return out
+
+
+def sample_text(dataset: Dataset, characters: int = 700) -> str:
+    """The beginning of the first held-out document that is long enough to be worth reading (else of the last one), cut
+    at a line's end."""
+    text = ""
+    for number in range(dataset.n_val_documents):
+        text = dataset.val_document(number)
+        if len(text) >= characters:
+            break
+    text = text[:characters]
+    return text[: text.rfind("\n") + 1] or text

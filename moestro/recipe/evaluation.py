@@ -1,6 +1,7 @@
 """A trained run on held-out or other text: figures, and how they look on a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.table import Table
 
 from moestro.data import Dataset, Source, TokenData, load_tokenizer, source_for, zlib_bpb
 from moestro.evaluate import evaluate, routing_report
+from moestro.evaluate.knobs import KNOBS
+from moestro.model import Transformer
 from moestro.recipe.build import build_data, build_model
 from moestro.recipe.load import BINDER, Recipe, load_recipe
 from moestro.recipe.parts import SOURCES
@@ -24,38 +27,87 @@ LISTED = 64
 CHECKPOINTS = {"newest": newest_checkpoint, "best": best_checkpoint}
 
 
+@dataclass(frozen=True)
+class Run:
+    """A trained run, ready to be measured: its model with a checkpoint's weights, and text."""
+
+    folder: Path
+    checkpoint: Path
+    model: Transformer
+    dataset: Dataset
+    batch_size: int
+    precision: str
+    settings: tuple[str, ...]
+
+
+def opened_run(
+    run_dir: str | Path,
+    data: str | None = None,
+    device: str | torch.device = "cpu",
+    checkpoint: str = "newest",
+    settings: Sequence[str] = (),
+) -> Run:
+    """A run's `newest` or `best` checkpoint, and text for it; arguments as for `evaluate_run`.
+
+    Raises: RecipeError where `run_dir` is no run or a setting none that can be changed after training; CheckpointError
+    where it has no intact checkpoint.
+    """
+    folder = Path(run_dir)
+    recipe = _recipe_of(folder, settings)
+    build_model(recipe, vocab_size=1, device="meta")
+    path = CHECKPOINTS[checkpoint](folder)
+    dataset = _data_of(folder, recipe, data).prepare()
+    model = build_model(recipe, dataset.vocab_size, device)
+    load_weights(model, path)
+    batch_size, precision = recipe.train.value("batch_size"), recipe.train.value("precision")
+    return Run(folder, path, model, dataset, batch_size, precision, tuple(settings))
+
+
 def evaluate_run(
     run_dir: str | Path,
     data: str | None = None,
     device: str | torch.device = "cpu",
     max_tokens: int | None = None,
     checkpoint: str = "newest",
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Bits per byte, perplexity and routing figures of a run's `newest` or `best` checkpoint.
 
     `data` is a file, folder or pattern, the name of a source, or a source as in a recipe (`{kind: ..., ...}`), and all
-    of it is evaluated; without it, the held-out part of the run's own text is. The tokenizer is the run's.
+    of it is evaluated; without it, the held-out part of the run's own text is. The tokenizer is the run's. `settings`
+    turn knobs without training: `model.ffn.router.select.threshold=0.4`, or a `top_k`.
 
-    Raises: RecipeError where `run_dir` is no run; CheckpointError where it has no intact checkpoint.
+    Raises: RecipeError where `run_dir` is no run or a setting is no knob; CheckpointError where it has no intact
+    checkpoint.
     """
-    folder = Path(run_dir)
-    recipe = _recipe_of(folder)
-    path = CHECKPOINTS[checkpoint](folder)
-    dataset = _data_of(folder, recipe, data).prepare()
-    model = build_model(recipe, dataset.vocab_size, device)
-    load_weights(model, path)
-    batch_size = recipe.train.value("batch_size")
-    precision = recipe.train.value("precision")
-    figures = evaluate(model, dataset.val_batches(batch_size, max_tokens), precision=precision)
-    layers = routing_report(model, dataset.val_batches(batch_size, max_tokens), precision=precision)
-    about = {"run": str(folder), "checkpoint": path.name, "step": step_of(path), "data": _describe(dataset)}
-    return {**about, **figures, "layers": layers}
+    run = opened_run(run_dir, data, device, checkpoint, settings)
+    figures = evaluate(run.model, run.dataset.val_batches(run.batch_size, max_tokens), precision=run.precision)
+    batches = run.dataset.val_batches(run.batch_size, max_tokens)
+    return {**about(run), **figures, "layers": routing_report(run.model, batches, precision=run.precision)}
 
 
-def _recipe_of(folder: Path) -> Recipe:
+def about(run: Run) -> dict[str, Any]:
+    """Which run, checkpoint and text were measured, with which knobs turned, as JSON values."""
+    return {
+        "run": str(run.folder),
+        "checkpoint": run.checkpoint.name,
+        "step": step_of(run.checkpoint),
+        "settings": list(run.settings),
+        "data": _describe(run.dataset),
+    }
+
+
+def _recipe_of(folder: Path, settings: Sequence[str]) -> Recipe:
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(f"{folder} is not the folder of a run: it holds no recipe.yaml")
-    return load_recipe(folder / "recipe.yaml")
+    for setting in settings:
+        keys = setting.partition("=")[0].strip().split(".")
+        if keys[0] != "model" or "router" not in keys or keys[-1] not in KNOBS:
+            raise RecipeError(
+                f"{setting!r} cannot be changed after training; allowed: {' and '.join(KNOBS)} of a router, such as "
+                "model.ffn.router.select.threshold=0.4 (--set)"
+            )
+    return load_recipe(folder / "recipe.yaml", settings)
 
 
 def _data_of(folder: Path, recipe: Recipe, data: str | None) -> TokenData:
@@ -86,9 +138,15 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 
 def figures_table(figures: Mapping[str, Any]) -> Group:
     """What `evaluate_run` returned, for a terminal."""
-    data, layers = figures["data"], figures["layers"]
+    layers = figures["layers"]
+    return Group(figures_head(figures), *([_routing_table(layers), _load_table(layers)] if layers else []))
+
+
+def figures_head(figures: Mapping[str, Any]) -> Table:
+    """How good the run is, in one line."""
+    data, turned = figures["data"], "".join(f", {setting}" for setting in figures["settings"])
     titles = ("bits per byte", "zlib -9", "perplexity", "nats/token", "tokens", "bytes")
-    table = _table(f"{figures['run']}, step {figures['step']:,}, on {data['name']}", titles)
+    table = plain_table(f"{figures['run']}, step {figures['step']:,}{turned}, on {data['name']}", titles)
     table.add_row(
         f"{figures['bpb']:.4f}",
         f"{data['zlib_bpb']:.4f}",
@@ -97,12 +155,12 @@ def figures_table(figures: Mapping[str, Any]) -> Group:
         f"{figures['tokens']:,}",
         f"{figures['bytes']:,}",
     )
-    return Group(table, *([_routing_table(layers), _load_table(layers)] if layers else []))
+    return table
 
 
 def _routing_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     titles = ("layer", "experts", "a token", "p99", "width", "p99", "uneven", "used", "dead")
-    table = _table("routing (uneven: KL of the gates from uniform, in nats)", titles)
+    table = plain_table("routing (uneven: KL of the gates from uniform, in nats)", titles)
     for name, layer in layers.items():
         experts, width = layer["experts_per_token"], layer["active_width"]
         table.add_row(
@@ -120,7 +178,7 @@ def _routing_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _load_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = _table("load (% of rows, expert by expert)", ("layer", "load"))
+    table = plain_table("load (% of rows, expert by expert)", ("layer", "load"))
     for name, layer in layers.items():
         table.add_row(name, _load_text(layer))
     return table
@@ -136,7 +194,8 @@ def _load_text(layer: Mapping[str, Any]) -> str:
     return f"{min(load):,.0f} to {max(load):,.0f} rows an expert"
 
 
-def _table(title: str, titles: tuple[str, ...]) -> Table:
+def plain_table(title: str, titles: tuple[str, ...]) -> Table:
+    """An empty table; layers and loads stand left, numbers right."""
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
     for name in titles:
         table.add_column(name, justify="left" if name in ("layer", "load") else "right", no_wrap=name == "layer")

@@ -54,7 +54,7 @@ def test_help_is_quick_and_waits_for_no_torch() -> None:
     assert done.returncode == 0 and "--out DIR" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "compare", "prepare", "version"])
+@pytest.mark.parametrize("verb", ["train", "eval", "inspect", "compare", "prepare", "version"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as done:
         main([verb, "--help"])
@@ -77,7 +77,7 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
     [
         (
             ["trian", "x"],
-            "unknown verb 'trian'; did you mean 'train'? allowed: --help, --version, compare, eval, prepare, ",
+            "unknown verb 'trian'; did you mean 'train'? allowed: --help, --version, compare, eval, inspect, ",
         ),
         (["--hepl"], "unknown option '--hepl'; did you mean '--help'? allowed: --help, --version, compare, "),
         (["train"], "the following arguments are required: RECIPE"),

@@ -1,4 +1,4 @@
-"""Pairs (MoDSE), groups (MoHGE), and other widths in every layer, which every helper reads layer by layer."""
+"""Pairs (MoDSE), groups (MoHGE), and other widths in every layer, which every figure reads layer by layer."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def uneven() -> Transformer:
     return build_model(load_recipe(RECIPE, [*overrides, f"model.ffn={first}", f"model.layers={{{layers}}}"]), 11)
 
 
-def test_every_helper_reads_widths_layer_by_layer(uneven: Transformer) -> None:
+def test_every_figure_reads_widths_layer_by_layer(uneven: Transformer) -> None:
     assert {name: layer.expert_widths().tolist() for name, layer in uneven.moe_layers().items()} == WIDTHS  # type: ignore[union-attr]
     batch = next(iter(Counting().val_batches(4)))
     traces = uneven(batch.tokens).traces
