@@ -130,6 +130,8 @@ def _experts(layers: Mapping[str, Mapping[str, Any]], run: Look) -> str:
         "area is work. Ribbons lead to the share of work (tokens x width) itself. The dashed line is an even share, "
         "where the twin's experts stand."
     )
+    if any(layer["n_experts"] > MAX_BARS for layer in layers.values()):
+        note += " Layers of many experts show how many of them received how many tokens."
     figures = [layer_figure(name, layer, run) for name, layer in layers.items()]
     shown, folded = figures[:SHOWN_LAYERS], figures[SHOWN_LAYERS:]
     body = f'<div class="grid layers">{"".join(shown)}</div>'

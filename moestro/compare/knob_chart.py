@@ -72,12 +72,14 @@ def knob_chart(knob: str, curve: Mapping[str, Any], run: Look, width: float) -> 
 
 
 def _labels(points: list[Mapping[str, Any]], x: Axis, y: Axis, symbol: str, gap: float) -> str:
-    """The settings beside their marks, left out where they would lie on the one before."""
+    """The settings beside their marks, where the line leaves room; left out where they would lie on the one before."""
     parts, last = [], (float("-inf"), 0.0)
-    for point in points:
+    for point, following in zip(points, [*points[1:], points[-1]], strict=True):
         px, py = x.at(point["params_active"]), y.at(point["bpb"])
         if px - last[0] < gap and abs(py - last[1]) < 16:
             continue
         last = (px, py)
-        parts.append(text(px + 8, py - 8, f"{symbol} {point['value']:g}", "note"))
+        below = following["bpb"] > point["bpb"]
+        label = f"{symbol} {point['value']:g}"
+        parts.append(text(px, py + 20, label, "note", "middle") if below else text(px + 7, py - 8, label, "note"))
     return "".join(parts)

@@ -83,7 +83,7 @@ def inspection_table(found: Mapping[str, Any]) -> Group:
 
 
 def _width_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
-    titles = ("layer", "experts", "a token", "width", "p50, p99", "twin", "p50, p99", "ratio")
+    titles = ("layer", "experts", "a token", "width", "p50/p99", "twin", "p50/p99", "ratio")
     table = plain_table("active width of a token, and that of a homogeneous twin (computed, not trained)", titles)
     for name, layer in layers.items():
         own, twin = layer["active_width"], layer["twin"]["active_width"]
@@ -92,9 +92,9 @@ def _width_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{layer['n_experts']:,}",
             f"{layer['experts_per_token']['mean']:.2f}",
             f"{own['mean']:.1f}",
-            f"{own['p50']:.0f}, {own['p99']:.0f}",
+            f"{own['p50']:.0f}/{own['p99']:.0f}",
             f"{twin['mean']:.1f}",
-            f"{twin['p50']:.0f}, {twin['p99']:.0f}",
+            f"{twin['p50']:.0f}/{twin['p99']:.0f}",
             f"{own['mean'] / twin['mean']:.3f}" if twin["mean"] else "-",
         )
     return table
