@@ -20,6 +20,7 @@ from moestro.ops.triton_ffn_plan import (
     _owner,
     _padded,
     _place,
+    launch,
     programs,
     search_steps,
 )
@@ -32,8 +33,9 @@ def hidden_gradients(
     """B1: with g = dy_token[n] W_out,e^T, writes dz_n, scaled_n = weight_n * hidden_n and, for every tile of units,
     that tile's part of dweight_n = <g, hidden_n> to `partial` (n, tiles), whose other elements stay as they are."""
     n_experts = plan.shape[1] - 1
-    _hidden_gradients_kernel[(programs(dy.device),)](
-        dy, token, weight, w_out, plan, z, dz, scaled, partial, dy.shape[1], n_experts, partial.shape[1],
+    launch(
+        _hidden_gradients_kernel, programs(dy.device), dy, token, weight, w_out, plan, z, dz, scaled, partial,
+        dy.shape[1], n_experts, partial.shape[1],
         GATES=gates, ACT=activation, PRECISION=precision(), BM=blocks.rows, BU=blocks.units, BK=blocks.inner,
         GROUP=_GROUP, STEPS=search_steps(n_experts), **blocks.row_options(),
     )  # fmt: skip
@@ -47,8 +49,8 @@ def weight_gradients(
     Experts without rows get zeros.
     """
     n_experts = plan.shape[1] - 1
-    _weight_gradients_kernel[(programs(out.device),)](
-        left, source, token, plan, out, out.shape[1], n_experts,
+    launch(
+        _weight_gradients_kernel, programs(out.device), left, source, token, plan, out, out.shape[1], n_experts,
         GATES=gates, PRECISION=precision(), BU=blocks.units, BD=blocks.model, BK=blocks.inner, GROUP=_GROUP,
         STEPS=search_steps(n_experts), **blocks.weight_options(),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from moestro.ops.triton_ffn_plan import (
     _owner,
     _padded,
     _place,
+    launch,
     programs,
     search_steps,
 )
@@ -32,8 +33,9 @@ def up(
 ) -> None:  # fmt: skip
     """F1: pre-activations z_n = W_in,e x_token[n] and hidden_n = act(gate) * up; writes those of the two given."""
     n_experts = plan.shape[1] - 1
-    _up_kernel[(programs(x.device),)](
-        x, token, w_in, plan, x if z is None else z, x if hidden is None else hidden, x.shape[1], n_experts,
+    launch(
+        _up_kernel, programs(x.device), x, token, w_in, plan, x if z is None else z, x if hidden is None else hidden,
+        x.shape[1], n_experts,
         GATES=gates, ACT=activation, SAVE_Z=z is not None, SAVE_HIDDEN=hidden is not None, PRECISION=precision(),
         BM=blocks.rows, BU=blocks.units, BK=blocks.inner, GROUP=_GROUP, STEPS=search_steps(n_experts),
         **blocks.row_options(),
@@ -46,8 +48,8 @@ def down(left: Tensor, weights: Tensor, plan: Tensor, out: Tensor, gates: int, b
     Rows of experts of width 0 get zeros.
     """
     n_experts = plan.shape[1] - 1
-    _down_kernel[(programs(out.device),)](
-        left, weights, plan, out, out.shape[1], n_experts,
+    launch(
+        _down_kernel, programs(out.device), left, weights, plan, out, out.shape[1], n_experts,
         GATES=gates, PRECISION=precision(), BM=blocks.rows, BD=blocks.model, BK=blocks.inner, GROUP=_GROUP,
         STEPS=search_steps(n_experts), **blocks.row_options(),
     )  # fmt: skip
@@ -62,10 +64,11 @@ def combine(rows: Tensor, weight: Tensor | None, order: Tensor, starts: Tensor) 
     out = rows.new_empty(n_tokens, d)
     if not out.numel():
         return out
-    block = min(1024, triton.next_power_of_2(d))
-    _combine_kernel[(n_tokens * triton.cdiv(d, block),)](
-        rows, rows if weight is None else weight, order, starts, out, d, WEIGHTED=weight is not None, BD=block
-    )
+    block = min(1024, 1 << (d - 1).bit_length())
+    launch(
+        _combine_kernel, n_tokens * -(-d // block), rows, rows if weight is None else weight, order, starts, out, d,
+        WEIGHTED=weight is not None, BD=block,
+    )  # fmt: skip
     return out
 
 

@@ -5,7 +5,7 @@ the expert of a tile by binary search, so that nothing about the routing is ever
 """
 
 from functools import lru_cache
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -92,6 +92,11 @@ def search_steps(n_experts: int) -> int:
     return max(n_experts - 1, 0).bit_length()
 
 
+def launch(kernel: Any, n_programs: int, *arguments: Any, **constants: Any) -> None:
+    """Run that many programs of a kernel."""
+    kernel[(n_programs,)](*arguments, **constants)
+
+
 def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks) -> Tensor:
     """The plan of a routing with row bounds `offsets` for experts laid out as `experts` (int64
     [2, n_experts + 1]: first units; the experts in the order of their tiles), without host
@@ -103,8 +108,8 @@ def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks) ->
     n_experts = len(offsets) - 1
     plan = offsets.new_empty(N_PLAN_ROWS, n_experts + 1)
     busiest_first = offsets.diff().argsort(descending=True, stable=True)
-    _plan_kernel[(1,)](
-        offsets, experts, busiest_first, plan, d_model, n_experts,
+    launch(
+        _plan_kernel, 1, offsets, experts, busiest_first, plan, d_model, n_experts,
         BM=blocks.rows, BU=blocks.units, BD=blocks.model, BLOCK=triton.next_power_of_2(n_experts + 1),
     )  # fmt: skip
     return plan
