@@ -40,7 +40,7 @@ def test_commands_name_things_that_exist(command):
     elif verb == "compare":
         load_comparison(ROOT / rest[0])
     else:
-        assert verb == "eval"
+        assert verb in ("eval", "inspect")
 
 
 def test_files_and_folders_that_are_named_exist():
