@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from moestro.data import Dataset
-from moestro.evaluate import evaluate, routing_report, token_sample
-from moestro.recipe.build import build_data, build_model, run_training
+from moestro.evaluate import evaluate, routing_report, sample_text, token_sample
+from moestro.model import Transformer
+from moestro.recipe.build import build_data, build_model, first_difference, run_training
 from moestro.recipe.load import load_recipe
+from moestro.recipe.syntax import RecipeError
 from moestro.train.durable import write_json
+from moestro.train.environment import source_commit
 from moestro.train.weights import load_weights, newest_checkpoint
 
 SUMMARY = "summary.json"
-SAMPLE_CHARACTERS = 700
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,33 @@ class Job:
     threads: int
     final_tokens: int | None
     sample: bool
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
-        return f"{self.arm} {self.size} seed {self.seed}"
+        return f"{self.arm} {self.size} {self.budget:.3g} seed {self.seed}"
 
     @property
     def summary(self) -> dict[str, Any] | None:
         """What the finished run measured; None until then."""
         file = self.folder / SUMMARY
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """All that decides the summary: the recipe with every setting, and what is measured of it."""
+        tree = load_recipe(self.recipe, self.settings).tree
+        return json.loads(json.dumps({"recipe": tree, "final_tokens": self.final_tokens, "sample": self.sample}))
+
+    def check_same(self) -> None:
+        """Raises: RecipeError where the folder holds a finished run of other settings."""
+        summary = self.summary
+        if summary is not None and (found := first_difference(summary["question"], self.question)):
+            name, old, new = found
+            raise RecipeError(
+                f"{self.folder} holds a finished run of another comparison: {name} was {old}, now {new}. "
+                "Choose another folder (--out), or delete that one"
+            )
 
     def progress(self) -> float:
         """Share of the budget used so far, read from the run's own metrics."""
@@ -71,8 +90,9 @@ def run_job(job: Job) -> dict[str, Any]:
     if job.summary is not None:
         return job.summary
     recipe = load_recipe(job.recipe, job.settings)
-    result = run_training(recipe, job.folder, show_preparation=False)
-    summary = {**result, **measure(job), "finished": time.time()}
+    result = run_training(recipe, job.folder, job.device, show_preparation=False)
+    facts = {"question": job.question, "commit": source_commit(), "finished": time.time()}
+    summary = {**result, **measure(job), **facts}
     write_json(job.folder / SUMMARY, summary)
     return summary
 
@@ -81,26 +101,21 @@ def measure(job: Job) -> dict[str, Any]:
     """Final figures on held-out text, use of the experts and, where asked for, the coloured text."""
     recipe = load_recipe(job.recipe, job.settings)
     dataset = build_data(recipe).prepare(progress=False)
-    model = build_model(recipe, dataset.vocab_size)
+    model = build_model(recipe, dataset.vocab_size, job.device)
     load_weights(model, newest_checkpoint(job.folder))
-    batch = recipe.train.value("batch_size")
+    batch, precision = recipe.train.value("batch_size"), recipe.train.value("precision")
 
     def held_out():
         return dataset.val_batches(batch, job.final_tokens)
 
     return {
         "params_total": sum(p.numel() for p in model.parameters()),
-        "final": evaluate(model, held_out()),
-        "routing": routing_report(model, held_out()),
-        "sample": token_sample(model, dataset.tokenizer, sample_text(dataset)) if job.sample else None,
+        "final": evaluate(model, held_out(), precision=precision),
+        "routing": routing_report(model, held_out(), precision=precision),
+        "sample": sample(model, dataset, precision) if job.sample else None,
     }
 
 
-def sample_text(dataset: Dataset) -> str:
-    """The beginning of the first held-out document that is long enough to be worth reading, cut at a line's end."""
-    for number in range(dataset.n_val_documents):
-        text = dataset.val_document(number)
-        if len(text) >= SAMPLE_CHARACTERS:
-            break
-    text = text[:SAMPLE_CHARACTERS]
-    return text[: text.rfind("\n") + 1] or text
+def sample(model: Transformer, dataset: Dataset, precision: str) -> list[dict[str, Any]]:
+    """The coloured text."""
+    return token_sample(model, dataset.tokenizer, sample_text(dataset), precision=precision)

@@ -67,9 +67,13 @@ class Comparison:
 
     def recipe(self, arm: str, settings: Mapping[str, Any] | None = None) -> Recipe:
         """The recipe of one arm: its file, then `common`, then the arm's own keys, then `settings`."""
-        keys = {**self.common, **self.arms[arm].set, **(settings or {})}
+        return load_recipe(self.recipe_path(arm), self.overrides(arm, settings or {}))
+
+    def overrides(self, arm: str, settings: Mapping[str, Any]) -> list[str]:
+        """The same keys as `key=value`, in order; a later one of the same key wins."""
+        keys = {**flat(self.common), **flat(self.arms[arm].set), **settings}
         # JSON is YAML of one line
-        return load_recipe(self.recipe_path(arm), [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+        return [f"{key}={json.dumps(value)}" for key, value in keys.items()]
 
     def width_settings(self, arm: str, d_model: int) -> dict[str, int]:
         """d_model and the keys of one arm that grow with it."""
@@ -80,6 +84,17 @@ class Comparison:
     def recipe_path(self, arm: str) -> Path:
         """The recipe file of one arm; relative paths start at the comparison's own folder."""
         return Path(os.path.normpath(self.path.parent / self.arms[arm].recipe))
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """A tree of settings as dotted keys; a part (a mapping with a kind) stays whole and replaces what was there."""
+    keys: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and "kind" not in value:
+            keys |= flat(value, f"{above}{name}.")
+        else:
+            keys[f"{above}{name}"] = value
+    return keys
 
 
 def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Comparison:

@@ -31,13 +31,14 @@ def collect(
     command: str,
 ) -> dict[str, Any]:
     """Everything that the table and the report need, of runs finished or not."""
-    machine = describe_machine(torch.device("cpu"))
+    machine = describe_machine(torch.device(jobs[0].device))
+    del machine["commit"]
     results: dict[str, Any] = {
         "format": 1,
         "title": plan.title or plan.path.stem,
         "command": command,
         "moestro": moestro.__version__,
-        "commit": machine.pop("commit", None),
+        "commit": commits(jobs),
         "machine": machine,
         "corpus": {
             "name": dataset.name,
@@ -62,6 +63,12 @@ def collect(
     results["isoflop"] = isoflop(results)
     results["winner"] = winner(results)
     return results
+
+
+def commits(jobs: Sequence[Job]) -> str | None:
+    """The source commits at which the finished runs were trained."""
+    known = {summary["commit"] for job in jobs if (summary := job.summary) and summary["commit"]}
+    return ", ".join(sorted(known)) or None
 
 
 def describe_arm(plan: Comparison, name: str, matches: Mapping[tuple[str, str], Match]) -> dict[str, Any]:
@@ -94,7 +101,7 @@ def describe_run(job: Job, failure: str | None) -> dict[str, Any]:
         **entry,
         "status": "done",
         "params_total": summary["params_total"],
-        "params_active": last["active_params"],
+        "params_active": summary["params_active"],
         "tokens": last["tokens"],
         "flops": last["flops"],
         "flops_computed": last["flops_computed"],

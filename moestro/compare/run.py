@@ -1,9 +1,10 @@
 """The whole of one comparison: solve the sizes, run every arm, write results and report. Finished runs are kept."""
 
-import json
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -23,6 +24,9 @@ from moestro.train.durable import write_json
 from moestro.train.signals import TrainingStopped
 
 CONTINUE = "the same command continues from here"
+STOPPED = f"stopped, every run in progress is saved; {CONTINUE}"
+# prctl option of Linux: the signal a process gets when its parent dies (sys/prctl.h)
+_PR_SET_PDEATHSIG = 1
 
 
 def compare(
@@ -32,13 +36,16 @@ def compare(
     workers: int | None = None,
     board: Board | None = None,
     command: str = "",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Run the comparison at `path` in the folder `out`; returns what it wrote to results.json, besides report.html.
 
     `workers` runs go on at a time, by default as many as the machine has cores for. Runs that finished earlier are not
-    run again, interrupted ones continue. A run that fails is reported, the others go on.
+    run again, interrupted ones continue. A run that fails is reported, the others go on. Stopped early, it writes the
+    results and the report of what has finished.
 
-    Raises: RecipeError; TrainingStopped after SIGINT or SIGTERM, once every run in progress is saved.
+    Raises: RecipeError, also where the folder holds finished runs of other settings; TrainingStopped after SIGINT or
+    SIGTERM, once every run in progress is saved.
     """
     plan = load_comparison(path, tuple(overrides))
     board = board or Board()
@@ -46,13 +53,23 @@ def compare(
     by_budget = {budget: sizes(plan, budget, dataset.vocab_size) for budget in plan.budgets}
     all_sizes = sorted({size.name: size for found in by_budget.values() for size in found}.values(), key=_width)
     matches = {(arm, size.name): match(plan, arm, size, dataset.vocab_size) for size in all_sizes for arm in plan.arms}
-    jobs = list(plan_jobs(plan, by_budget, matches, Path(out)))
+    jobs = list(plan_jobs(plan, by_budget, matches, Path(out), device))
+    for job in jobs:
+        job.check_same()
     board.start(jobs, matches, plan)
-    failures = run_jobs(jobs, workers or max(1, (os.cpu_count() or 1) // plan.threads), board)
-    results = collect(plan, dataset, all_sizes, matches, jobs, failures, command)
-    write_json(Path(out) / "results.json", results)
-    write_report(results, Path(out) / "report.html")
+    failures: dict[str, str] = {}
+    try:
+        run_jobs(jobs, workers or default_workers(plan, device), board, failures)
+    finally:
+        results = collect(plan, dataset, all_sizes, matches, jobs, failures, command)
+        write_json(Path(out) / "results.json", results)
+        write_report(results, Path(out) / "report.html")
     return results
+
+
+def default_workers(plan: Comparison, device: str) -> int:
+    """Runs at a time: as many as there are cores for; one on an accelerator."""
+    return max(1, (os.cpu_count() or 1) // plan.threads) if device == "cpu" else 1
 
 
 def _width(size: Size) -> int:
@@ -60,7 +77,11 @@ def _width(size: Size) -> int:
 
 
 def plan_jobs(
-    plan: Comparison, by_budget: Mapping[float, Sequence[Size]], matches: Mapping[tuple[str, str], Match], out: Path
+    plan: Comparison,
+    by_budget: Mapping[float, Sequence[Size]],
+    matches: Mapping[tuple[str, str], Match],
+    out: Path,
+    device: str,
 ) -> Iterator[Job]:
     """Every run of the plan, seed by seed, so that an early stop leaves complete comparisons behind."""
     for seed in plan.seeds:
@@ -70,18 +91,18 @@ def plan_jobs(
                 for arm in plan.arms:
                     matched = matches[arm, size.name]
                     settings = {**matched.settings, **_training(plan, arm, matched, budget), "train.seed": seed}
-                    keys = {**plan.common, **plan.arms[arm].set, **settings}
                     yield Job(
                         arm=arm,
                         size=size.name,
                         budget=budget,
                         seed=seed,
                         recipe=plan.recipe_path(arm),
-                        settings=tuple(f"{key}={json.dumps(value)}" for key, value in keys.items()),
+                        settings=tuple(plan.overrides(arm, settings)),
                         folder=out / "runs" / arm / f"{size.name}-{budget:.3g}-seed{seed}",
                         expected_token_flops=matched.token_flops,
                         threads=plan.threads,
                         final_tokens=plan.final_tokens,
+                        device=device,
                         sample=seed == plan.seeds[0] and size.name == middle and budget == max(plan.budgets),
                     )
 
@@ -99,21 +120,33 @@ def _training(plan: Comparison, arm: str, matched: Match, budget: float) -> dict
     }
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, board: Board) -> dict[str, str]:
-    """Run what is not finished, `workers` at a time; returns the error of every run that failed."""
-    open_jobs = [job for job in jobs if job.summary is None]
-    failures: dict[str, str] = {}
-    if not open_jobs:
-        return failures
+def run_jobs(jobs: Sequence[Job], workers: int, board: Board, failures: dict[str, str]) -> None:
+    """Run what is not finished, `workers` at a time; the error of every run that fails goes to `failures`.
+
+    No more runs are handed to the workers than they can begin at once: what has been handed over cannot be recalled.
+    """
+    waiting = [job for job in jobs if job.summary is None]
+    if not waiting:
+        return
     context = multiprocessing.get_context("spawn")
-    with board, ProcessPoolExecutor(min(workers, len(open_jobs)), mp_context=context) as pool, _stopping(pool):
-        running = {pool.submit(run_job, job): job for job in open_jobs}
-        while running:
+    with board, ProcessPoolExecutor(workers, context, initializer=follow_parent) as pool, _stopping():
+        running: dict[Future, Job] = {}
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                running[pool.submit(run_job, job)] = job
             done, _ = wait(running, timeout=board.interval, return_when=FIRST_COMPLETED)
             for future in done:
                 _finish(future, running.pop(future), failures, board)
             board.refresh()
-    return failures
+
+
+def follow_parent() -> None:
+    """Make this worker deaf to the terminal, which speaks to the parent, and let it die with the parent: a run that is
+    killed continues from its last checkpoint."""
+    os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _finish(future: Future, job: Job, failures: dict[str, str], board: Board) -> None:
@@ -122,14 +155,14 @@ def _finish(future: Future, job: Job, failures: dict[str, str], board: Board) ->
     except BrokenProcessPool as error:
         raise RuntimeError(f"a worker process died (killed, or out of memory); {CONTINUE}") from error
     except TrainingStopped as error:
-        raise TrainingStopped(f"stopped, every run in progress is saved; {CONTINUE}") from error
+        raise TrainingStopped(STOPPED) from error
     except Exception as error:  # a failed run is a result: it is reported, and the others go on
         failures[job.name] = f"{type(error).__name__}: {error}"
         board.failed(job, failures[job.name])
 
 
 @contextmanager
-def _stopping(pool: ProcessPoolExecutor) -> Iterator[None]:
+def _stopping() -> Iterator[None]:
     """Hand SIGTERM and SIGINT on to the workers, which save and stop, and start nothing new."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -139,8 +172,7 @@ def _stopping(pool: ProcessPoolExecutor) -> Iterator[None]:
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 os.kill(child.pid, signal.SIGTERM)
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise TrainingStopped(f"stopped, every run in progress is saved; {CONTINUE}")
+        raise TrainingStopped(STOPPED)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,5 +1,7 @@
 """Sizes and free keys are solved, not typed: budgets buy the asked ratio, arms cost what the reference costs."""
 
+import math
+
 import pytest
 
 from moestro.compare.match import match, reference_size, sizes, solve
@@ -26,13 +28,13 @@ def test_sizes_buy_the_asked_tokens_a_parameter(tmp_path):
     found = sizes(plan, 5e9, VOCABULARY)
     assert [size.d_model for size in found] == sorted(size.d_model for size in found)
     for size, ratio in zip(found, (4, 0.5), strict=True):
-        have = 5e9 / size.token_flops / size.parameters
-        for neighbour in (size.d_model - 8, size.d_model + 8):
-            if neighbour:
-                other = reference_size(plan, neighbour, VOCABULARY)
-                there = 5e9 / other.token_flops / other.parameters
-                assert abs(have / ratio - 1) <= abs(there / ratio - 1) + 1
-        assert 0.5 < have / ratio < 2
+
+        def distance(d_model, ratio=ratio):
+            there = reference_size(plan, d_model, VOCABULARY)
+            return abs(math.log(5e9 / there.token_flops / there.parameters / ratio))
+
+        neighbours = [d_model for d_model in (size.d_model - 8, size.d_model + 8) if d_model]
+        assert all(distance(size.d_model) < distance(d_model) for d_model in neighbours)
 
 
 def test_ratios_that_fall_together_are_refused(tmp_path):

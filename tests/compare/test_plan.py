@@ -51,5 +51,22 @@ def test_mistakes_are_refused(tmp_path, old, new, message):
         load_comparison(write_comparison(tmp_path, COMPARISON.replace(old, new, 1)))
 
 
+def test_a_nested_setting_changes_one_key_and_keeps_its_neighbours(tmp_path):
+    plan = load_comparison(write_comparison(tmp_path), ("common.optim.lr=0.25", "common.train.batch_size=4"))
+    for arm in ("dense", "moe"):
+        tree = plan.recipe(arm).tree
+        assert tree["optim"]["lr"] == 0.25
+        assert tree["optim"]["schedule"]["kind"] == "constant"
+        assert tree["train"]["batch_size"] == 4
+        assert tree["train"]["budget"] == {"steps": 3}
+
+
+def test_a_part_among_the_settings_replaces_the_part(tmp_path):
+    text = COMPARISON + "common: {optim: {schedule: {kind: wsd}}}\n"
+    plan = load_comparison(write_comparison(tmp_path, text))
+    assert plan.recipe("dense").tree["optim"]["schedule"] == {"kind": "wsd"}
+    assert plan.recipe("dense").tree["optim"]["lr"] == 2e-3
+
+
 def test_the_command_line_overrides_the_file(tmp_path):
     assert load_comparison(write_comparison(tmp_path), ("seeds=[4, 5]",)).seeds == (4, 5)

@@ -12,8 +12,13 @@ import pytest
 from rich.console import Console
 
 from moestro.compare.board import Board
-from moestro.compare.job import last_flops
-from moestro.compare.run import compare
+from moestro.compare.job import Job, last_flops, measure
+from moestro.compare.match import match, reference_size
+from moestro.compare.plan import load_comparison
+from moestro.compare.run import compare, plan_jobs
+from moestro.recipe.build import build_data
+from moestro.recipe.load import load_recipe
+from moestro.recipe.syntax import RecipeError
 from tests.compare.comparisons import COMPARISON, write_comparison
 
 
@@ -49,12 +54,42 @@ def test_results_on_disk_are_those_returned_and_the_page_stands_beside_them(fini
     assert "https://" not in page
 
 
-def test_both_arms_saw_the_same_text_in_the_same_order(finished):
-    _, _, results = finished
-    folders = [Path(run["run_dir"]) for run in results["runs"]]
-    states = [json.loads(next((f / "checkpoints").iterdir()).joinpath("state.json").read_text()) for f in folders]
-    assert states[0]["data"] == states[1]["data"]
-    assert results["runs"][0]["final"]["bytes"] == results["runs"][1]["final"]["bytes"]
+def test_arms_differ_in_nothing_that_orders_the_text_and_seeds_differ(tmp_path):
+    """Batches are a pure function of data, batch size and seed (tests/data)."""
+    plan = load_comparison(write_comparison(tmp_path), ("seeds=[3, 4]",))
+    size = reference_size(plan, 16, 257)
+    matches = {(arm, size.name): match(plan, arm, size, 257) for arm in plan.arms}
+    jobs = list(plan_jobs(plan, {3e7: [size]}, matches, tmp_path / "out", "cpu"))
+    recipes = [load_recipe(job.recipe, job.settings) for job in jobs]
+    assert [(job.arm, job.seed) for job in jobs] == [("dense", 3), ("moe", 3), ("dense", 4), ("moe", 4)]
+    assert [recipe.train.value("seed") for recipe in recipes] == [3, 3, 4, 4]
+    assert len({recipe.train.value("batch_size") for recipe in recipes}) == 1
+    assert all(recipe.tree["data"] == recipes[0].tree["data"] for recipe in recipes)
+    assert len({job.folder for job in jobs}) == 4
+
+
+def test_final_figures_are_of_the_tokens_asked_for(finished):
+    path, out, results = finished
+    folder = Path(results["runs"][0]["run_dir"])
+    plan = load_comparison(path)
+    dataset = build_data(plan.recipe("dense")).prepare(progress=False)
+    assert results["runs"][0]["final"]["tokens"] == dataset.n_val_tokens
+    job = Job("dense", "d8", 3e7, 0, plan.recipe_path("dense"), settings_of(folder), folder, 1.0, 1, 64, False)
+    assert measure(job)["final"]["tokens"] < dataset.n_val_tokens
+
+
+def settings_of(folder: Path) -> tuple[str, ...]:
+    """The settings that make a recipe the one of a run folder."""
+    tree = load_recipe(folder / "recipe.yaml").tree
+    return tuple(f"{section}={json.dumps(tree[section])}" for section in ("model", "train"))
+
+
+def test_finished_runs_of_other_settings_are_refused_not_reported_as_new(finished):
+    path, out, results = finished
+    for change, name in (("common.optim.lr=0.25", "recipe.optim.lr was 0.002, now 0.25"), ("final_tokens=64", "final")):
+        with pytest.raises(RecipeError, match=f"holds a finished run of another comparison: .*{name}"):
+            compare(path, out, (change,), workers=1, board=quiet())
+    assert json.loads((out / "results.json").read_text()) == results
 
 
 def test_figures_of_experts_and_text_are_there(finished):
@@ -91,6 +126,27 @@ def test_the_last_complete_line_tells_the_progress(tmp_path):
     assert last_flops(metrics) == 5.0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_what_runs_starts_nothing_new_and_reports_what_is_done(tmp_path, number):
+    path, out = write_comparison(tmp_path), tmp_path / "out"
+    settings = ["budgets=[6e8]", "sizes.tokens_per_parameter=[0.8]"]
+    command = [sys.executable, "-m", "moestro", "compare", str(path), *settings, "--out", str(out), "--workers", "1"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    running = out / "runs" / "dense"
+    while process.poll() is None and not any(f.stat().st_size for f in running.glob("*/metrics.jsonl")):
+        time.sleep(0.05)
+    assert process.poll() is None, process.stderr.read()
+    # as a terminal does: to the whole group, of which the workers are not part
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert "every run in progress is saved; the same command continues" in errors
+    assert "Traceback" not in errors
+    results = json.loads((out / "results.json").read_text())
+    assert [run["status"] for run in results["runs"]] == ["unfinished", "unfinished"]
+    assert list(running.glob("*/checkpoints/step-*"))
+    assert not (out / "runs" / "moe").exists()
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(finished, tmp_path):
     _, _, want = finished
@@ -107,6 +163,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(finished, tmp_pa
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     have = compare(path, tmp_path / "out", workers=1, board=quiet())
+    assert [run.get("error") for run in have["runs"]] == [None, None]
     for before, after in zip(want["runs"], have["runs"], strict=True):
         assert after["final"] == before["final"]
         assert after["curve"] == before["curve"]
