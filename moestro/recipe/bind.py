@@ -4,7 +4,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,17 +16,22 @@ SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str:
 # Keywords that a constructor's parts inherit from it, and the slot whose parts know the number of experts.
 SHARED = frozenset({"d_model"})
 EXPERTS = "branches"
+# What experts are told about the router that weights them.
+ROUTING_FACTS = frozenset({"heads", "top_k", "gate"})
 NO_DEFAULT = inspect.Parameter.empty
 
 
 @dataclass(frozen=True)
 class Part:
-    """A constructor with checked keywords, not called yet."""
+    """A constructor with checked keywords, not called yet. `kind` is its name in a slot of the vocabulary, `hidden` are
+    the keywords that a recipe does not give."""
 
     make: Callable[..., Any]
     keywords: dict[str, Any]
     place: Place
-    missing: frozenset[str] = field(default=frozenset())
+    missing: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()
+    kind: str | None = None
 
     def value(self, name: str) -> Any:
         """A keyword's value: what the recipe gives, else the constructor's default."""
@@ -61,8 +66,10 @@ def _expert_facts(built_so_far: Mapping[str, Any]) -> dict[str, int]:
 
 def _routing_facts(keywords: Mapping[str, Any]) -> dict[str, Any]:
     router = keywords.get("router")
-    facts = router.keywords if isinstance(router, Part) else {}
-    return {name: facts[name] for name in ("heads", "top_k", "gate") if name in facts}
+    if not isinstance(router, Part):
+        return {}
+    facts = {name: router.value(name) for name in ROUTING_FACTS & parameters(router.make).keys()}
+    return {name: fact for name, fact in facts.items() if fact is not NO_DEFAULT}
 
 
 def built(value: Any, context: Mapping[str, Any]) -> Any:
@@ -114,7 +121,7 @@ class Binder:
         for name in known:
             if name in absent and name not in given:
                 raise place.error(f"missing key {name!r}")
-        return Part(make, keywords, place, frozenset(absent))
+        return Part(make, keywords, place, frozenset(absent), frozenset(hidden))
 
     def part(self, slot: str, node: dict, place: Place, given: Collection[str] = ()) -> Part:
         """Bind `{kind: ..., ...}` to the constructor that `kind` names in a slot of the vocabulary."""
@@ -124,7 +131,7 @@ class Binder:
         if not isinstance(node["kind"], str) or node["kind"] not in kinds:
             raise (place / "kind").error(unknown("kind", node["kind"], kinds))
         rest = {key: value for key, value in node.items() if key != "kind"}
-        return self.bind(kinds[node["kind"]], rest, place, given)
+        return replace(self.bind(kinds[node["kind"]], rest, place, given), kind=node["kind"])
 
     def convert(self, value: Any, hint: Any, place: Place, slot: str, given: Collection[str] = ()) -> Any:
         """`value` as the annotation `hint` wants it.

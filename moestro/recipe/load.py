@@ -9,9 +9,11 @@ from typing import Any
 from moestro.data import TokenData
 from moestro.model import Attention
 from moestro.recipe.bind import Binder, Part, describe
+from moestro.recipe.complete import completed
 from moestro.recipe.parts import PARTS
 from moestro.recipe.resolve import Origin, Place, read_tree
 from moestro.recipe.syntax import RecipeError, dump_yaml
+from moestro.train.durable import write_text
 from moestro.train.settings import OptimSettings, TrainSettings
 
 REQUIRED = ("model", "data", "train")
@@ -42,15 +44,20 @@ class Decoder:
     allow_non_causal: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
-    """A resolved recipe: `tree` is all it says, as plain values; the sections are bound to their constructors.
+    """A recipe: `tree` is all it says, as plain values; the sections are bound to their constructors.
 
-    Equal trees are equal recipes, wherever they were read from.
+    Recipes are equal where they say the same once defaults are filled in, wherever they were read from.
     """
 
     tree: dict
-    origin: Origin = field(compare=False)
+    origin: Origin
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.resolved == other.resolved
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def name(self) -> str:
@@ -58,8 +65,22 @@ class Recipe:
         return self.origin.path.stem
 
     def write(self, path: Path) -> None:
-        """Write the resolved recipe; reading it back gives an equal one."""
-        path.write_text(dump_yaml(self.tree), encoding="utf-8")
+        """Write the resolved recipe in one step; reading it back gives an equal one."""
+        write_text(path, dump_yaml(self.resolved))
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """`tree` with the default of every keyword written out."""
+        model = completed(Part(Decoder, vars(self.model), Place(self.origin, ("model",))), BINDER)
+        return {
+            **({"paper": self.tree["paper"]} if "paper" in self.tree else {}),
+            "model": model,
+            "data": completed(self.data, BINDER),
+            "train": completed(self.train, BINDER),
+            "optim": completed(self.optim, BINDER),
+            "objectives": [_weighted(weight, completed(part, BINDER)) for _, weight, part in self.objectives],
+            "rules": [completed(part, BINDER) for part in self.rules],
+        }
 
     @cached_property
     def model(self) -> Decoder:
@@ -156,6 +177,10 @@ def check_recipe(recipe: Recipe) -> Recipe:
     for name in SECTIONS:
         getattr(recipe, name)
     return recipe
+
+
+def _weighted(weight: float, tree: dict) -> dict:
+    return {"kind": tree["kind"], "weight": weight, **tree}
 
 
 def _mapping(node: Any, place: Place) -> dict:

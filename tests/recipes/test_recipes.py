@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moestro.model import Transformer
 from moestro.recipe.build import build_data, build_model, build_training, run_training
 from moestro.recipe.load import Recipe, load_recipe
+from moestro.recipe.syntax import dump_yaml, read_yaml
 from moestro.train.optim import build_optimizer
 from tests.conftest import ROOT
 
@@ -44,8 +46,53 @@ def test_a_recipe_builds_and_survives_writing(name: str, tmp_path: Path) -> None
     assert build_data(recipe).seq_len == recipe.data.keywords["seq_len"]
     recipe.write(tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
-    assert again == recipe and "extends" not in again.tree
+    assert again == recipe and again.tree == recipe.resolved and "extends" not in again.tree
     assert build_training(again)[0] == settings
+
+
+def test_the_written_recipe_says_every_default(tmp_path: Path) -> None:
+    overrides = ["optim.groups=[{pattern: norm}]", "data.val_source={kind: jsonl, paths: x}"]
+    load_recipe(FOLDER / "peer.yaml", overrides).write(tmp_path / "recipe.yaml")
+    tree = read_yaml(tmp_path / "recipe.yaml")
+    assert tree["train"]["seed"] == 0 and tree["train"]["keep_last"] == 2 and tree["train"]["budget"] == {"steps": 500}
+    assert tree["optim"]["eps"] == 1e-8 and tree["optim"]["schedule"]["final"] == 0.1
+    assert tree["optim"]["groups"] == [{"pattern": "norm", "lr_scale": 1.0, "weight_decay": None}]
+    assert tree["model"]["norm_eps"] == 1e-5 and tree["model"]["attention"]["rope_theta"] == 1e4
+    assert tree["data"]["val_source"] == {"kind": "jsonl", "paths": "x", "text_field": "text"}
+    layer = tree["model"]["layers"][2]
+    assert layer["router"]["gate"] == "softmax" and layer["branches"][0]["output_std"] == 0.6
+    # what the experts are told by their layer stays with the layer
+    assert not {"d_model", "heads", "top_k", "gate"} & layer["branches"][0].keys()
+
+
+def test_a_recipe_without_optim_says_which_one_it_was_trained_with(tmp_path: Path) -> None:
+    tree = {key: value for key, value in load_recipe(FOLDER / "hmoe.yaml").tree.items() if key != "optim"}
+    (tmp_path / "partial.yaml").write_text(dump_yaml(tree))
+    partial = load_recipe(tmp_path / "partial.yaml")
+    partial.write(tmp_path / "whole.yaml")
+    whole = load_recipe(tmp_path / "whole.yaml")
+    assert whole == partial and whole.tree == whole.resolved != partial.tree
+    assert whole.tree["optim"]["lr"] == 1e-3
+    assert whole.tree["optim"]["schedule"] == {"kind": "cosine", "warmup": 0.1, "final": 0.1}
+
+
+def test_recipes_that_differ_in_a_default_written_out_are_equal() -> None:
+    recipe = load_recipe(FOLDER / "hmoe.yaml")
+    assert load_recipe(FOLDER / "hmoe.yaml", ["train.seed=0", "optim.clip=1"]) == recipe
+    assert load_recipe(FOLDER / "hmoe.yaml", ["train.seed=1"]) != recipe
+
+
+def test_experts_hear_of_their_routers_defaults() -> None:
+    """A biased router weights by sigmoids unless it is told otherwise, and a singleton bank is scaled for that."""
+    overrides = [
+        "model.layers.2.router={kind: biased, score: {kind: linear}, top_k: 8}",
+        "model.layers.2.branches=[{kind: singleton, n_experts: 4096}]",
+    ]
+    default, written = (
+        build_model(load_recipe(FOLDER / "peer.yaml", [*overrides, *more]), 50).moe_layers()["blocks.2.ffn"].bank
+        for more in ([], ["model.layers.2.router.gate=sigmoid"])
+    )
+    assert torch.equal(default.down, written.down)
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("base/")])
