@@ -5,15 +5,18 @@ from typing import Any
 
 import torch
 
-from moestro.data import TokenData
+from moestro.data import TokenData, Tokenizer
 from moestro.model import Block, Transformer
 from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.resolve import Place
+from moestro.recipe.sources import PlacedSource
 from moestro.recipe.syntax import RecipeError
+from moestro.train.folder import RunFolder, unwritable
 from moestro.train.loop import train
 from moestro.train.progress import Display
 from moestro.train.rules import Rule
 from moestro.train.settings import TrainSettings
+from moestro.train.state import FREE
 from moestro.train.step import WeightedObjectives
 
 
@@ -46,9 +49,13 @@ def _assemble(recipe: Recipe, vocab_size: int) -> Transformer:
 def build_data(recipe: Recipe) -> TokenData:
     """Corpus, tokenizer and window length; `prepare` makes the data set.
 
-    Raises: RecipeError where a part refuses its values.
+    Raises: RecipeError where a part refuses its values; `prepare` does, too, where a source's files are missing.
     """
-    return recipe.data.build()
+    data: TokenData = recipe.data.build()
+    data.source = PlacedSource(data.source, recipe.data.keywords["source"])
+    if data.val_source is not None:
+        data.val_source = PlacedSource(data.val_source, recipe.data.keywords["val_source"])
+    return data
 
 
 def build_training(recipe: Recipe) -> tuple[TrainSettings, WeightedObjectives, list[Rule]]:
@@ -70,7 +77,8 @@ def run_training(
 ) -> dict[str, Any]:
     """Train the recipe in `run_dir`, from its newest checkpoint where it has one; returns the final metrics.
 
-    The folder gets the resolved recipe and the tokenizer besides what `train` writes.
+    The folder gets the resolved recipe and the tokenizer besides what `train` writes, and nothing before the data is
+    there.
 
     Raises: RecipeError for impossible values, or where the folder belongs to another recipe.
     """
@@ -78,30 +86,55 @@ def run_training(
     data = build_data(recipe)
     build_model(recipe, vocab_size=1, device="meta")
     folder = Path(run_dir)
-    claim_folder(folder, recipe)
+    require_same_recipe(folder, recipe)
     dataset = data.prepare(progress=show_preparation)
-    dataset.tokenizer.save(folder / "tokenizer")
     model = build_model(recipe, dataset.vocab_size, device)
-    return train(model, dataset, settings, objectives, rules, folder, progress)
+
+    def claim(claimed: RunFolder) -> None:
+        claim_folder(claimed, recipe, dataset.tokenizer)
+
+    return train(model, dataset, settings, objectives, rules, folder, progress, claim)
 
 
-def claim_folder(folder: Path, recipe: Recipe) -> None:
-    """Write the resolved recipe into a run folder, or find the same one there.
+def claim_folder(folder: RunFolder, recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Write the resolved recipe and the tokenizer into a run folder whose lock is held; a finished run stays as it is.
 
-    Raises: RecipeError naming the first difference where the folder belongs to another recipe.
+    Raises: RecipeError naming the first difference where the folder belongs to another recipe; RunFolderError where it
+    cannot be written.
+    """
+    there = require_same_recipe(folder.path, recipe)
+    if there is not None and folder.result is not None:
+        return
+    try:
+        tokenizer.save(folder.path / "tokenizer")
+        recipe.write(folder.path / "recipe.yaml")
+    except OSError as error:
+        raise unwritable(folder.path, error) from error
+
+
+def require_same_recipe(folder: Path, recipe: Recipe) -> Recipe | None:
+    """The recipe to which a run folder belongs, None where it belongs to none yet.
+
+    Raises: RecipeError naming the first difference from `recipe` in what decides the run. Defaults count as if they
+    were written out; what is for readers (`paper`) or changes nothing that is learned (`FREE`) may differ.
     """
     file = folder / "recipe.yaml"
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe.write(file)
-        return
+        return None
     there = load_recipe(file)
-    if difference := first_difference(there.tree, recipe.tree):
+    if difference := first_difference(_deciding(there), _deciding(recipe)):
         name, old, new = difference
         raise RecipeError(
             f"{folder} holds a run of another recipe: {name} was {old}, now {new}. Choose another folder (--out), or "
-            f"continue with the recipe in {file}"
+            f"continue that run: moestro train {file} --out {folder}"
         )
+    return there
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says about what is learned, defaults written out."""
+    tree = {name: section for name, section in recipe.resolved.items() if name != "paper"}
+    return tree | {"train": {key: value for key, value in tree["train"].items() if key not in FREE}}
 
 
 def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -1,6 +1,6 @@
 """The training loop: every effect of a run, in the order in which it happens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,11 @@ def train(
     rules: Sequence[Rule],
     run_dir: Path,
     progress: Display | None = None,
+    claim: Callable[[RunFolder], None] | None = None,
 ) -> dict[str, Any]:
     """Train until the budget is used; returns the final metrics, which are also in `run_dir`/done.json.
+
+    `claim` is called first of all once the folder is locked: to see whether it may be used, and to add files to it.
 
     Where `run_dir` has a checkpoint, training goes on from the newest; where it has a result, that is returned and
     `model` stays as it is. On the CPU, training that was interrupted at any moment ends as if it had not been, to the
@@ -44,6 +47,8 @@ def train(
     check_precision(device, settings.precision)
     check_names(objectives)
     with RunFolder(run_dir) as folder, StopSignal() as stop, progress or Silent() as display:
+        if claim is not None:
+            claim(folder)
         same = {"data": {"fingerprint": dataset.fingerprint}, "objectives": {name: w for name, w, _ in objectives}}
         rules = [QueryNormStatistics(), *rules]
         state = TrainState(model, build_optimizer(model, settings.optim), rules, settings, same)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from moestro.experts import SingletonBank
-from moestro.recipe.build import build_model, build_training, first_difference, run_training
+from moestro.recipe.build import build_data, build_model, build_training, first_difference, run_training
 from moestro.recipe.load import load_recipe
-from moestro.recipe.syntax import RecipeError
-from moestro.train import CheckpointError, TrainingStopped
+from moestro.recipe.syntax import RecipeError, dump_yaml
+from moestro.train import CheckpointError, RunFolder, RunFolderError, TrainingStopped
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "recipes"
@@ -102,8 +102,78 @@ def test_a_folder_belongs_to_one_recipe(tmp_path: Path, quick: list[str]) -> Non
         run_training(load_recipe(FOLDER / "hmoe.yaml", [*quick, "optim.lr=1e-4"]), tmp_path, show_preparation=False)
     assert str(error.value) == (
         f"{tmp_path} holds a run of another recipe: optim.lr was 0.002, now 0.0001. Choose another folder (--out), or "
-        f"continue with the recipe in {tmp_path}/recipe.yaml"
+        f"continue that run: moestro train {tmp_path}/recipe.yaml --out {tmp_path}"
     )
+
+
+def test_a_folder_is_not_claimed_before_the_data_is_there(tmp_path: Path, quick: list[str]) -> None:
+    typo = load_recipe(FOLDER / "hmoe.yaml", [*quick, "data.source.paths=wrods.txt"])
+    with pytest.raises(RecipeError, match=r"wrods\.txt: no such file .*\(command line: data\.source\.paths\)$"):
+        run_training(typo, tmp_path / "run", show_preparation=False)
+    assert not (tmp_path / "run").exists()
+    assert run_training(load_recipe(FOLDER / "hmoe.yaml", quick), tmp_path / "run", show_preparation=False)["step"] == 4
+
+
+def test_what_is_wrong_with_a_source_s_files_is_said_with_its_place(tmp_path: Path, quick: list[str]) -> None:
+    (tmp_path / "d.jsonl").write_text('{"body": "x"}\n')
+    held_out = f"data.val_source={{kind: jsonl, paths: {tmp_path}/d.jsonl}}"
+    recipe = load_recipe(FOLDER / "hmoe.yaml", [*quick, held_out])
+    with pytest.raises(RecipeError, match=r"no field 'text'; there are: body.*\(command line: data\.val_source\)$"):
+        build_data(recipe).prepare(progress=False)
+
+
+def test_another_recipe_is_refused_before_its_data_is_prepared(tmp_path: Path, quick: list[str]) -> None:
+    run_training(load_recipe(FOLDER / "hmoe.yaml", quick), tmp_path, show_preparation=False)
+    typo = load_recipe(FOLDER / "hmoe.yaml", [*quick, "data.source.paths=wrods.txt"])
+    with pytest.raises(RecipeError, match=r"holds a run of another recipe: data\.source\.paths was "):
+        run_training(typo, tmp_path, show_preparation=False)
+
+
+def test_a_folder_in_use_is_not_claimed(tmp_path: Path, quick: list[str]) -> None:
+    with RunFolder(tmp_path), pytest.raises(RunFolderError, match="is in use by process"):
+        run_training(load_recipe(FOLDER / "hmoe.yaml", quick), tmp_path, show_preparation=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", "checkpoints"}
+
+
+def test_a_recipe_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, file = load_recipe(FOLDER / "hmoe.yaml"), tmp_path / "recipe.yaml"
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moestro.train.durable.sync_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.write(file)
+    assert not file.exists()
+
+
+def test_what_decides_nothing_may_change_between_sessions(tmp_path: Path, quick: list[str]) -> None:
+    display: Any = StopAfter(2)
+    with pytest.raises(TrainingStopped):
+        run_training(load_recipe(FOLDER / "hmoe.yaml", quick), tmp_path, progress=display, show_preparation=False)
+    free = ["train.seed=0", "train.eval_every=1", "train.keep_last=9", "paper.title=Another title"]
+    run_training(load_recipe(FOLDER / "hmoe.yaml", [*quick, *free]), tmp_path, show_preparation=False)
+    there = load_recipe(tmp_path / "recipe.yaml")
+    assert there.tree["train"]["eval_every"] == 1 and there.paper.title == "Another title"
+    evaluated = [line["step"] for line in curve(tmp_path) if "eval" in line]
+    assert evaluated == [3, 4]
+
+
+def test_the_recipe_of_a_finished_run_stays(tmp_path: Path, quick: list[str]) -> None:
+    run_training(load_recipe(FOLDER / "hmoe.yaml", quick), tmp_path, show_preparation=False)
+    before = (tmp_path / "recipe.yaml").read_text()
+    other = load_recipe(FOLDER / "hmoe.yaml", [*quick, "train.eval_every=1"])
+    assert run_training(other, tmp_path, show_preparation=False)["step"] == 4
+    assert (tmp_path / "recipe.yaml").read_text() == before
+
+
+def test_a_partial_recipe_in_a_run_folder_is_continued(tmp_path: Path, quick: list[str]) -> None:
+    """As run folders had them before defaults were written out."""
+    recipe, display = load_recipe(FOLDER / "hmoe.yaml", quick), StopAfter(2)
+    with pytest.raises(TrainingStopped):
+        run_training(recipe, tmp_path, progress=display, show_preparation=False)  # type: ignore[arg-type]
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe.tree))
+    assert run_training(recipe, tmp_path, show_preparation=False)["step"] == 4
 
 
 def test_first_difference_looks_everywhere() -> None:
