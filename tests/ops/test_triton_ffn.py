@@ -6,7 +6,6 @@ Without a GPU the kernels run under Triton's interpreter, in tiles of 16; new me
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, TopP, ops
 from moestro.ops import backend
 from moestro.ops.backend import TritonOptions
-from tests.ops.triton_cases import DEVICE, assert_close, outputs_and_gradients, parts, problem
+from tests.ops.triton_cases import DEVICE, assert_close, outputs_and_gradients, parts, problem, why_not
 from tests.tolerances import FLOAT16_NORM, FLOAT32, FLOAT32_NORM
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no triton: pip install 'moestro[triton]'")
+needs_triton = pytest.mark.skipif(bool(why_not()), reason=why_not())
 INTERPRETED = DEVICE == "cpu"
 
 

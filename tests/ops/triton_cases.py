@@ -1,5 +1,7 @@
 """Routings and a float64 comparison, expert by expert, for the tests of the Triton feed-forward."""
 
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -8,6 +10,15 @@ from moestro import ops
 from moestro.ops import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def why_not() -> str:
+    """Why kernels cannot run here, or nothing."""
+    if find_spec("triton") is None:
+        return "no triton: pip install 'moestro[triton]'"
+    if DEVICE == "cpu" and tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 7):
+        return "the interpreter of triton < 3.7 fails on loops whose bounds are loaded"
+    return ""
 
 
 class Problem(NamedTuple):
