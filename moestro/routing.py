@@ -243,20 +243,31 @@ class TracedLayer(Protocol):
 
     def expert_widths(self) -> Tensor | float: ...
 
-    def idle_parameters(self, routing: Routing) -> float: ...
+    def idle_parameters(self, routing: Routing) -> Tensor | float: ...
 
     def flops(self, routing: Routing) -> Cost: ...
 
 
 @dataclass(frozen=True)
+class StepTraffic:
+    """What one layer routed in all micro-batches of an optimizer step: rows of every expert, and tokens."""
+
+    load: Float[Tensor, "e"]
+    n_tokens: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
 class Trace:
     """What one `MoELayer` did in one forward: its input tokens, its routing and, where the layer records them, the
-    experts' outputs before they are combined."""
+    experts' outputs before they are combined. `step` is there where training knows the whole step's traffic, which it
+    finds out for objectives that ask for it."""
 
     layer: TracedLayer
     x: Float[Tensor, "t d"]
     routing: Routing
     rows: Float[Tensor, "n o"] | None = None
+    step: StepTraffic | None = None
 
     def experts_per_token(self) -> Float[Tensor, "t"]:
         """Number of routed experts each token used."""

@@ -1,6 +1,5 @@
 """A mixture-of-experts layer: router + branches, nothing else."""
 
-import operator
 from collections.abc import Collection, Sequence
 from functools import reduce
 
@@ -73,19 +72,22 @@ class MoELayer(Layer):
             if isinstance(branch, ExpertBank):
                 branch.reindex(index)
 
-    def idle_parameters(self, routing: Routing) -> float:
+    def idle_parameters(self, routing: Routing) -> Float[Tensor, ""] | float:
         """Mean number of expert parameters that a token did not touch (an expert's parameter is one multiply-add)."""
-        idle = 0.0
+        idle: Tensor | float = 0.0
         for branch in self.branches:
             if isinstance(branch, ExpertBank):
-                used = float(branch.flops(routing).useful) / 2 / max(1, routing.n_tokens)
-                idle += sum(p.numel() for p in branch.parameters()) - used
+                used = branch.flops(routing).useful / 2 / max(1, routing.n_tokens)
+                idle = idle + sum(p.numel() for p in branch.parameters()) - used
         return idle
 
     def expert_widths(self) -> Float[Tensor, "e"] | float:
         """Hidden units of every expert, all banks together; one number where all experts are equal."""
-        banks = [branch for branch in self.branches if isinstance(branch, ExpertBank)]
-        return reduce(operator.add, [bank.row_widths() for bank in banks])
+        widths: Tensor | float = 0.0
+        for branch in self.branches:
+            if isinstance(branch, ExpertBank):
+                widths = widths + branch.row_widths()
+        return widths
 
     def flops(self, routing: Routing) -> Cost:
         """Forward FLOPs that `routing` shows were used: router, experts and shared branches."""

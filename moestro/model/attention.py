@@ -79,7 +79,10 @@ class Attention(nn.Module):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def flops(self, batch: int, seq_len: int) -> Cost:
-        """Forward FLOPs on `batch` sequences: projections, and scores and sums of which causality needs (s+1)/2s."""
+        """Forward FLOPs on `batch` sequences: projections, and scores and sums of which causality needs (s+1)/2s.
+
+        Where packed documents mask each other less still is needed, equally for every model; that is not subtracted.
+        """
         weights = sum(linear.weight.numel() for linear in (self.query, self.key, self.value, self.out))
         projections = 2.0 * batch * seq_len * weights
         square = 4.0 * batch * self.n_heads * self.head_dim * seq_len * seq_len

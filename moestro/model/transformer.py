@@ -121,8 +121,9 @@ class Transformer(nn.Module):
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
 
-    def active_parameters(self, traces: Sequence[Trace]) -> float:
-        """Mean number of parameters a token touches: everything but the experts' weights, of which those it used.
+    def active_parameters(self, traces: Sequence[Trace]) -> Float[Tensor, ""] | float:
+        """Mean number of parameters a token touches: everything but the experts' weights, of which those it used. A 0-d
+        tensor where the traces are on a device, so that counting does not wait for it.
 
         Counts as Wang 2024, arXiv:2408.10681, Table 1 does: embedding, head, attention, norms, router, experts used.
         """
