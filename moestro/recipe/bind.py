@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
@@ -18,6 +19,9 @@ SHARED = frozenset({"d_model"})
 EXPERTS = "branches"
 # What experts are told about the router that weights them.
 ROUTING_FACTS = frozenset({"heads", "top_k", "gate"})
+# What errors say of a value: `top_k=9 > 8 experts`, `train seed=-1: must not be negative`.
+NAMED = re.compile(r"\b[a-z]\w*(?==)")
+BEGINS_WITH = re.compile(r"(?:[a-z]\w* )*([a-z]\w*)=")
 NO_DEFAULT = inspect.Parameter.empty
 
 
@@ -56,7 +60,24 @@ class Part:
         except RecipeError:
             raise
         except (ValueError, OSError) as error:
-            raise self.place.error(str(error)) from error
+            raise self.blamed(str(error)).error(str(error)) from error
+
+    def blamed(self, message: str) -> Place:
+        """Where to look for what a message is about: of the keywords that it names as `key=value`, one that the command
+        line gives, else the one it begins with; else this part."""
+        named = {match[0]: self._spot(match[0]) for match in NAMED.finditer(message)}
+        spots = [spot for spot in named.values() if spot is not None]
+        changed = [spot for spot in spots if spot.origin.overridden(spot.keys)]
+        first = BEGINS_WITH.match(message)
+        return (changed or [(first and named.get(first[1])) or self.place])[0]
+
+    def _spot(self, name: str) -> Place | None:
+        """Where the recipe gives a keyword of this part, or of the one part inside it that has such a keyword."""
+        if name in self.keywords:
+            return self.place / name
+        inside = [part._spot(name) for part in self.keywords.values() if isinstance(part, Part)]
+        spots = [spot for spot in inside if spot is not None]
+        return spots[0] if len(spots) == 1 else None
 
 
 def _expert_facts(built_so_far: Mapping[str, Any]) -> dict[str, int]:

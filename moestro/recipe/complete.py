@@ -60,7 +60,7 @@ def _default(part: Part, name: str, binder: Binder, inherited: frozenset[str]) -
     parameter, place = parameters(part.make)[name], part.place / name
     factory = _factories(part.make).get(name)
     kinds = {make: kind for kind, make in binder.parts.get(name, {}).items()}
-    if factory in kinds:
+    if factory is not None and factory in kinds:
         return {name: completed(binder.part(name, {"kind": kinds[factory]}, place), binder, inherited)}
     default = factory() if factory else parameter.default
     if default is NO_DEFAULT:

@@ -23,11 +23,21 @@ class Origin:
     base: dict | None = None
     overrides: tuple[Keys, ...] = ()
 
+    def overridden(self, keys: Keys) -> bool:
+        """Whether the command line gives the value at `keys`."""
+        return any(keys[: len(override)] == override for override in self.overrides)
+
     def where(self, keys: Keys) -> str:
-        """`file: dotted.path`, naming the file (or the command line) in which the value stands."""
+        """`file: dotted.path`, naming the file (or the command line) in which the value stands.
+
+        Where the command line changed something below `keys`, those changes are named.
+        """
         dotted = ".".join(map(str, keys)) or "top level"
-        if any(keys[: len(override)] == override for override in self.overrides):
+        if self.overridden(keys):
             return f"command line: {dotted}"
+        below = [".".join(map(str, override)) for override in self.overrides if keys and override[: len(keys)] == keys]
+        if below:
+            return f"command line: {', '.join(dict.fromkeys(below))}"
         if self.base is not None and not has(self.own, keys) and has(self.base, keys):
             return f"{self.base_path}: {dotted}"
         return f"{self.path}: {dotted}"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from moestro.recipe.bind import Binder
+from moestro.recipe.bind import Binder, Part
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.syntax import RecipeError
 
@@ -172,7 +172,7 @@ def test_a_union_keeps_what_was_written() -> None:
             "expected one of red, green; got 1 (a whole number) (r.yaml: room.lamp.colour",
         ),
         ({"lamp": {**LAMP, "dimmed": 1}}, "expected true or false; got 1 (a whole number) (r.yaml: room.lamp.dimmed)"),
-        ({"lamp": {**LAMP, "watts": 101}}, "watts=101, allowed: up to 100 (r.yaml: room.lamp)"),
+        ({"lamp": {**LAMP, "watts": 101}}, "watts=101, allowed: up to 100 (r.yaml: room.lamp.watts)"),
         (
             {"lamps": [LAMP, {"kind": "mirror", "angel": 1}]},
             "unknown key 'angel'; did you mean 'angle'? allowed: angle (r",
@@ -181,7 +181,7 @@ def test_a_union_keeps_what_was_written() -> None:
             {"lamps": [LAMP, 3]},
             "expected a mapping with one kind of mirror, plain; got 3 (a whole number) (r.yaml: room.",
         ),
-        ({"widths": {"kind": "pair", "first": 3, "second": 2}}, "first=3 > second=2 (r.yaml: room.widths)"),
+        ({"widths": {"kind": "pair", "first": 3, "second": 2}}, "first=3 > second=2 (r.yaml: room.widths.first)"),
         ({"widths": {"first": 1}}, "missing key 'kind'; allowed: pair (r.yaml: room.widths)"),
         (
             {"odd": {"angle": 1}},
@@ -192,6 +192,33 @@ def test_a_union_keeps_what_was_written() -> None:
 def test_refusals_say_what_where_and_what_is_allowed(node: dict, message: str) -> None:
     got = refusal(Room, {"lamp": LAMP, **node})
     assert got.startswith(message) and "(r.yaml: room" in got
+
+
+def place_of(message: str, *overrides: str) -> str:
+    """Where a message about a part is said to belong: the part has a `top_k`, and the part inside it a `scale`."""
+    place = Place(Origin(Path("r.yaml"), {}, overrides=tuple(tuple(name.split(".")) for name in overrides)), ("layer",))
+    inside = Part(Mirror, {"scale": 1.0}, place / "score")
+    part = Part(Mirror, {"top_k": 9, "score": inside}, place)
+    return str(part.blamed(message).error("")).strip()
+
+
+@pytest.mark.parametrize(
+    ("message", "overrides", "where"),
+    [
+        ("top_k=9 > 8 experts", (), "(r.yaml: layer.top_k)"),
+        ("layer top_k=9: must be less", (), "(r.yaml: layer.top_k)"),
+        ("scale=1.0, allowed: less", (), "(r.yaml: layer.score.scale)"),
+        ("scale=1.0 with top_k=9", (), "(r.yaml: layer.score.scale)"),
+        ("scale=1.0 with top_k=9", ("layer.top_k",), "(command line: layer.top_k)"),
+        ("d_model=3 is not a multiple of top_k=9", (), "(r.yaml: layer)"),
+        ("d_model=3 is not a multiple of top_k=9", ("layer.top_k",), "(command line: layer.top_k)"),
+        ("something else", (), "(r.yaml: layer)"),
+        ("something else", ("layer.score.scale",), "(command line: layer.score.scale)"),
+        ("something else", ("data",), "(r.yaml: layer)"),
+    ],
+)
+def test_an_error_stands_at_the_key_that_it_names(message: str, overrides: tuple[str, ...], where: str) -> None:
+    assert place_of(message, *overrides) == where
 
 
 def test_a_part_knows_what_it_will_be_given() -> None:

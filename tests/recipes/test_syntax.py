@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moestro.recipe.resolve import merge, read_tree
+from moestro.recipe.resolve import Origin, merge, read_tree
 from moestro.recipe.syntax import RecipeError, dump_yaml, parse_yaml, read_yaml
 
 
@@ -181,5 +181,8 @@ def test_a_place_names_the_file_in_which_the_value_stands(tmp_path: Path) -> Non
     assert origin.where(("a", "w")) == f"{tmp_path}/r.yaml: a.w"
     assert origin.where(("a", "x")) == f"{tmp_path}/base.yaml: a.x"
     assert origin.where(("a", "y", "z")) == "command line: a.y.z"
-    assert origin.where(("a",)) == f"{tmp_path}/r.yaml: a"
+    assert origin.where(("a",)) == origin.where(("a", "y")) == "command line: a.y.z"
+    assert Origin(tmp_path / "r.yaml", {"a": {}}).where(("a",)) == f"{tmp_path}/r.yaml: a"
+    two = Origin(tmp_path / "r.yaml", {}, overrides=(("a", "y"), ("b",), ("a", "z"), ("a", "z")))
+    assert two.where(("a",)) == "command line: a.y, a.z"
     assert origin.where(()) == f"{tmp_path}/r.yaml: top level"
