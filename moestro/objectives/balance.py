@@ -20,13 +20,31 @@ def require_logits(routing: Routing, objective: str) -> Float[Tensor, "t e"]:
     return routing.logits
 
 
-def traffic(trace: Trace, objective: str) -> tuple[Float[Tensor, "e"], Float[Tensor, "e"]]:
+Statistics = Literal["micro_batch", "step"]
+
+
+def traffic(
+    trace: Trace, objective: str, statistics: Statistics = "micro_batch"
+) -> tuple[Float[Tensor, "e"], Float[Tensor, "e"]]:
     """(f, P): the fraction of tokens that use each expert, no gradient; and its mean probability over the tokens
-    (softmax over all experts). Both are zero for a batch without tokens."""
+    (softmax over all experts). Both are zero for a batch without tokens.
+
+    With the statistics of the whole `step`, f is that of all its micro-batches, and this one's P is weighted by its
+    tokens, so that the mean over micro-batches is the value of the step as one batch. A trace that is not part of a
+    larger step is one.
+    """
     logits = require_logits(trace.routing, objective)
-    tokens = max(1, trace.routing.n_tokens)
-    fraction = trace.routing.load().to(logits.dtype) / tokens
-    return fraction, logits.softmax(-1).sum(0) / tokens
+    tokens, load, times = float(trace.routing.n_tokens), trace.routing.load(), 1
+    if statistics == "step" and trace.step is not None:
+        tokens, load, times = float(trace.step.n_tokens), trace.step.load, trace.step.micro_batches
+    tokens = max(1.0, tokens)
+    return load.to(logits.dtype) / tokens, logits.softmax(-1).sum(0) / (tokens / times)
+
+
+def check_statistics(statistics: str) -> None:
+    """Raises: ValueError for any other word."""
+    if statistics not in ("micro_batch", "step"):
+        raise ValueError(f"statistics={statistics!r}, allowed: micro_batch, step")
 
 
 @dataclass(frozen=True)
@@ -34,11 +52,17 @@ class LoadBalance:
     """N sum_e f_e P_e (Wang 2024, arXiv:2408.10681, Eq. 3; after Fedus 2021).
 
     f_e is the fraction of tokens that use expert e and P_e its mean probability. As in the paper f is not divided by
-    k: perfectly even top-k routing gives k, not 1.
+    k: perfectly even top-k routing gives k, not 1. f is that of each micro-batch, or of the whole optimizer step (Qiu
+    2025, arXiv:2501.11873), which costs a forward pass more where gradients are accumulated.
     """
 
+    statistics: Statistics = "micro_batch"
+
+    def __post_init__(self) -> None:
+        check_statistics(self.statistics)
+
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
-        fraction, probability = traffic(trace, "load_balance")
+        fraction, probability = traffic(trace, "load_balance", self.statistics)
         return trace.routing.n_experts * (fraction * probability).sum()
 
 
@@ -49,16 +73,19 @@ class ParameterPenalty:
     h_e is the width of expert e divided by the `mean` (default), `max` or `sum` of the widths, or by nothing (`none`,
     the printed equation, whose value at the paper's sizes is in the thousands; the paper's own remark that the penalty
     equals the load-balance loss for equal sizes holds for `mean` only). Balances f_e h_e, the compute each expert does.
+    `statistics` as for `LoadBalance`; the paper does not say.
     """
 
     normalize: Literal["mean", "max", "sum", "none"] = "mean"
+    statistics: Statistics = "micro_batch"
 
     def __post_init__(self) -> None:
+        check_statistics(self.statistics)
         if self.normalize not in ("mean", "max", "sum", "none"):
             raise ValueError(f"normalize={self.normalize!r}, allowed: mean, max, sum, none")
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
-        fraction, probability = traffic(trace, "parameter_penalty")
+        fraction, probability = traffic(trace, "parameter_penalty", self.statistics)
         widths = trace.layer.expert_widths()
         if not isinstance(widths, Tensor):
             widths = torch.full_like(fraction, widths)

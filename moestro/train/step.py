@@ -14,6 +14,7 @@ from moestro.evaluate.scoring import exact_dtype, score
 from moestro.routing import Trace
 from moestro.train.rules import Rule
 from moestro.train.settings import TrainSettings
+from moestro.train.whole_step import asks_for_step, of_step, step_traffic
 
 Objective = Callable[[Trace], Float[Tensor, ""]]
 WeightedObjectives = Sequence[tuple[str, float, Objective]]
@@ -72,16 +73,21 @@ def backward(
     rules: Sequence[Rule],
 ) -> Sums:
     """Add to every gradient d(loss)/d(parameter) of the step's loss: nats averaged over all its target tokens, plus
-    the weighted objectives. Sums stay on the device."""
+    the weighted objectives (each the mean over layers and micro-batches). Sums stay on the device."""
     device = next(model.parameters()).device
     n_targets = count_targets(batch)
     size = settings.batch_size // settings.accumulate
     sums: Sums = {}
-    for start in range(0, settings.batch_size, size):
-        part = batch.rows(start, start + size)
+    parts = [batch.rows(start, start + size) for start in range(0, settings.batch_size, size)]
+    foreseen = None
+    if len(parts) > 1 and any(asks_for_step(objective) for _, _, objective in objectives):
+        foreseen, costs = step_traffic(model, parts, settings.precision)
+        add(sums, device, flops_computed=sum(costs))
+    for part in parts:
         output, losses = score(model, part, settings.precision)
         loss = losses.sum() / n_targets
-        values = {name: mean_over_layers(name, objective, output.traces) for name, _, objective in objectives}
+        traces = output.traces if foreseen is None else of_step(output.traces, foreseen)
+        values = {name: mean_over_layers(name, objective, traces) for name, _, objective in objectives}
         penalty = sum(weight * values[name] for name, weight, _ in objectives) / settings.accumulate
         (loss + penalty).backward()
         for rule in rules:
