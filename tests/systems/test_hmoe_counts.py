@@ -84,7 +84,7 @@ def test_active_parameters_of_the_papers_mixture() -> None:
     expert = torch.tensor([[i, (i + 1) % 8] for i in range(8)])
     even = SparseRouting.from_topk(expert, torch.full((8, 2), 0.5), 8)
     traces = [Trace(layer, torch.zeros(8, 768), even) for layer in mixture.moe_layers().values()]
-    active = mixture.active_parameters(traces)
+    active = float(mixture.active_parameters(traces))
     assert active == hmoe.model_parameters(VOCAB, 768, 12, 768, 3 * 768 * 3072 + 8 * 768)
     assert round(active / 1e6, 1) == 162.5
 

@@ -119,7 +119,7 @@ def test_mixtures_of_the_0_4b_model(name: str) -> None:
     """Same total as the dense twin but for routers; 162.5M active when evenly routed (the paper's 163M)."""
     model = paper_model(name)
     assert parameters(model) == parameters(paper_model("dense-0.4b.yaml")) + 12 * 8 * 768
-    active = model.active_parameters(evenly_routed(model, 2))
+    active = float(model.active_parameters(evenly_routed(model, 2)))
     assert active == hmoe.model_parameters(VOCAB, 768, 12, 768, 3 * 768 * 3072 + 8 * 768)
     assert round(active / 1e6, 1) == 162.5
     widths = hmoe.widths_from_ratios(hmoe.ARITHMETIC if name.startswith("hmoe") else (1,) * 8, 12_288)
@@ -137,14 +137,14 @@ def test_the_penalty_saves_what_its_fixed_point_says() -> None:
     routing = SparseRouting(torch.arange(len(expert)) % n_tokens, expert, torch.ones(len(expert)), n_tokens, 8)
     traces = [Trace(layer, torch.zeros(n_tokens, 1), routing) for layer in model.moe_layers().values()]
     assert abs(float(traces[0].active_width().mean()) / 3072 - 0.912) < 1e-3
-    assert round(model.active_parameters(traces) / 1e6) == 155
+    assert round(float(model.active_parameters(traces)) / 1e6) == 155
 
 
 def test_the_3b_model_as_interpreted() -> None:
     """2.58B with 0.77B active, tied embeddings and attention narrower than the model."""
     model = paper_model("hmoe-3b-interpreted.yaml")
     assert round(parameters(model) / 1e9, 2) == 2.58
-    assert round(model.active_parameters(evenly_routed(model, 2)) / 1e9, 2) == 0.77
+    assert round(float(model.active_parameters(evenly_routed(model, 2))) / 1e9, 2) == 0.77
 
 
 def test_a_million_experts() -> None:
