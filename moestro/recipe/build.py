@@ -11,7 +11,7 @@ from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.resolve import Place
 from moestro.recipe.sources import PlacedSource
 from moestro.recipe.syntax import RecipeError
-from moestro.train.folder import RunFolder, unwritable
+from moestro.train.folder import RunFolder, require_writable, unwritable
 from moestro.train.loop import train
 from moestro.train.progress import Display
 from moestro.train.rules import Rule
@@ -86,6 +86,7 @@ def run_training(
     data = build_data(recipe)
     build_model(recipe, vocab_size=1, device="meta")
     folder = Path(run_dir)
+    require_writable(folder)
     require_same_recipe(folder, recipe)
     dataset = data.prepare(progress=show_preparation)
     model = build_model(recipe, dataset.vocab_size, device)

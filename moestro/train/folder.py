@@ -1,5 +1,6 @@
 """The run folder: one process at a time, metrics that match the checkpoints, a result once training is over."""
 
+import errno
 import fcntl
 import json
 import os
@@ -128,6 +129,18 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def require_writable(path: Path) -> None:
+    """Make nothing yet, but see whether a run folder could be made at `path`, before long work for it begins.
+
+    Raises: RunFolderError.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise unwritable(path, OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise unwritable(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def unwritable(path: Path, error: OSError) -> RunFolderError:

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from moestro.train import CheckpointError, RunFolder, RunFolderError, train
 from moestro.train.checkpoint import write_checkpoint
-from moestro.train.folder import MetricsFile
+from moestro.train.folder import MetricsFile, require_writable
 from tests.train.tiny import Counting, tiny_model, tiny_settings
 
 HOLD = """
@@ -50,6 +51,20 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match=r"cannot write .*file/run: Not a directory\. Free space or make it"):
         train(tiny_model(), Counting(), tiny_settings(), [], [], tmp_path / "file" / "run")
+
+
+def test_whether_a_folder_could_be_made_is_seen_beforehand(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"cannot write .*file/deep/run: Not a directory\."):
+        require_writable(tmp_path / "file" / "deep" / "run")
+    monkeypatch.chdir(tmp_path)
+    require_writable(Path("new/run"))
+    require_writable(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    # root may write everywhere, so that the system's answer is given here
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(RunFolderError, match=r"cannot write new/run: Permission denied\."):
+        require_writable(Path("new/run"))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full to stand for a full disk")
