@@ -95,6 +95,19 @@ def test_experts_hear_of_their_routers_defaults() -> None:
     assert torch.equal(default.down, written.down)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in EVERY if load_recipe(FOLDER / name).data.keywords["source"].kind == "hub"]
+)
+def test_no_recipe_reads_a_hub_to_its_end_and_none_more_than_four_times(name: str) -> None:
+    """427 tokens a document of C4: 365 million documents, 156 billion tokens."""
+    recipe = load_recipe(FOLDER / name)
+    documents = recipe.data.keywords["source"].value("max_documents")
+    tokens = build_training(recipe)[0].budget.total / (
+        3 * on_meta(recipe).expected_token_flops(recipe.data.value("seq_len"))
+    )
+    assert documents <= 50_000_000 and tokens / (427 * documents) < 4
+
+
 @pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("base/")])
 def test_a_system_names_its_paper_and_extends_a_base(name: str) -> None:
     recipe = load_recipe(FOLDER / name)
