@@ -39,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FAILURES as error:
         if "--traceback" in words:
             raise
-        return _fail(" ".join(str(error).split()) or type(error).__name__, 2 if isinstance(error, RecipeError) else 1)
+        return _fail(_told(error), 2 if isinstance(error, RecipeError) else 1)
+
+
+def _told(error: Exception) -> str:
+    """What an error says, in one line; where it is none of this package's own, how to learn more."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    own = type(error).__module__.split(".")[0] == __package__
+    return message if own else f"{message} ({type(error).__name__}; add --traceback to see where)"
 
 
 def _fail(message: str, code: int) -> int:

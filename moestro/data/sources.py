@@ -204,7 +204,7 @@ class ParquetSource(FileSource):
         with file:
             columns = file.schema_arrow.names
             if self.text_field not in columns:
-                raise missing_field(self.text_field, columns, str(path))
+                raise MissingField(self.text_field, columns, str(path))
             row, rows = 0, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(self.rows_at_once, columns=[self.text_field]):
                 for record in batch.to_pylist():
@@ -224,9 +224,9 @@ def source_for(paths: str | Path | Sequence[str | Path], text_field: str = "text
 
 
 def text_of(record: dict[str, Any], field: str, where: str) -> str:
-    """The text in a record's field. Raises: ValueError that names the fields there are."""
+    """The text in a record's field. Raises: MissingField; ValueError where it holds no text."""
     if field not in record:
-        raise missing_field(field, list(record), where)
+        raise MissingField(field, list(record), where)
     text = record[field]
     if not isinstance(text, str):
         raise ValueError(f"{where}: field '{field}' holds {type(text).__name__}, not text")
@@ -237,9 +237,12 @@ def text_of(record: dict[str, Any], field: str, where: str) -> str:
     return text
 
 
-def missing_field(field: str, there: Sequence[str], where: str) -> ValueError:
-    """The error for a record without the text's field."""
-    return ValueError(f"{where}: no field '{field}'; there are: {', '.join(there) or 'none'}. Set text_field")
+class MissingField(ValueError):
+    """A record without the text's field; `there` are the fields that it has."""
+
+    def __init__(self, field: str, there: Sequence[str], where: str):
+        super().__init__(f"{where}: no field '{field}'; there are: {', '.join(there) or 'none'}. Set text_field")
+        self.there = tuple(there)
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from moestro.data import Dataset, Source, TokenData, load_tokenizer, source_for, zlib_bpb
+from moestro.data.sources import MissingField
 from moestro.evaluate import evaluate, routing_report
 from moestro.evaluate.knobs import KNOBS
 from moestro.model import Transformer
@@ -56,7 +57,7 @@ def opened_run(
     recipe = _recipe_of(folder, settings)
     build_model(recipe, vocab_size=1, device="meta")
     path = CHECKPOINTS[checkpoint](folder)
-    dataset = _data_of(folder, recipe, data).prepare()
+    dataset = _prepared(_data_of(folder, recipe, data), data)
     model = build_model(recipe, dataset.vocab_size, device)
     load_weights(model, path)
     batch_size, precision = recipe.train.value("batch_size"), recipe.train.value("precision")
@@ -117,6 +118,17 @@ def _data_of(folder: Path, recipe: Recipe, data: str | None) -> TokenData:
         own.tokenizer = tokenizer
         return own
     return TokenData(_source(data), tokenizer, recipe.data.value("seq_len"), val_fraction=1.0)
+
+
+def _prepared(text: TokenData, data: str | None) -> Dataset:
+    try:
+        return text.prepare()
+    except MissingField as error:
+        # only the text of --data comes here without its place
+        kind = next(name for name, make in SOURCES.items() if type(text.source) is make)
+        paths = data if data and not data.lstrip().startswith("{") else "..."
+        example = f"{{kind: {kind}, paths: {paths}, text_field: {next(iter(error.there), 'text')}}}"
+        raise RecipeError(f"{error}, for example --data '{example}'") from error
 
 
 def _source(data: str) -> Source:

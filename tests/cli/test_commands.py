@@ -37,6 +37,11 @@ def refusal(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str]:
     return code, err.removeprefix("moestro: error: ").rstrip("\n")
 
 
+def last_line(capsys: pytest.CaptureFixture) -> str:
+    """The error with which a command ended that has shown its progress before."""
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("moestro: error: ")
+
+
 def moestro(*words: str, **options: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "moestro", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)  # type: ignore[call-overload]
@@ -138,6 +143,19 @@ def test_a_run_folder_that_cannot_be_made_exits_1(
     assert code == 1 and "Not a directory" in error
 
 
+def test_an_unexpected_failure_says_how_to_see_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import moestro.cli as cli
+
+    def broken(arguments: object) -> int:
+        raise RuntimeError("mat1 and mat2\n shapes")
+
+    monkeypatch.setitem(cli.VERBS, "version", broken)
+    code, error = refusal(capsys, "version")
+    assert (code, error) == (1, "mat1 and mat2 shapes (RuntimeError; add --traceback to see where)")
+
+
 def test_traceback_on_demand(quick: list[str]) -> None:
     with pytest.raises(ValueError, match="unknown key 'lrr'"):
         main(["train", RECIPE, "optim.lrr=1", "--traceback"])
@@ -208,6 +226,8 @@ def test_another_recipe_in_the_same_folder_is_refused(
 ) -> None:
     code, error = refusal(capsys, "train", RECIPE, *quick, "optim.lr=1e-4", "--out", str(run))
     assert code == 2 and "holds a run of another recipe: optim.lr was 0.002, now 0.0001" in error
+    command = error.split("continue that run: moestro ")[1]
+    assert main(command.split()) == 0 and capsys.readouterr().out.startswith(f"{run}: step 3, ")
 
 
 def test_a_run_is_continued_from_its_own_recipe(run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -253,6 +273,25 @@ def test_eval_reads_other_text_whole(run: Path, tmp_path: Path, capsys: pytest.C
         assert figures["bytes"] == 22 * 40
         bpb.append(figures["bpb"])
     assert bpb[0] == bpb[1] > 1
+
+
+def test_eval_shows_how_to_name_the_field_of_the_text(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "other.jsonl"
+    file.write_text(json.dumps({"body": "An owl sat in an oak.\n" * 40}) + "\n")
+    assert main(["eval", str(run), "--data", str(file)]) == 2
+    error = last_line(capsys)
+    message, example = error.split(", for example --data ")
+    assert message == f"{file}:1: no field 'text'; there are: body. Set text_field"
+    assert example == f"'{{kind: jsonl, paths: {file}, text_field: body}}'"
+    assert main(["eval", str(run), "--data", example.strip("'"), "--json"]) == 0
+
+
+def test_a_typo_in_the_data_can_be_corrected(tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture) -> None:
+    words = ["train", RECIPE, *quick, "--out", str(tmp_path / "run")]
+    assert main([*words, "data.source.paths=wrods.txt"]) == 2
+    error = last_line(capsys)
+    assert error.startswith("wrods.txt: no such file") and error.endswith("data.source.paths)")
+    assert main(words) == 0
 
 
 @pytest.mark.parametrize(
