@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
+from jaxtyping import Float
 from torch import Tensor
 
 from moestro.objectives.balance import LoadBalance, ParameterPenalty
 from moestro.objectives.entropy import RouterEntropy, RouterZLoss
 from moestro.routing import Trace
 
-Objective = Callable[[Trace], Tensor]
+Objective = Callable[[Trace], Float[Tensor, ""]]
 
 __all__ = ["LoadBalance", "Objective", "ParameterPenalty", "RouterEntropy", "RouterZLoss"]

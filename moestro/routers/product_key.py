@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moestro.ops import linear_fp32, product_key_topk
 from moestro.ops.precision import without_autocast
 from moestro.routers.base import Router
-from moestro.routers.query_norm import QUERY_NORMS, BatchQueryNorm
+from moestro.routers.query_norm import QUERY_NORMS
 from moestro.routing import SparseRouting
 
 
@@ -63,11 +63,6 @@ class ProductKeyRouter(Router):
 
     def rows_per_token(self) -> float:
         return self.heads * self.top_k
-
-    @property
-    def has_batch_statistics(self) -> bool:
-        """True where queries are normalised over the batch and running statistics must be kept by a rule."""
-        return isinstance(self.query_norm, BatchQueryNorm)
 
 
 def _check(n_experts: int, side: int, heads: int, top_k: int, d_key: int, gate: str) -> None:

@@ -1,7 +1,7 @@
 """One optimizer step's forward and backward passes over its micro-batches, and what they measured."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from moestro.data import Batch
 from moestro.evaluate.scoring import exact_dtype, score
+from moestro.objectives import Objective
 from moestro.routing import Trace
 from moestro.train.rules import Rule
 from moestro.train.settings import TrainSettings
 from moestro.train.whole_step import asks_for_step, of_step, step_traffic
 
-Objective = Callable[[Trace], Float[Tensor, ""]]
 WeightedObjectives = Sequence[tuple[str, float, Objective]]
 Sums = dict[str, Tensor]
 
