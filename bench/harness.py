@@ -71,27 +71,29 @@ def race(case: str, what: str, ours: Callable, peers: dict[str, Callable], round
     return rows
 
 
-def weigh(case: str, what: str, ours: Callable, peers: dict[str, Callable]) -> list[Row]:
-    """Peak of the memory allocated while running, without what is returned: activations and scratch space (MiB)."""
+def weigh(case: str, ours: Callable, peers: dict[str, Callable]) -> list[Row]:
+    """Peak memory of one forward pass in training: what is kept for the backward pass, and scratch space (MiB)."""
     mine = activation_memory(ours)
     rows = []
     for name, run in peers.items():
         theirs = activation_memory(run)
-        rows.append(Row(case, what, "MiB", mine, name, theirs, theirs / mine, (theirs / mine, theirs / mine)))
+        ratio = theirs / mine
+        rows.append(Row(case, "activation memory", "MiB", mine, name, theirs, ratio, (ratio, ratio)))
     return rows
 
 
-def activation_memory(run: Callable) -> float:
-    """Largest sum of live allocations during `run`, less the tensors (gradients) it returns, in MiB."""
-    returned = sum(tensor.nbytes for tensor in run())
+def activation_memory(forward: Callable) -> float:
+    """Largest sum of live allocations during a forward pass whose result is kept, in MiB."""
+    forward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
+        kept = forward()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return (peak - returned) / 2**20
+    del kept
+    return peak / 2**20
 
 
 def agree(name: str, have: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:

@@ -8,6 +8,8 @@ einsum), routing included on both sides, with the same weights; its default of o
     python -m bench.layers [--quick] [--json PATH]
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,7 +117,9 @@ def moe_case(name: str, widths: list[int], shape: tuple[int, ...], dtype: torch.
         agree(f"{name}, {peer}, gradient of the input", run()[0], ours()[0], tolerance)
     case = f"MoE T={tokens} d={d} E={experts} k={top_k} {name} {str(dtype)[6:]}"
     rows = race(case, "forward + backward", ours, runs, rounds)
-    return rows + (weigh(case, "activation memory", ours, runs) if dtype == torch.float32 else [])
+    if dtype != torch.float32:
+        return rows
+    return rows + weigh(case, lambda: moe(x)[0], {peer: partial(module, x) for peer, module in peers.items()})
 
 
 def peer_rows(quick: bool) -> list[Row]:
@@ -131,7 +135,7 @@ def peer_rows(quick: bool) -> list[Row]:
     with torch.no_grad():
         rows = race(shape.case, "forward", run_ours, {PACKAGE: run_theirs}, rounds)
     rows += race(shape.case, "forward + backward", both_ours, {PACKAGE: both_theirs}, rounds)
-    return rows + weigh(shape.case, "activation memory", both_ours, {PACKAGE: both_theirs})
+    return rows + weigh(shape.case, run_ours, {PACKAGE: run_theirs})
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ def beside_the_package(shape: Shape, rounds: int) -> list[Row]:
     with torch.no_grad():
         rows = race(shape.case, "forward", run_ours, {PACKAGE: run_theirs}, rounds)
     rows += race(shape.case, "forward + backward", both_ours, {PACKAGE: both_theirs}, rounds)
-    rows += weigh(shape.case, "activation memory", both_ours, {PACKAGE: both_theirs})
+    rows += weigh(shape.case, run_ours, {PACKAGE: run_theirs})
     step_ours, step_theirs = steps(ours, theirs, x)
     step_ours()
     step_theirs()

@@ -1,6 +1,7 @@
 """The command line: verbs, each of which calls one function below. Nothing heavy is imported before arguments are read.
 
-Exit codes: 0 done (or stopped by a signal, and saved), 1 failed while running, 2 a mistake in the command or recipe.
+Exit codes: 0 done (or training stopped by a signal, and saved), 1 failed while running, 2 a mistake in the command or
+recipe, 130 a comparison that was interrupted.
 """
 
 import argparse
@@ -168,9 +169,16 @@ def compare(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / arguments.recipe.stem
     command = " ".join(["moestro", "compare", str(arguments.recipe), *arguments.overrides])
     try:
-        results = run_comparison(arguments.recipe, out, arguments.overrides, arguments.workers, command=command)
+        results = run_comparison(
+            arguments.recipe,
+            out,
+            arguments.overrides,
+            arguments.workers,
+            command=command,
+            device=_device(arguments.device),
+        )
     except TrainingStopped as stopped:
-        return _stopped(stopped)
+        return _fail(f"{stopped}; {out / 'report.html'} shows the runs that are done", 130)
     Console().print(comparison_table(results))
     print(f"report: {out / 'report.html'}")
     failed = [run for run in results["runs"] if run.get("status") == "failed"]
@@ -234,6 +242,7 @@ def _compare_arguments(parser: Parser) -> None:
     _recipe_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/<recipe>)")
     parser.add_argument("--workers", type=_positive, metavar="N", help="runs at a time (default: by cores)")
+    _device_argument(parser)
 
 
 def _evaluate_arguments(parser: Parser) -> None:

@@ -141,6 +141,7 @@ def test_a_signal_saves_what_runs_starts_nothing_new_and_reports_what_is_done(tm
     _, errors = process.communicate(timeout=60)
     assert "every run in progress is saved; the same command continues" in errors
     assert "Traceback" not in errors
+    assert process.returncode == 130
     results = json.loads((out / "results.json").read_text())
     assert [run["status"] for run in results["runs"]] == ["unfinished", "unfinished"]
     assert list(running.glob("*/checkpoints/step-*"))
