@@ -169,14 +169,8 @@ def compare(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / arguments.recipe.stem
     command = " ".join(["moestro", "compare", str(arguments.recipe), *arguments.overrides])
     try:
-        results = run_comparison(
-            arguments.recipe,
-            out,
-            arguments.overrides,
-            arguments.workers,
-            command=command,
-            device=_device(arguments.device),
-        )
+        device = _device(arguments.device)
+        results = run_comparison(arguments.recipe, out, arguments.overrides, arguments.workers, None, command, device)
     except TrainingStopped as stopped:
         return _fail(f"{stopped}; {out / 'report.html'} shows the runs that are done", 130)
     Console().print(comparison_table(results))
