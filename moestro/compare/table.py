@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -133,17 +134,15 @@ def _incomplete(row: Row, results: Mapping) -> bool:
     return bool(row.cell.unfinished) or len(row.cell.runs) != len(results.get("seeds") or [])
 
 
-def comparison_table(results: Mapping) -> Table:
-    """The arms as a rich table for the terminal, the verdict below it."""
+def comparison_table(results: Mapping) -> Group:
+    """The arms as a rich table for the terminal, the verdict below it, which wraps where the terminal ends."""
     rows, titles = arm_rows(results), column_titles(results)
     columns = [column for column in titles if column != "seeds" or any(_incomplete(row, results) for row in rows)]
     table = Table(
         title=Text(str(results.get("title", "comparison"))),
-        caption=Text("\n" + headline(results, main_verdict(results))),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,
-        caption_justify="left",
         title_justify="left",
     )
     for column in columns:
@@ -153,7 +152,7 @@ def comparison_table(results: Mapping) -> Table:
             Text(title),
             justify="left" if words else "right",
             no_wrap=column not in ("arm", "seeds"),
-            min_width=11 if column == "arm" else None,
+            min_width=5 if column == "arm" else None,
         )
     group = None
     for row in rows:
@@ -163,7 +162,7 @@ def comparison_table(results: Mapping) -> Table:
         style = "bold" if row.lowest else "dim" if not row.cell.runs else ""
         texts = _terminal_texts(row)
         table.add_row(*(Text(texts[column], style=style) for column in columns))
-    return table
+    return Group(table, Text("\n" + headline(results, main_verdict(results))))
 
 
 def run_rows(results: Mapping) -> list[list[str]]:

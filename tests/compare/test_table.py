@@ -7,6 +7,7 @@ from rich.console import Console
 
 from moestro.compare import numerals
 from moestro.compare.table import arm_rows, column_titles, comparison_table
+from moestro.compare.verdict import headline, main_verdict
 
 
 def printed(results, width):
@@ -23,6 +24,14 @@ def test_fits_eighty_columns_without_losing_a_number(make_results):
     for row in arm_rows(data):
         assert row.texts["bpb"] in text and row.texts["active"] in text and row.texts["speed"] in text
     assert "HMoE won at equal compute" in text.replace("\n", " ")
+
+
+def test_several_sizes_fit_too_and_the_verdict_is_whole(make_results):
+    data = make_results(3, (3.2e12,), 3)
+    text = printed(data, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(row.texts["speed"] in text for row in arm_rows(data))
+    assert " ".join(headline(data, main_verdict(data)).split()) in " ".join(text.split())
 
 
 def test_sizes_and_budgets_are_columns_only_where_there_are_several(make_results):
