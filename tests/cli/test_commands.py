@@ -146,12 +146,12 @@ def test_a_run_folder_that_cannot_be_made_exits_1(
 def test_an_unexpected_failure_says_how_to_see_where(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import moestro.cli as cli
+    from moestro.cli import version
 
     def broken(arguments: object) -> int:
         raise RuntimeError("mat1 and mat2\n shapes")
 
-    monkeypatch.setitem(cli.VERBS, "version", broken)
+    monkeypatch.setattr(version, "run", broken)
     code, error = refusal(capsys, "version")
     assert (code, error) == (1, "mat1 and mat2 shapes (RuntimeError; add --traceback to see where)")
 
@@ -162,23 +162,23 @@ def test_traceback_on_demand(quick: list[str]) -> None:
 
 
 def test_a_mistake_in_the_package_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    import moestro.cli as cli
+    from moestro.cli import version
 
     def broken(arguments: object) -> int:
         raise KeyError("a bug")
 
-    monkeypatch.setitem(cli.VERBS, "version", broken)
+    monkeypatch.setattr(version, "run", broken)
     with pytest.raises(KeyError, match="a bug"):
         main(["version"])
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    import moestro.cli as cli
+    from moestro.cli import version
 
     def interrupted(arguments: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "version", interrupted)
+    monkeypatch.setattr(version, "run", interrupted)
     assert main(["version"]) == 130
     assert capsys.readouterr().err == "moestro: error: interrupted\n"
 

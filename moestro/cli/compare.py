@@ -1,0 +1,39 @@
+"""moestro compare"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from moestro.cli.arguments import Parser, add_device, add_recipe, device_named, positive
+from moestro.cli.terminal import failed
+
+
+def add_arguments(parser: Parser) -> None:
+    """RECIPE, key=value ..., --out, --workers, --device"""
+    add_recipe(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/<recipe>)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="runs at a time (default: by cores)")
+    add_device(parser)
+
+
+def run(arguments: Namespace) -> int:
+    """Train a set of arms at equal compute, and write the table and the report."""
+    from rich.console import Console
+
+    from moestro.compare.run import compare
+    from moestro.compare.table import comparison_table
+    from moestro.train import TrainingStopped
+
+    out = arguments.out or Path("runs") / arguments.recipe.stem
+    command = " ".join(["moestro", "compare", str(arguments.recipe), *arguments.overrides])
+    try:
+        device = device_named(arguments.device)
+        results = compare(arguments.recipe, out, arguments.overrides, arguments.workers, None, command, device)
+    except TrainingStopped as stopped:
+        return failed(f"{stopped}; {out / 'report.html'} shows the runs that are done", 130)
+    Console().print(comparison_table(results))
+    print(f"report: {out / 'report.html'}")
+    broken = [each for each in results["runs"] if each.get("status") == "failed"]
+    for each in broken:
+        print(f"moestro: error: {each['run_dir']}: {each['error']}", file=sys.stderr)
+    return 1 if broken else 0

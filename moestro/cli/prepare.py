@@ -1,0 +1,23 @@
+"""moestro prepare"""
+
+from argparse import Namespace
+
+from moestro.cli.arguments import Parser, add_recipe
+
+
+def add_arguments(parser: Parser) -> None:
+    """RECIPE, key=value ..."""
+    add_recipe(parser)
+
+
+def run(arguments: Namespace) -> int:
+    """Build a recipe's tokenizer and token shards, and nothing else."""
+    from moestro.recipe.build import build_data
+    from moestro.recipe.load import load_recipe
+
+    dataset = build_data(load_recipe(arguments.recipe, arguments.overrides)).prepare()
+    print(
+        f"{dataset.name}: {dataset.n_train_tokens:,} training tokens, {dataset.n_val_tokens:,} held out "
+        f"({dataset.n_val_bytes:,} bytes), {dataset.vocab_size:,} different ones, in {dataset.folder}"
+    )
+    return 0
