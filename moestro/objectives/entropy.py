@@ -1,5 +1,6 @@
 """How sure the router is."""
 
+import math
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -23,6 +24,8 @@ class RouterEntropy:
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         log_p = require_logits(trace.routing, "router_entropy").log_softmax(-1)
+        # experts that are not available: 0 log 0 = 0
+        log_p = log_p.masked_fill(log_p == -math.inf, 0.0)
         entropy = -(log_p.exp() * log_p).sum() / max(1, trace.routing.n_tokens)
         if self.literal:
             return -trace.routing.n_experts * entropy

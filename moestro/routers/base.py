@@ -1,6 +1,9 @@
 """`Router`, and the kind most systems use: a score for every expert, then a selection."""
 
-from jaxtyping import Float, Int
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moestro.routers.scores import Score
@@ -31,12 +34,25 @@ class Router(nn.Module):
 
 
 class ScoredRouter(Router):
-    """routing = select(score(x))."""
+    """routing = select(score(x)), with the logits of experts that are not available at -inf.
 
-    def __init__(self, score: Score, select: Select) -> None:
+    `available` [e] is a buffer, kept by checkpoints: which experts of a pool of fixed size take part. An expert that
+    does not gets no probability, is never chosen and learns nothing, while its weights stay. The first
+    `first_available` do at the start, all where it is None. `forward` never changes it; rules do, between steps,
+    through `set_available`.
+    """
+
+    available: Tensor
+
+    def __init__(self, score: Score, select: Select, first_available: int | None = None) -> None:
         super().__init__()
-        select.check(score.n_experts)
+        n_experts = score.n_experts
+        if first_available is not None and not 1 <= first_available <= n_experts:
+            raise ValueError(f"first_available={first_available}, allowed: 1 to {n_experts}, the number of experts")
+        self.first_available = first_available
+        select.check(first_available or n_experts)
         self.score, self.select = score, select
+        self.register_buffer("available", torch.arange(n_experts) < (first_available or n_experts))
 
     @property
     def n_experts(self) -> int:  # type: ignore[override]
@@ -47,14 +63,29 @@ class ScoredRouter(Router):
         return self.select.causal
 
     def forward(self, x: Float[Tensor, "t d"]) -> Routing:
-        return self.select(self.score(x))
+        return self.select(self.score(x).masked_fill(~self.available, -math.inf))
+
+    @torch.no_grad()
+    def set_available(self, available: Bool[Tensor, "e"]) -> None:
+        """Let exactly these experts take part.
+
+        Raises: ValueError for none, or for fewer than the selection needs.
+        """
+        if not bool(available.any()):
+            raise ValueError(f"available={available.tolist()}, allowed: at least one expert")
+        self.select.check(int(available.sum()))
+        self.available.copy_(available)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        self.select.check(len(index))
+        """Experts take their availability with them; a fresh one is available."""
+        available = (index < 0) | self.available[index.clamp(min=0)]
+        self.select.check(int(available.sum()))
         self.score.reindex(index)
+        self.select.reindex(index)
+        self.available = available
 
     def flops(self, n_tokens: int) -> float:
         return self.score.flops(n_tokens)
 
     def rows_per_token(self) -> float:
-        return self.select.rows_per_token(self.n_experts)
+        return self.select.rows_per_token(self.first_available or self.n_experts)

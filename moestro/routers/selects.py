@@ -3,22 +3,30 @@
 import math
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from moestro.routing import Routing, SoftRouting, SparseRouting
 
 
-class Select:
-    """A rule that turns logits into a `Routing`; has no parameters. `causal`: a token's routing depends on it alone."""
+class Select(nn.Module):
+    """A rule that turns logits into a `Routing`. `causal`: a token's routing depends on it alone.
+
+    A logit of -inf marks an expert that is not available: it gets no weight and, where experts are chosen, is not.
+    Every token finds at least one that is.
+    """
 
     causal: bool = True
 
-    def __call__(self, logits: Float[Tensor, "t e"]) -> Routing:
+    def forward(self, logits: Float[Tensor, "t e"]) -> Routing:
         raise NotImplementedError
 
     def check(self, n_experts: int) -> None:
-        """Raise ValueError where this selection is impossible with `n_experts` experts."""
+        """Raise ValueError where this selection is impossible with `n_experts` available experts."""
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        """What it knows of new expert j is that of the old expert `index[j]`; -1 makes a fresh one."""
 
     def rows_per_token(self, n_experts: int) -> float:
         """Rows a token costs when all probabilities are equal."""
@@ -33,6 +41,7 @@ class TopK(Select):
     """
 
     def __init__(self, top_k: int, renormalize: bool = True) -> None:
+        super().__init__()
         if top_k < 1:
             raise ValueError(f"top_k={top_k}, allowed: at least 1")
         self.top_k, self.renormalize = top_k, renormalize
@@ -41,12 +50,13 @@ class TopK(Select):
         if self.top_k > n_experts:
             raise ValueError(f"top_k={self.top_k} > {n_experts} experts")
 
-    def __call__(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
-        probabilities, expert = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        gates = probabilities[:, : self.top_k]
+    def forward(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
+        # of the logits: probabilities of available experts, too, may round to 0
+        expert = logits.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
+        gates = logits.softmax(-1).gather(1, expert)
         if self.renormalize:
             gates = gates / gates.sum(-1, keepdim=True)
-        return SparseRouting.from_topk(expert[:, : self.top_k].contiguous(), gates, logits.shape[1], logits)
+        return SparseRouting.from_topk(expert, gates, logits.shape[1], logits)
 
     def rows_per_token(self, n_experts: int) -> float:
         return self.top_k
@@ -56,36 +66,44 @@ class TopP(Select):
     """The fewest most probable experts whose probabilities reach `threshold`; at least one.
 
     Wang 2024, arXiv:2408.10681, Eqs. 9-11 (gates renormalised over the chosen); with `renormalize=False` the gates are
-    the raw probabilities (Huang 2024, arXiv:2403.07652). threshold <= 0 is exactly top-1, >= 1 exactly all experts.
+    the raw probabilities, and with `strict=True` the sum must exceed the threshold, both as in the code of Huang 2024,
+    arXiv:2403.07652. threshold <= 0 is exactly top-1, >= 1 exactly all available experts.
     """
 
-    def __init__(self, threshold: float, renormalize: bool = True) -> None:
+    def __init__(self, threshold: float, renormalize: bool = True, strict: bool = False) -> None:
+        super().__init__()
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold}, allowed: between 0 and 1")
-        self.threshold, self.renormalize = threshold, renormalize
+        self.threshold, self.renormalize, self.strict = threshold, renormalize, strict
 
-    def __call__(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
-        n_tokens, n_experts = logits.shape
-        probabilities, expert = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        if self.threshold >= 1:
-            chosen = torch.ones_like(expert, dtype=torch.bool)
-        else:
-            chosen = probabilities.cumsum(-1) - probabilities < self.threshold
-            chosen[:, 0] = True
+    def forward(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
+        expert = logits.sort(dim=-1, descending=True, stable=True).indices
+        probabilities = logits.softmax(-1).gather(1, expert)
+        chosen = self._chosen(probabilities) & (logits.gather(1, expert) > -math.inf)
         gates = probabilities * chosen
         if self.renormalize:
             gates = gates / gates.sum(-1, keepdim=True)
         token, rank = chosen.nonzero(as_tuple=True)
-        return SparseRouting(token, expert[token, rank], gates[token, rank], n_tokens, n_experts, logits)
+        return SparseRouting(token, expert[token, rank], gates[token, rank], len(logits), logits.shape[1], logits)
+
+    def _chosen(self, probabilities: Tensor) -> Tensor:
+        """Which experts are chosen, where each token's stand by falling probability."""
+        if self.threshold >= 1:
+            return torch.ones_like(probabilities, dtype=torch.bool)
+        before = F.pad(probabilities.detach().cumsum(-1)[:, :-1], (1, 0))
+        chosen = before <= self.threshold if self.strict else before < self.threshold
+        chosen[:, 0] = True
+        return chosen
 
     def rows_per_token(self, n_experts: int) -> float:
         return max(1, math.ceil(self.threshold * n_experts))
 
 
 class Soft(Select):
-    """Every expert on every token, weighted by the softmax of the logits (Jacobs 1991)."""
+    """Every expert on every token, weighted by the softmax of the logits (Jacobs 1991). An expert that is not
+    available computes its rows all the same, for weights of 0."""
 
-    def __call__(self, logits: Float[Tensor, "t e"]) -> SoftRouting:
+    def forward(self, logits: Float[Tensor, "t e"]) -> SoftRouting:
         return SoftRouting((logits.softmax(-1),), logits)
 
     def rows_per_token(self, n_experts: int) -> float:

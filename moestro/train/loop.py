@@ -60,6 +60,8 @@ def train(
         keep_freed_memory()
         torch.manual_seed(settings.seed)
         model.recompute = settings.recompute
+        for rule in rules:
+            rule.start(model, state.optimizer)
         if newest is not None:
             state.restore(newest)
             display.message(f"continuing from {newest.name}")

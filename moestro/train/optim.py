@@ -12,6 +12,7 @@ from moestro.train.settings import OptimSettings, ParameterGroup
 
 # Where torch.optim.AdamW has one fused kernel for all parameters.
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
 
 
 class Optimizers:
@@ -39,6 +40,18 @@ class Optimizers:
         """One step of every part."""
         for part in self.parts:
             part.step()
+
+    @torch.no_grad()
+    def reset_rows(self, parameter: nn.Parameter, rows: slice | int) -> None:
+        """Forget what was learned about these rows (first dimension): their moments are 0 again. The number of steps
+        in AdamW's bias corrections is the whole parameter's and stays."""
+        for part in self.parts:
+            if isinstance(part, RowAdamW):
+                part.reset_rows(parameter, rows)
+                continue
+            entries = part.state.get(parameter, {})
+            for name in MOMENTS & entries.keys():
+                entries[name][rows] = 0
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizers:

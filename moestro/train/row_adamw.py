@@ -64,6 +64,14 @@ class RowAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._update(parameter, group)
 
+    @torch.no_grad()
+    def reset_rows(self, parameter: Tensor, rows: slice | int) -> None:
+        """Make these rows as if they had never been met: no moments, and no decay that is still to be charged."""
+        if state := self.state.get(parameter):
+            for name in ("exp_avg", "exp_avg_sq", "clock"):
+                state[name][rows] = 0
+            state["charged"][rows] = state["log_decay"]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every entry keeps its own dtype, and large ones are copied once."""
         order = [parameter for group in self.param_groups for parameter in group["params"]]

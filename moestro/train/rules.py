@@ -1,36 +1,49 @@
 """Rules: the only things besides the optimizer that change a model, between steps, from what traces showed."""
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.evaluate.scoring import exact_dtype
 from moestro.routers import BiasedRouter
 from moestro.routing import Trace
+from moestro.train.optim import Optimizers
 
 
-class Rule(Protocol):
+class Rule:
     """Watches the traces of a step's micro-batches, then changes the model once, after the optimizer step.
 
     What a rule remembers from one step to the next is in `state_dict`: nested dicts, lists, numbers, strings and
-    tensors. Checkpoints are written between steps, so what it gathers within one step need not be.
+    tensors; by default it remembers nothing. Checkpoints are written between steps, so what it gathers within one step
+    need not be there.
     """
+
+    def start(self, model: nn.Module, optimizer: Optimizers) -> None:
+        """Get to know the model and its optimizer, once, before the first step and before `load_state_dict`. A rule
+        that gives new values to weights makes `optimizer` forget the old ones' moments with `reset_rows`."""
 
     def observe(self, trace: Trace) -> None:
         """Take note of one layer's forward in one training micro-batch."""
-        ...
 
     def apply(self, step: int) -> None:
         """Change the model after optimizer step `step` (the first is 1)."""
-        ...
+        raise NotImplementedError
 
-    def state_dict(self) -> dict: ...
+    def state_dict(self) -> dict:
+        """What it must know to go on."""
+        return {}
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state`.
+
+        Raises: ValueError where the rule keeps none.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
 
 
-class QueryNormStatistics:
+class QueryNormStatistics(Rule):
     """Moves the running statistics of batch-normalised routers to those of the step's whole batch, once a step.
 
     Micro-batches of n_i queries with mean m_i and variance v_i pool to m = sum n_i m_i / n and
@@ -53,15 +66,8 @@ class QueryNormStatistics:
             layer.router.query_norm.update(*pooled(batches), self.momentum)
         self.seen.clear()
 
-    def state_dict(self) -> dict:
-        return {}
 
-    def load_state_dict(self, state: dict) -> None:
-        if state:
-            raise ValueError(f"QueryNormStatistics keeps no state, got {sorted(state)}")
-
-
-class BiasBalance:
+class BiasBalance(Rule):
     """Balances experts without a loss: after every optimizer step, bias_e += rate * sign(mean load - load_e) in every
     layer with a `BiasedRouter` (Wang 2024, arXiv:2408.15664, Algorithm 1; its rate is the default).
 
@@ -99,13 +105,6 @@ class BiasBalance:
         for layer, load in self.seen.items():
             layer.router.bias += self.rate * (load.mean() - load).sign().to(layer.router.bias.dtype)
         self.seen.clear()
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state:
-            raise ValueError(f"BiasBalance keeps no state, got {sorted(state)}")
 
 
 @torch.no_grad()

@@ -108,3 +108,30 @@ def test_small_gradients_and_no_clipping_change_nothing(clip):
     model.weight.grad = torch.tensor([[3.0, 4.0]])
     assert clip_gradients(model, clip).item() == pytest.approx(5.0)
     assert model.weight.grad.tolist() == [[3.0, 4.0]]
+
+
+def test_rows_are_forgotten_and_no_others():
+    """Moments of the rows named are 0; those of other rows and parameters, and the step count, are as they were."""
+    model = tiny_model(kinds=("moe", "rows"))
+    optimizer = build_optimizer(model, OptimSettings())
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(6)[None] % 5).logits.square().sum().backward()
+        optimizer.step()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    before = {p: {key: value.clone() for key, value in entries.items()} for p, entries in optimizer.state.items()}
+    weight = model.get_parameter("blocks.0.ffn.router.score.weight")
+    table = model.get_parameter("blocks.1.ffn.branches.0.up")
+    met = int(optimizer.state[table]["clock"].argmax())
+    assert before[weight]["exp_avg"][1].any() and before[table]["exp_avg"][met].any()
+    optimizer.reset_rows(weight, 1)
+    optimizer.reset_rows(table, slice(met, met + 1))
+    optimizer.reset_rows(nn.Parameter(torch.zeros(3)), 0)
+    for parameter, entries in before.items():
+        for key, value in entries.items():
+            for forgotten, row in ((weight, 1), (table, met)):
+                if parameter is forgotten and key in ("exp_avg", "exp_avg_sq", "clock"):
+                    value[row] = 0
+                if parameter is forgotten and key == "charged":
+                    value[row] = entries["log_decay"]
+            assert torch.equal(optimizer.state[parameter][key], value), (names[parameter], key)

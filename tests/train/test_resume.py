@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moestro.train import CheckpointError, Lines, OptimSettings, train
+from moestro.train import CheckpointError, Lines, OptimSettings, Rule, train
 from moestro.train.checkpoint import read_tensors
 from moestro.train.durable import TEMPORARY
 from tests.train.killed_run import STEPS
@@ -114,7 +114,7 @@ class NoisyMortal(Mortal):
         return Noisy().train_batch(step, batch_size, seed)
 
 
-class Remembering:
+class Remembering(Rule):
     """A rule whose state matters: moves a weight by the running mean of loads."""
 
     def __init__(self, model) -> None:

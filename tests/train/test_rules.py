@@ -5,10 +5,10 @@ import torch
 
 from moestro import MoELayer, ProductKeyRouter
 from moestro.routers.query_norm import BatchQueryNorm
-from moestro.train import QueryNormStatistics
+from moestro.train import QueryNormStatistics, Rule, train
 from moestro.train.rules import pooled
 from tests.tolerances import FLOAT64
-from tests.train.tiny import peer
+from tests.train.tiny import Counting, peer, tiny_model, tiny_settings
 
 
 def test_pooled_statistics_are_those_of_the_whole_batch():
@@ -65,3 +65,40 @@ def test_it_keeps_nothing_between_steps():
 def test_momentum_is_checked():
     with pytest.raises(ValueError, match=r"query norm momentum=0: allowed is above 0, at most 1"):
         QueryNormStatistics(momentum=0)
+
+
+class Started(Rule):
+    """Notes what it was started with and when."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def start(self, model, optimizer) -> None:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert trained == {id(p) for p in model.parameters()}
+        self.calls.append("start")
+
+    def apply(self, step: int) -> None:
+        self.calls.append(f"apply {step}")
+
+    def state_dict(self) -> dict:
+        return {"calls": list(self.calls)}
+
+    def load_state_dict(self, state: dict) -> None:
+        assert self.calls == ["start"]
+        self.calls = state["calls"]
+
+
+def test_a_rule_meets_model_and_optimizer_before_its_state(tmp_path):
+    rule = Started()
+    train(tiny_model(), Counting(), tiny_settings(2), [], [rule], tmp_path)
+    assert rule.calls == ["start", "apply 1", "apply 2"]
+    (tmp_path / "done.json").unlink()
+    again = Started()
+    train(tiny_model(), Counting(), tiny_settings(2), [], [again], tmp_path)
+    assert again.calls == rule.calls
+
+
+def test_a_rule_that_does_nothing_is_unfinished():
+    with pytest.raises(NotImplementedError):
+        Rule().apply(1)
