@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moestro.experts import FFNBank, SharedExpert, SingletonBank
+    from moestro.experts import FFNBank, GLUSingletonBank, SharedExpert, SingletonBank, ValueBank
     from moestro.layers import DenseFFN, MoELayer
     from moestro.model import Transformer
     from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy, RouterZLoss
@@ -17,6 +17,7 @@ __all__ = [
     "CosineScore",
     "DenseFFN",
     "FFNBank",
+    "GLUSingletonBank",
     "LinearScore",
     "LoadBalance",
     "MoELayer",
@@ -36,6 +37,7 @@ __all__ = [
     "TopP",
     "Trace",
     "Transformer",
+    "ValueBank",
 ]
 _HOMES = ("experts", "layers", "model", "objectives", "routers", "routing")
 

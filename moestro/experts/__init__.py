@@ -5,7 +5,9 @@ from moestro.experts.ffn import FFNBank
 from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.mixed import MixedBank
 from moestro.experts.shared import SharedExpert
-from moestro.experts.singleton import SingletonBank
+from moestro.experts.singleton import GLUSingletonBank, SingletonBank
+from moestro.experts.tables import TableBank
+from moestro.experts.values import ValueBank
 from moestro.experts.zero_compute import ConstantBank, CopyBank
 
 __all__ = [
@@ -15,7 +17,10 @@ __all__ = [
     "ExpertBank",
     "ExpertLinear",
     "FFNBank",
+    "GLUSingletonBank",
     "MixedBank",
     "SharedExpert",
     "SingletonBank",
+    "TableBank",
+    "ValueBank",
 ]

@@ -45,11 +45,27 @@ def singleton_experts(
     down: Float[Tensor, "e d"],
     activation: str,
     sparse_gradients: bool = False,
+    gate: Float[Tensor, "e d"] | None = None,
 ) -> Float[Tensor, "t d"]:
-    """y_t = sum_k weight_tk * act(up[ids_tk] . x_t) * down[ids_tk]; materialises every gathered row."""
-    u, v = (F.embedding(ids, table, sparse=sparse_gradients) for table in (up, down))
-    hidden = find(activation).forward(torch.einsum("td,tkd->tk", x, u))
-    return torch.einsum("tk,tkd->td", hidden * weight.to(hidden.dtype), v)
+    """y_t = sum_k weight_tk * hidden_tk * down[ids_tk], hidden_tk = act(up[ids_tk] . x_t), or with a third table
+    act(gate[ids_tk] . x_t) * (up[ids_tk] . x_t); materialises every gathered row."""
+
+    def along(table: Tensor) -> Tensor:
+        return torch.einsum("td,tkd->tk", x, F.embedding(ids, table, sparse=sparse_gradients))
+
+    act = find(activation).forward
+    hidden = act(along(up)) if gate is None else act(along(gate)) * along(up)
+    return value_rows(ids, hidden * weight.to(hidden.dtype), down, sparse_gradients)
+
+
+def value_rows(
+    ids: Int[Tensor, "t k"],
+    weight: Float[Tensor, "t k"],
+    values: Float[Tensor, "e d"],
+    sparse_gradients: bool = False,
+) -> Float[Tensor, "t d"]:
+    """y_t = sum_k weight_tk * values[ids_tk]; materialises every gathered row."""
+    return torch.einsum("tk,tkd->td", weight, F.embedding(ids, values, sparse=sparse_gradients))
 
 
 def product_key_topk(

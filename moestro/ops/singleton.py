@@ -1,7 +1,6 @@
 """One-neuron experts fetched by id, for a million of them: no gathered row outlives its chunk."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -9,9 +8,7 @@ from torch.autograd.function import once_differentiable
 from moestro.ops import backend, reference
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype, without_autocast
-
-# Rows gathered at a time: small enough to stay in a core's cache, large enough to amortise the calls.
-_ROWS = 1024
+from moestro.ops.table_rows import Segments, dots, weighted_rows
 
 
 def singleton_experts(
@@ -22,40 +19,80 @@ def singleton_experts(
     down: Float[Tensor, "e d"],
     activation: str,
     sparse_gradients: bool = False,
+    gate: Float[Tensor, "e d"] | None = None,
 ) -> Float[Tensor, "t d"]:
-    """y_t = sum_k weight_tk * act(up[ids_tk] . x_t) * down[ids_tk]  (He 2024, arXiv:2407.04153, Alg. 1).
+    """y_t = sum_k weight_tk * act(up[ids_tk] . x_t) * down[ids_tk]  (He 2024, arXiv:2407.04153, Alg. 1); with a third
+    table, the gated unit that the paper suggests: act(gate[ids_tk] . x_t) * (up[ids_tk] . x_t) in place of act(...).
 
     Never materialises [t, k, d]: dot products run on chunks of gathered rows, weighted sums as embedding bags, table
     gradients by sorting the ids and summing segments, so they are deterministic. Saves x and [t, k] numbers only.
 
-    With `sparse_gradients` the gradients of `up` and `down` are coalesced `torch.sparse_coo` tensors: the u ids met,
+    With `sparse_gradients` the gradients of the tables are coalesced `torch.sparse_coo` tensors: the u ids met,
     ascending, and their [u, d] values. Nothing of size e * d is then allocated, not even a table in autocast's dtype:
     arithmetic runs in the dtype of the tables, on an x rounded, and to an output rounded, as without it.
     """
     outside = compute_dtype(x)
     inside = up.dtype if sparse_gradients else outside
     x, weight, up, down = (v.to(inside) for v in (x.to(outside), weight, up, down))
+    gate = None if gate is None else gate.to(inside)
     with without_autocast(x):
         if backend.active() == "reference":
-            y = reference.singleton_experts(x, ids, weight, up, down, activation, sparse_gradients)
+            y = reference.singleton_experts(x, ids, weight, up, down, activation, sparse_gradients, gate)
         else:
-            y = _fused(x, ids, weight, up, down, activation, sparse_gradients)  # type: ignore[call-arg]
+            y = _fused(x, ids, weight, up, down, activation, sparse_gradients, gate)  # type: ignore[call-arg]
+    return y.to(outside)
+
+
+def value_rows(
+    ids: Int[Tensor, "t k"],
+    weight: Float[Tensor, "t k"],
+    values: Float[Tensor, "e d"],
+    sparse_gradients: bool = False,
+) -> Float[Tensor, "t d"]:
+    """y_t = sum_k weight_tk * values[ids_tk]: a product-key memory's reading (Lample 2019, arXiv:1907.05242, Eq. 2).
+
+    Memory, dtypes and gradients as in `singleton_experts`; the dtype outside is autocast's, else that of `values`.
+    """
+    outside = compute_dtype(values)
+    inside = values.dtype if sparse_gradients else outside
+    weight, values = weight.to(inside), values.to(inside)
+    with without_autocast(values):
+        if backend.active() == "reference":
+            y = reference.value_rows(ids, weight, values, sparse_gradients)
+        else:
+            y = _fused_values(ids, weight, values, sparse_gradients)  # type: ignore[call-arg]
     return y.to(outside)
 
 
 @torch.compiler.disable
-def _fused(x: Tensor, ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str, sparse: bool) -> Tensor:
-    return _Singletons.apply(x, ids, weight, up, down, activation, sparse)  # type: ignore
+def _fused(
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    sparse: bool,
+    gate: Tensor | None,
+) -> Tensor:
+    if gate is None:
+        return _Singletons.apply(x, ids, weight, up, down, activation, sparse)  # type: ignore
+    return _GatedSingletons.apply(x, ids, weight, gate, up, down, activation, sparse)  # type: ignore
+
+
+@torch.compiler.disable
+def _fused_values(ids: Tensor, weight: Tensor, values: Tensor, sparse: bool) -> Tensor:
+    return _Values.apply(ids, weight, values, sparse)  # type: ignore
 
 
 class _Singletons(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ids, weight, up, down, activation, sparse):  # type: ignore[override]
-        z = _dots(up, ids, x)
+        z = dots(up, ids, x)
         hidden = find(activation).forward(z)
         ctx.save_for_backward(x, ids, weight, up, down, z)
         ctx.activation, ctx.sparse = activation, sparse
-        return _weighted_rows(down, ids, hidden * weight)
+        return weighted_rows(down, ids, hidden * weight)
 
     @staticmethod
     @once_differentiable
@@ -63,67 +100,72 @@ class _Singletons(torch.autograd.Function):
         x, ids, weight, up, down, z = ctx.saved_tensors
         act = find(ctx.activation)
         hidden = act.forward(z)
-        along = _dots(down, ids, dy.contiguous())
+        along = dots(down, ids, dy.contiguous())
         dz = act.backward(along * weight, z)
-        segments = _Segments(ids, len(up), ctx.sparse)
+        pairs = _Pairs(ids, len(up), ctx.sparse)
         return (
-            _weighted_rows(up, ids, dz),
+            weighted_rows(up, ids, dz),
             None,
             along * hidden,
-            segments.table_gradient(x, dz),
-            segments.table_gradient(dy, hidden * weight),
+            pairs.table_gradient(x, dz),
+            pairs.table_gradient(dy, hidden * weight),
             None,
             None,
         )
 
 
-def _dots(table: Tensor, ids: Tensor, x: Tensor) -> Tensor:
-    """out_tk = table[ids_tk] . x_t."""
-    t, k = ids.shape
-    d = x.shape[1]
-    out = x.new_empty(t, k)
-    step = max(1, _ROWS // max(k, 1))
-    buffer = x.new_empty(step * k, d)
-    for a in range(0, t, step):
-        b = min(a + step, t)
-        rows = buffer[: (b - a) * k]
-        torch.index_select(table, 0, ids[a:b].reshape(-1), out=rows)
-        torch.bmm(rows.view(b - a, k, d), x[a:b, :, None], out=out[a:b, :, None])
-    return out
+class _GatedSingletons(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ids, weight, gate, up, down, activation, sparse):  # type: ignore[override]
+        z, linear = dots(gate, ids, x), dots(up, ids, x)
+        ctx.save_for_backward(x, ids, weight, gate, up, down, z, linear)
+        ctx.activation, ctx.sparse = activation, sparse
+        return weighted_rows(down, ids, find(activation).forward(z) * linear * weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, ids, weight, gate, up, down, z, linear = ctx.saved_tensors
+        act = find(ctx.activation)
+        opened = act.forward(z)
+        along = dots(down, ids, dy.contiguous())
+        dhidden = along * weight
+        dz, dlinear = act.backward(dhidden * linear, z), dhidden * opened
+        pairs = _Pairs(ids, len(up), ctx.sparse)
+        return (
+            weighted_rows(gate, ids, dz) + weighted_rows(up, ids, dlinear),
+            None,
+            along * opened * linear,
+            pairs.table_gradient(x, dz),
+            pairs.table_gradient(x, dlinear),
+            pairs.table_gradient(dy, opened * linear * weight),
+            None,
+            None,
+        )
 
 
-def _weighted_rows(table: Tensor, ids: Tensor, coefficient: Tensor) -> Tensor:
-    """out_t = sum_k coefficient_tk * table[ids_tk]."""
-    if ids.numel() == 0:
-        return table.new_zeros(len(ids), table.shape[1])
-    return F.embedding_bag(ids, table, per_sample_weights=coefficient.contiguous(), mode="sum")
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight, values, sparse):  # type: ignore[override]
+        ctx.save_for_backward(ids, weight, values)
+        ctx.sparse = sparse
+        return weighted_rows(values, ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        ids, weight, values = ctx.saved_tensors
+        pairs = _Pairs(ids, len(values), ctx.sparse)
+        return None, dots(values, ids, dy.contiguous()), pairs.table_gradient(dy, weight), None
 
 
-class _Segments:
-    """The (token, slot) pairs in id order, and where each expert's begin: of every expert, or with `sparse` of those
-    that have any (`rows`)."""
+class _Pairs:
+    """The (token, slot) pairs of `ids` in the order of the ids."""
 
-    def __init__(self, ids: Tensor, n_experts: int, sparse: bool) -> None:
-        self.n_experts, self.per_token = n_experts, ids.shape[1]
-        sorted_ids, self.order = ids.flatten().sort(stable=True)
-        if sparse:
-            self.rows, count = sorted_ids.unique_consecutive(return_counts=True)
-        else:
-            self.rows, count = None, torch.bincount(sorted_ids, minlength=n_experts)
-        self.starts = count.cumsum(0) - count
+    def __init__(self, ids: Tensor, n_rows: int, sparse: bool) -> None:
+        self.segments = Segments(ids.flatten(), n_rows, sparse)
+        self.token = self.segments.order // max(1, ids.shape[1])
 
     def table_gradient(self, source: Tensor, coefficient: Tensor) -> Tensor:
-        """Row e = sum over the pairs (t, k) of expert e of coefficient_tk * source_t; idle experts have zeros, or with
-        `sparse` no row."""
-        values = self._sums(source, coefficient)
-        if self.rows is None:
-            return values
-        shape = (self.n_experts, source.shape[1])
-        return torch.sparse_coo_tensor(self.rows[None], values, shape, is_coalesced=True, check_invariants=False)
-
-    def _sums(self, source: Tensor, coefficient: Tensor) -> Tensor:
-        if not len(self.order):
-            return source.new_zeros(len(self.starts), source.shape[1])
-        pairs = coefficient.flatten()[self.order]
-        token = self.order // self.per_token
-        return F.embedding_bag(token, source.contiguous(), self.starts, per_sample_weights=pairs, mode="sum")
+        """Row e = sum over the pairs (t, k) of expert e of coefficient_tk * source_t."""
+        return self.segments.table_gradient(source, self.token, coefficient.flatten())

@@ -13,7 +13,17 @@ from moestro.data import (
     StdlibSource,
     TextSource,
 )
-from moestro.experts import ConstantBank, CopyBank, FFNBank, MixedBank, SharedExpert, SingletonBank, widths
+from moestro.experts import (
+    ConstantBank,
+    CopyBank,
+    FFNBank,
+    GLUSingletonBank,
+    MixedBank,
+    SharedExpert,
+    SingletonBank,
+    ValueBank,
+    widths,
+)
 from moestro.layers import DenseFFN, MoELayer
 from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy, RouterZLoss
 from moestro.routers import (
@@ -41,6 +51,8 @@ SOURCES: dict[str, Callable[..., Any]] = {
 BANKS: dict[str, Callable[..., Any]] = {
     "ffn": FFNBank,
     "singleton": SingletonBank,
+    "glu_singleton": GLUSingletonBank,
+    "value": ValueBank,
     "copy": CopyBank,
     "constant": ConstantBank,
 }

@@ -1,6 +1,7 @@
 """Product-key retrieval: the k best of n*n experts for the price of 2n scores."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,13 +14,21 @@ from moestro.routers.base import Router
 from moestro.routers.query_norm import QUERY_NORMS
 from moestro.routing import SparseRouting
 
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda scores: scores.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+}
+
 
 class ProductKeyRouter(Router):
     """k experts for each of h heads, by the sum of two sub-key scores (He 2024, arXiv:2407.04153, section 2).
 
     Expert i*n + j answers to the pair (key i of the first side, key j of the second). As in the paper, all heads
     share experts and keys (`shared_keys=False` gives each head its own, as Lample 2019 and public code do), queries
-    are batch-normalised, and gates are a softmax over the k scores of each head, so that they sum to h. Arithmetic is
+    are batch-normalised, and gates are a softmax over the k scores of each head, so that they sum to h. `sigmoid` and
+    `relu` gates of a score depend on no other score (Csordas 2023, arXiv:2310.10837, section 6.2); ReLU gates of a
+    token, or of an expert, may all be 0, which leaves the token zeros and those keys without a gradient. Arithmetic is
     float32 at least. `routing.logits` is None: a matrix over all experts never exists.
     """
 
@@ -32,7 +41,7 @@ class ProductKeyRouter(Router):
         d_key: int,
         shared_keys: bool = True,
         query_norm: Literal["batch", "layer", "rms", "none"] = "batch",
-        gate: Literal["softmax", "sigmoid"] = "softmax",
+        gate: Literal["softmax", "sigmoid", "relu"] = "softmax",
     ) -> None:
         super().__init__()
         side = math.isqrt(n_experts)
@@ -49,7 +58,7 @@ class ProductKeyRouter(Router):
         query, stats = self.query_norm(raw)
         with without_autocast(x):
             scores, ids = product_key_topk(query.unflatten(-1, (self.heads, -1)), self.keys.to(query.dtype), self.top_k)
-        gates = scores.softmax(-1) if self.gate == "softmax" else scores.sigmoid()
+        gates = GATES[self.gate](scores)
         return SparseRouting.from_topk(ids.flatten(1), gates.flatten(1), self.n_experts, query_stats=stats)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
@@ -74,8 +83,10 @@ def _check(n_experts: int, side: int, heads: int, top_k: int, d_key: int, gate: 
         raise ValueError(f"top_k={top_k}, allowed: 1 to {side} (the square root of n_experts={n_experts})")
     if d_key < 2 or d_key % 2:
         raise ValueError(f"d_key={d_key}, allowed: an even number, at least 2 (half of it meets each side's keys)")
+    if gate not in GATES:
+        raise ValueError(f"gate={gate!r}, allowed: {', '.join(GATES)}")
     if top_k == 1 and gate == "softmax":
         raise ValueError(
             "top_k=1 with gate='softmax': the gate is the constant 1, so queries and keys get no gradient;"
-            " use gate='sigmoid' or top_k >= 2"
+            " use gate='sigmoid', gate='relu' or top_k >= 2"
         )

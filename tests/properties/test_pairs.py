@@ -19,6 +19,8 @@ ROUTERS = {"product_key": {"heads": 2, "top_k": 3, "d_key": 4}, "slots": {"slots
 BANKS = {
     "ffn": lambda make: make(D, [3, 5, 0, 8, 1, 2, 2, 7, 4]),
     "singleton": lambda make: make(D, E),
+    "glu_singleton": lambda make: make(D, E),
+    "value": lambda make: make(D, E),
     "copy": lambda make: make(E),
     "constant": lambda make: make(D, E),
     "mixed": lambda make: make([FFNBank(D, [3, 5, 0, 8]), CopyBank(), ConstantBank(D, 2), SingletonBank(D, 2)]),

@@ -5,6 +5,7 @@ u[N, d], v[N, d]. Expert i*n + j belongs to sub-key i of keys1 and sub-key j of 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -98,6 +99,8 @@ def gate(scores: Tensor, kind: str = "softmax") -> Tensor:
     """Gates of the k selected scores of one head; Algorithm 1 uses their softmax, without temperature."""
     if kind == "sigmoid":
         return 1 / (1 + torch.exp(-scores))
+    if kind == "relu":
+        return torch.clamp(scores, min=0)
     e = torch.exp(scores - scores.max().detach())
     return {"softmax": e / e.sum(), "one": torch.ones_like(scores)}[kind]
 
@@ -105,6 +108,19 @@ def gate(scores: Tensor, kind: str = "softmax") -> Tensor:
 def expert(x: Tensor, u: Tensor, v: Tensor, sigma: str = "gelu") -> Tensor:
     """Alg. 1, one expert: e_i(x) = sigma(u_i . x) v_i."""
     return activation(torch.dot(u, x), sigma) * v
+
+
+def glu_expert(x: Tensor, g: Tensor, u: Tensor, v: Tensor, sigma: str = "silu") -> Tensor:
+    """One expert with a third vector: e_i(x) = sigma(g_i . x) (u_i . x) v_i."""
+    return activation(torch.dot(g, x), sigma) * torch.dot(u, x) * v
+
+
+def wide_expert(x: Tensor, u: Tensor, v: Tensor, sigma: str = "gelu") -> Tensor:
+    """One expert of w neurons, u[w, d] and v[w, d]: e_i(x) = sum_j sigma(u_ij . x) v_ij."""
+    y = torch.zeros_like(x)
+    for u_j, v_j in zip(u, v, strict=True):
+        y = y + expert(x, u_j, v_j, sigma)
+    return y
 
 
 def layer(
@@ -120,7 +136,22 @@ def layer(
     kind: str = "softmax",
     sigma: str = "gelu",
 ) -> tuple[Tensor, Tensor, list[list[list[int]]]]:
-    """Algorithm 1 / Eq. 7: y_t = sum over heads and their k experts of g e_i(x_t), queries q[T, h*dk] given.
+    """Algorithm 1: `mixture` of one-neuron experts with vectors u[i] and v[i]."""
+    return mixture(x, q, keys1, keys2, lambda x_t, i: expert(x_t, u[i], v[i], sigma), heads=heads, k=k, kind=kind)
+
+
+def mixture(
+    x: Tensor,
+    q: Tensor,
+    keys1: Tensor,
+    keys2: Tensor,
+    each: Callable[[Tensor, int], Tensor],
+    *,
+    heads: int,
+    k: int,
+    kind: str = "softmax",
+) -> tuple[Tensor, Tensor, list[list[list[int]]]]:
+    """Eq. 7: y_t = sum over heads and their k experts of g e_i(x_t), e_i(x) = each(x, i), queries q[T, h*dk] given.
 
     Returns (y[T, d], gates[T, h, k], indices[T][h][k]).
     """
@@ -132,7 +163,7 @@ def layer(
             scores, index = retrieve(q_t[a * d_key : (a + 1) * d_key], head_keys(keys1, a), head_keys(keys2, a), k)
             g = gate(scores, kind)
             for weight, i in zip(g, index, strict=True):
-                y_t = y_t + weight * expert(x_t, u[i], v[i], sigma)
+                y_t = y_t + weight * each(x_t, i)
             gates_t.append(g)
             index_t.append(index)
         ys.append(y_t)

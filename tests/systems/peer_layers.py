@@ -13,7 +13,7 @@ from tests.reference import peer
 
 D = 5
 Norm = Literal["batch", "layer", "rms", "none"]
-Gate = Literal["softmax", "sigmoid"]
+Gate = Literal["softmax", "sigmoid", "relu"]
 
 
 def random(*shape: int) -> Tensor:

@@ -70,7 +70,7 @@ def assert_layer_equals_reference(layer: MoELayer, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("how", ["fused", "reference"])
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid", "relu"])
 @pytest.mark.parametrize("shared_keys", [True, False])
 @pytest.mark.parametrize("norm", ["batch", "layer", "rms", "none"])
 def test_layer_equals_reference(norm: Norm, shared_keys: bool, gate: Gate, how: str) -> None:
@@ -146,8 +146,9 @@ def test_one_expert_under_softmax_is_refused() -> None:
     assert torch.count_nonzero(derivative) == 0
 
 
-def test_one_expert_under_sigmoid_learns_where_to_look() -> None:
-    layer = make_layer(k=1, gate="sigmoid")
+@pytest.mark.parametrize("gate", ["sigmoid", "relu"])
+def test_one_expert_under_other_gates_learns_where_to_look(gate: Gate) -> None:
+    layer = make_layer(k=1, gate=gate)
     y, _ = layer(random(9, D))
     y.square().sum().backward()
     assert torch.count_nonzero(grad(router_of(layer).query)) > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moestro.experts import SingletonBank
+from moestro.experts import GLUSingletonBank, SingletonBank, ValueBank
 from moestro.layers import MoELayer
 from moestro.ops import backend
 from moestro.routers import ProductKeyRouter
@@ -82,9 +82,10 @@ def test_output_scale_follows_the_activation() -> None:
 def test_output_scale_follows_the_gate() -> None:
     """Sigmoid gates of the best of many are near 1, not 1 / top_k: without `gate` the output would start 15 times
     too large at these sizes."""
-    for gate in ("softmax", "sigmoid"):
+    for gate in ("softmax", "sigmoid", "relu"):
         router = ProductKeyRouter(128, 64 * 64, heads=8, top_k=16, d_key=32, gate=gate)
-        bank = SingletonBank(128, 64 * 64, heads=8, top_k=16, gate=gate)
-        with torch.no_grad():
-            y, _ = MoELayer(router, [bank])(torch.randn(1000, 128))
-        assert abs(float(y.std()) / 0.6 - 1) < 0.25
+        for make in (SingletonBank, GLUSingletonBank, ValueBank):
+            bank = make(128, 64 * 64, heads=8, top_k=16, gate=gate)
+            with torch.no_grad():
+                y, _ = MoELayer(router, [bank])(torch.randn(1000, 128))
+            assert abs(float(y.std()) / 0.6 - 1) < (0.1 if gate == "softmax" else 0.25), (gate, make)

@@ -1,0 +1,88 @@
+"""`TableBank`: experts whose weights are rows of tables, fetched by id."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from moestro.experts.base import ExpertBank
+from moestro.ops.huge_pages import request_huge_pages
+
+Gate = Literal["softmax", "sigmoid", "relu"]
+# Of a product key's score at the start: queries of unit variance, keys uniform as `ProductKeyRouter` draws them.
+_SCORE_VARIANCE = 2 / 3
+
+
+class TableBank(ExpertBank):
+    """One row of each of the tables [n_experts, d_model] for every expert.
+
+    Where `heads`, `top_k` and `gate` of the router are given, the rows that are summed into the output start with the
+    standard deviation that gives it `output_std`, as `output_rows_std` computes it; else with d_model^-0.5.
+
+    With `sparse_gradients` the tables' gradients hold the rows met and nothing else (`torch.sparse_coo`), so that a
+    training step costs what those rows cost, however many experts there are. They need an optimizer for rows:
+    `moestro.train` gives them `RowAdamW`.
+    """
+
+    def __init__(self, n_experts: int, sparse_gradients: bool) -> None:
+        super().__init__()
+        if n_experts < 1:
+            raise ValueError(f"n_experts={n_experts}, allowed: at least 1")
+        self.n_experts, self.sparse_gradients = n_experts, sparse_gradients
+
+    def add_table(self, name: str, n_rows: int, d_model: int, std: float) -> None:
+        """A table of normal rows under `name`."""
+        table = nn.Parameter(torch.empty(n_rows, d_model))
+        # before the first write: that is when pages are made
+        request_huge_pages(table)
+        nn.init.normal_(table, std=std)
+        setattr(self, name, table)
+
+    def tables(self) -> dict[str, Tensor]:
+        """The tables by name."""
+        return dict(self.named_parameters(recurse=False))
+
+    def row_parameters(self) -> tuple[nn.Parameter, ...]:
+        return tuple(self.parameters(recurse=False)) if self.sparse_gradients else ()
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        for name, parameter in self.tables().items():
+            table = parameter.detach()
+            rows = table[index.clamp(min=0)]
+            fresh = torch.randn_like(rows) * table.std()
+            setattr(self, name, nn.Parameter(torch.where((index >= 0)[:, None], rows, fresh)))
+        self.n_experts = len(index)
+
+
+def output_rows_std(
+    d_model: int,
+    n_experts: int,
+    hidden_moment: float,
+    heads: int | None,
+    top_k: int | None,
+    gate: Gate,
+    output_std: float,
+) -> float:
+    """Standard deviation of the rows that are summed into the output, such that the output starts with `output_std`:
+    Var(y) = G * hidden_moment * std^2, where G is the sum of a token's squared gates at the start and `hidden_moment`
+    the second moment of what a row is multiplied by besides its gate. Without `heads` or `top_k`: d_model^-0.5.
+    """
+    if not heads or not top_k:
+        return d_model**-0.5
+    return output_std * (heads * squared_gates(gate, top_k, n_experts) * hidden_moment) ** -0.5
+
+
+def squared_gates(gate: Gate, top_k: int, n_experts: int) -> float:
+    """Sum of one head's squared gates at the start, for product keys: 1 / top_k for softmax gates (1 / top_k each);
+    top_k for sigmoid gates (near 1: the best of many); for ReLU gates that of the top_k largest of n_experts normal
+    scores of variance 2/3, top_k * 2/3 * (1 + z phi(z) / q) with q = top_k / n_experts the probability above z."""
+    if gate == "softmax":
+        return 1 / top_k
+    if gate == "sigmoid":
+        return float(top_k)
+    q = min(0.5, top_k / n_experts)
+    z = -float(torch.special.ndtri(torch.tensor(q, dtype=torch.float64, device="cpu")))
+    density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    return top_k * _SCORE_VARIANCE * (1 + z * density / q)

@@ -1,0 +1,51 @@
+"""A memory: experts that are plain vectors."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moestro.experts.tables import Gate, TableBank, output_rows_std
+from moestro.ops import value_rows
+from moestro.routing import Routing, SparseRouting
+
+
+class ValueBank(TableBank):
+    """Experts e_i(x) = v_i, a row of one [N, d] table, whatever x is: the layer's output is the sum of the values met,
+    each times its gate (Lample 2019, product-key memories, arXiv:1907.05242, Eq. 2; with any router).
+
+    Of N values a product-key memory reads h k rows, where PEER's experts read twice as many. The paper starts values
+    with standard deviation d^-0.5; where `heads`, `top_k` and `gate` are given, they start as `TableBank` says.
+    Width 0, for a value has no hidden unit; 2 d FLOPs a row.
+    """
+
+    values: nn.Parameter
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        heads: int | None = None,
+        top_k: int | None = None,
+        gate: Gate = "softmax",
+        output_std: float = 0.6,
+        sparse_gradients: bool = False,
+    ) -> None:
+        super().__init__(n_experts, sparse_gradients)
+        std = output_rows_std(d_model, n_experts, 1.0, heads, top_k, gate, output_std)
+        self.add_table("values", n_experts, d_model, std)
+
+    def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
+        expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
+        return F.embedding(expert, self.values, sparse=self.sparse_gradients).to(z.dtype)
+
+    def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
+        if not isinstance(routing, SparseRouting) or routing.fixed is None:
+            return super().forward(x, routing)
+        return value_rows(*routing.matrix(), self.values, self.sparse_gradients)
+
+    def row_flops(self) -> float:
+        return 2.0 * self.values.shape[1]
+
+    def row_widths(self) -> float:
+        return 0.0

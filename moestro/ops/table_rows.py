@@ -1,0 +1,66 @@
+"""Rows of large tables fetched by id: dot products, weighted sums, and the gradient of a table. No fetched row outlives
+its chunk, and every sum runs in a fixed order."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Rows gathered at a time: small enough to stay in a core's cache, large enough to amortise the calls.
+_ROWS = 1024
+
+
+def dots(table: Float[Tensor, "e d"], ids: Int[Tensor, "t k"], x: Float[Tensor, "t d"]) -> Float[Tensor, "t k"]:
+    """out_tk = table[ids_tk] . x_t."""
+    t, k = ids.shape
+    d = x.shape[1]
+    out = x.new_empty(t, k)
+    step = max(1, _ROWS // max(k, 1))
+    buffer = x.new_empty(step * k, d)
+    for a in range(0, t, step):
+        b = min(a + step, t)
+        rows = buffer[: (b - a) * k]
+        torch.index_select(table, 0, ids[a:b].reshape(-1), out=rows)
+        torch.bmm(rows.view(b - a, k, d), x[a:b, :, None], out=out[a:b, :, None])
+    return out
+
+
+def weighted_rows(
+    table: Float[Tensor, "e d"], ids: Int[Tensor, "t k"], coefficient: Float[Tensor, "t k"]
+) -> Float[Tensor, "t d"]:
+    """out_t = sum_k coefficient_tk * table[ids_tk]."""
+    if ids.numel() == 0:
+        return table.new_zeros(len(ids), table.shape[1])
+    return F.embedding_bag(ids, table, per_sample_weights=coefficient.contiguous(), mode="sum")
+
+
+class Segments:
+    """The places of `ids` in the order of the ids (`order`), and where each row's begin: of every row of the table, or
+    with `sparse` of those that are met (`rows`)."""
+
+    def __init__(self, ids: Int[Tensor, "n"], n_rows: int, sparse: bool) -> None:
+        self.n_rows = n_rows
+        sorted_ids, self.order = ids.sort(stable=True)
+        if sparse:
+            self.rows, count = sorted_ids.unique_consecutive(return_counts=True)
+        else:
+            self.rows, count = None, torch.bincount(sorted_ids, minlength=n_rows)
+        self.starts = count.cumsum(0) - count
+
+    def table_gradient(
+        self, source: Float[Tensor, "t d"], token: Int[Tensor, "n"], coefficient: Float[Tensor, "n"]
+    ) -> Tensor:
+        """Row e = sum over the places j of id e of coefficient_j * source[token_j], [n_rows, d]; rows that are not met
+        have zeros, or with `sparse` are absent (`torch.sparse_coo`, coalesced). `token` is in the order of the ids
+        (`token_of[order]`), `coefficient` is not."""
+        values = self._sums(source, token, coefficient)
+        if self.rows is None:
+            return values
+        shape = (self.n_rows, source.shape[1])
+        return torch.sparse_coo_tensor(self.rows[None], values, shape, is_coalesced=True, check_invariants=False)
+
+    def _sums(self, source: Tensor, token: Tensor, coefficient: Tensor) -> Tensor:
+        if not len(self.order):
+            return source.new_zeros(len(self.starts), source.shape[1])
+        weights = coefficient[self.order]
+        return F.embedding_bag(token, source.contiguous(), self.starts, per_sample_weights=weights, mode="sum")
