@@ -8,8 +8,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from moestro.compare.job import Job
-from moestro.compare.match import Match
-from moestro.compare.plan import Comparison
 
 
 class Board:
@@ -31,17 +29,11 @@ class Board:
         self.tasks: dict[str, TaskID] = {}
         self.spoken = 0.0
 
-    def start(self, jobs: Sequence[Job], matches: Mapping[tuple[str, str], Match], plan: Comparison) -> None:
+    def start(self, jobs: Sequence[Job], what: str) -> None:
         """Say what will be run."""
         self.jobs = jobs
         finished = sum(job.summary is not None for job in jobs)
-        sizes = ", ".join(sorted({size for _, size in matches}, key=lambda name: int(name[1:])))
-        self.console.print(
-            f"{len(jobs)} runs: {len(plan.arms)} arms ({', '.join(plan.arms)}), sizes {sizes}, "
-            f"seeds {', '.join(map(str, plan.seeds))}, {', '.join(f'{b:.3g}' for b in plan.budgets)} useful training "
-            f"FLOPs each; {finished} finished earlier",
-            soft_wrap=True,
-        )
+        self.console.print(f"{len(jobs)} runs: {what}; {finished} finished earlier", soft_wrap=True)
 
     def __enter__(self) -> Self:
         self.begun, self.share_begun = time.monotonic(), self.share()

@@ -54,6 +54,24 @@ class Job:
         tree = load_recipe(self.recipe, self.settings).tree
         return json.loads(json.dumps({"recipe": tree, "final_tokens": self.final_tokens, "sample": self.sample}))
 
+    def measure(self) -> dict[str, Any]:
+        """Final figures on held-out text, use of the experts and, where asked for, the coloured text."""
+        recipe = load_recipe(self.recipe, self.settings)
+        dataset = build_data(recipe).prepare(progress=False)
+        model = build_model(recipe, dataset.vocab_size, self.device)
+        load_weights(model, newest_checkpoint(self.folder))
+        batch, precision = recipe.train.value("batch_size"), recipe.train.value("precision")
+
+        def held_out():
+            return dataset.val_batches(batch, self.final_tokens)
+
+        return {
+            "params_total": sum(p.numel() for p in model.parameters()),
+            "final": evaluate(model, held_out(), precision=precision),
+            "routing": routing_report(model, held_out(), precision=precision),
+            "sample": sample(model, dataset, precision) if self.sample else None,
+        }
+
     def check_same(self) -> None:
         """Raises: RecipeError where the folder holds a finished run of other settings."""
         summary = self.summary
@@ -92,28 +110,9 @@ def run_job(job: Job) -> dict[str, Any]:
     recipe = load_recipe(job.recipe, job.settings)
     result = run_training(recipe, job.folder, job.device, show_preparation=False)
     facts = {"question": job.question, "commit": source_commit(), "finished": time.time()}
-    summary = {**result, **measure(job), **facts}
+    summary = {**result, **job.measure(), **facts}
     write_json(job.folder / SUMMARY, summary)
     return summary
-
-
-def measure(job: Job) -> dict[str, Any]:
-    """Final figures on held-out text, use of the experts and, where asked for, the coloured text."""
-    recipe = load_recipe(job.recipe, job.settings)
-    dataset = build_data(recipe).prepare(progress=False)
-    model = build_model(recipe, dataset.vocab_size, job.device)
-    load_weights(model, newest_checkpoint(job.folder))
-    batch, precision = recipe.train.value("batch_size"), recipe.train.value("precision")
-
-    def held_out():
-        return dataset.val_batches(batch, job.final_tokens)
-
-    return {
-        "params_total": sum(p.numel() for p in model.parameters()),
-        "final": evaluate(model, held_out(), precision=precision),
-        "routing": routing_report(model, held_out(), precision=precision),
-        "sample": sample(model, dataset, precision) if job.sample else None,
-    }
 
 
 def sample(model: Transformer, dataset: Dataset, precision: str) -> list[dict[str, Any]]:

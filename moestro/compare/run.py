@@ -56,7 +56,7 @@ def compare(
     jobs = list(plan_jobs(plan, by_budget, matches, Path(out), device))
     for job in jobs:
         job.check_same()
-    board.start(jobs, matches, plan)
+    board.start(jobs, announcement(plan, all_sizes))
     failures: dict[str, str] = {}
     try:
         run_jobs(jobs, workers or default_workers(plan, device), board, failures)
@@ -65,6 +65,14 @@ def compare(
         write_json(Path(out) / "results.json", results)
         write_report(results, Path(out) / "report.html")
     return results
+
+
+def announcement(plan: Comparison, all_sizes: Sequence[Size]) -> str:
+    """What is compared, in a line."""
+    return (
+        f"{len(plan.arms)} arms ({', '.join(plan.arms)}), sizes {', '.join(size.name for size in all_sizes)}, seeds "
+        f"{', '.join(map(str, plan.seeds))}, {', '.join(f'{b:.3g}' for b in plan.budgets)} useful training FLOPs each"
+    )
 
 
 def default_workers(plan: Comparison, device: str) -> int:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from moestro.compare.board import Board
-from moestro.compare.job import Job, last_flops, measure
+from moestro.compare.job import Job, last_flops
 from moestro.compare.match import match, reference_size
 from moestro.compare.plan import load_comparison
 from moestro.compare.run import compare, plan_jobs
@@ -75,7 +75,7 @@ def test_final_figures_are_of_the_tokens_asked_for(finished):
     dataset = build_data(plan.recipe("dense")).prepare(progress=False)
     assert results["runs"][0]["final"]["tokens"] == dataset.n_val_tokens
     job = Job("dense", "d8", 3e7, 0, plan.recipe_path("dense"), settings_of(folder), folder, 1.0, 1, 64, False)
-    assert measure(job)["final"]["tokens"] < dataset.n_val_tokens
+    assert job.measure()["final"]["tokens"] < dataset.n_val_tokens
 
 
 def settings_of(folder: Path) -> tuple[str, ...]:
