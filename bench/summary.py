@@ -1,16 +1,25 @@
-"""Print the rows of result files as a Markdown table, for docs/performance.md.
+"""Print the rows of result files as Markdown tables, for docs/performance.md and docs/effects.md.
 
 python -m bench.summary bench/results/FILE.json ...
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from bench.effects.table import effects_summary
 
 
 def summary(path: Path) -> str:
-    """Where the numbers come from, and one line for every timing row."""
+    """Where the numbers come from, and one line for every row."""
     result = json.loads(path.read_text(encoding="utf-8"))
+    return effects_summary(result) if path.name.startswith("effects-") else timing_summary(result)
+
+
+def timing_summary(result: Mapping[str, Any]) -> str:
+    """The lines of a benchmark that measures time and memory."""
     machine = result["machine"]
     lines = [
         f"`{result['script']}` at commit `{result['commit']}`, seed {result['seed']}, {machine['cpu']}, "

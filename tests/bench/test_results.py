@@ -10,23 +10,44 @@ from bench.summary import summary
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
-PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+EFFECTS = [path for path in RESULTS if path.name.startswith("effects-")]
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("performance", "effects")}
 TIMING = {"case", "what", "unit", "ours", "peer", "theirs", "ratio", "spread"}
-EFFECT = {"effect", "expected", "measured", "spread", "holds"}
+STUDY = {"script", "commit", "machine", "seeds", "corpora", "study", "rows", "runs"}
+EFFECT = {
+    *("effect", "source", "claim", "corpus", "quantity", "arms", "paired"),
+    *("expected", "measured", "spread", "interval", "values", "holds"),
+}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_results_have_the_one_format(path):
     result = json.loads(path.read_text(encoding="utf-8"))
-    assert set(result) == {"script", "commit", "machine", "seed", "rows"}
+    top, row_keys = (STUDY, EFFECT) if path in EFFECTS else ({"script", "commit", "machine", "seed", "rows"}, TIMING)
+    assert set(result) == top
     assert (ROOT / result["script"]).exists()
     assert re.fullmatch(r"[0-9a-f]{7,40}", result["commit"]), "results of a tree with uncommitted changes prove nothing"
     assert result["rows"]
-    assert all(set(row) in (TIMING, EFFECT) for row in result["rows"])
+    assert all(set(row) == row_keys for row in result["rows"])
 
 
-def test_the_performance_page_quotes_results_exactly():
-    quoted = re.findall(r"`python -m bench.summary (bench/results/[\w.-]+\.json)`", PAGE)
-    assert quoted
+@pytest.mark.parametrize("path", EFFECTS, ids=lambda path: path.name)
+def test_effects_are_of_several_seeds_and_two_corpora_at_equal_compute(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert len(result["seeds"]) >= 3 and len(result["corpora"]) >= 2
+    assert all(len(row["values"]) == len(result["seeds"]) for row in result["rows"])
+    flops = [run["flops"] for run in result["runs"]]
+    # a run stops with the step that reaches the budget
+    assert result["study"]["budget"] <= min(flops) and max(flops) < 1.02 * result["study"]["budget"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_quote_results_exactly(page):
+    quoted = re.findall(r"`python -m bench.summary (bench/results/[\w.-]+\.json)`", PAGES[page])
+    assert quoted or not EFFECTS
     for name in quoted:
-        assert summary(ROOT / name) in PAGE, f"the table of {name} is not what the command prints"
+        assert summary(ROOT / name) in PAGES[page], f"the table of {name} is not what the command prints"
+
+
+def test_every_study_is_quoted():
+    assert all(f"bench/results/{path.name}" in PAGES["effects"] for path in EFFECTS)
