@@ -6,11 +6,13 @@ from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.mixed import MixedBank
 from moestro.experts.shared import SharedExpert
 from moestro.experts.singleton import GLUSingletonBank, SingletonBank
+from moestro.experts.slices import BankSlice
 from moestro.experts.tables import TableBank
 from moestro.experts.values import ValueBank
 from moestro.experts.zero_compute import ConstantBank, CopyBank
 
 __all__ = [
+    "BankSlice",
     "ConcatLinear",
     "ConstantBank",
     "CopyBank",

@@ -27,6 +27,10 @@ class ExpertBank(nn.Module):
         """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""
         raise NotImplementedError
 
+    def owner(self) -> "tuple[ExpertBank, int]":
+        """The bank whose weights these are, and the number that this one's first expert has there."""
+        return self, 0
+
     def row_parameters(self) -> tuple[nn.Parameter, ...]:
         """Parameters whose gradients are sparse: rows of experts, for an optimizer that updates rows."""
         return ()

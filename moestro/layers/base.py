@@ -1,13 +1,20 @@
-"""What a block expects of its feed-forward layer."""
+"""What a block expects of its feed-forward layer, and layers that never see padding."""
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moestro.routing import Trace
 
 
 class Layer(nn.Module):
-    """x, keep -> y and one trace for every routing that happened; keep=False marks padding."""
+    """x, keep -> y and one trace for every routing that happened; keep=False marks padding.
+
+    A block normalises x before the layer and adds y to the residual stream after it, unless the layer `owns_residual`:
+    then x is the stream itself and y is what becomes of it.
+    """
+
+    owns_residual: bool = False
 
     def forward(
         self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None
@@ -21,3 +28,28 @@ class Layer(nn.Module):
     def untraced_flops(self, n_tokens: int) -> float:
         """Forward FLOPs on `n_tokens` tokens that no trace shows."""
         return 0.0
+
+
+class TokenLayer(Layer):
+    """A layer as a function of tokens, whatever sequences they stand in. Tokens with keep=False (padding) never reach
+    `tokens` and get zeros."""
+
+    def tokens(self, x: Float[Tensor, "t d"]) -> tuple[Float[Tensor, "t d"], tuple[Trace, ...]]:
+        """y and traces of tokens that all count."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None
+    ) -> tuple[Float[Tensor, "*b d"], tuple[Trace, ...]]:
+        flat = x.flatten(0, -2)
+        if keep is None:
+            y, traces = self.tokens(flat)
+            return y.view_as(x), traces
+        kept = keep.flatten()
+        y, traces = self.tokens(flat[kept])
+        index = kept.nonzero().squeeze(-1)
+        return torch.zeros_like(flat, dtype=y.dtype).index_copy(0, index, y).view_as(x), traces
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""
+        raise NotImplementedError

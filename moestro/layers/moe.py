@@ -4,25 +4,24 @@ from collections.abc import Collection, Sequence
 from functools import reduce
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.cost import NOTHING, Cost
 from moestro.experts.base import ExpertBank
 from moestro.experts.shared import SharedExpert
-from moestro.layers.base import Layer
+from moestro.layers.base import TokenLayer
 from moestro.routers.base import Router
 from moestro.routing import Routing, Trace
 
 RECORDABLE = frozenset({"rows"})
 
 
-class MoELayer(Layer):
+class MoELayer(TokenLayer):
     """y = sum over branches of branch(x, routing), routing = router(x).
 
-    A branch is anything called so: an `ExpertBank`, a shared expert that ignores the routing, ... Tokens with
-    keep=False (padding) never reach the router or an expert and get zeros. `record={"rows"}` keeps the experts' outputs
-    before they are combined in the trace (through the definition, not the fast path).
+    A branch is anything called so: an `ExpertBank`, a shared expert that ignores the routing, ... `record={"rows"}`
+    keeps the experts' outputs before they are combined in the trace (through the definition, not the fast path).
 
     Raises: ValueError where router and banks disagree about the number of experts.
     """
@@ -42,51 +41,32 @@ class MoELayer(Layer):
     @property
     def bank(self) -> ExpertBank:
         """The first bank of experts."""
-        return next(branch for branch in self.branches if isinstance(branch, ExpertBank))
+        return self.banks()[0]
 
-    def forward(
-        self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None
-    ) -> tuple[Float[Tensor, "*b d"], tuple[Trace, ...]]:
-        flat = x.flatten(0, -2)
-        if keep is None:
-            y, trace = self._tokens(flat)
-            return y.view_as(x), (trace,)
-        kept = keep.flatten()
-        y, trace = self._tokens(flat[kept])
-        index = kept.nonzero().squeeze(-1)
-        return torch.zeros_like(flat, dtype=y.dtype).index_copy(0, index, y).view_as(x), (trace,)
+    def banks(self) -> list[ExpertBank]:
+        """All banks of experts."""
+        return [branch for branch in self.branches if isinstance(branch, ExpertBank)]
 
-    def _tokens(self, x: Float[Tensor, "t d"]) -> tuple[Float[Tensor, "t d"], Trace]:
+    def tokens(self, x: Float[Tensor, "t d"]) -> tuple[Float[Tensor, "t d"], tuple[Trace, ...]]:
         routing = self.router(x)
         if "rows" not in self.record:
-            return reduce(torch.add, [branch(x, routing) for branch in self.branches]), Trace(self, x, routing)
+            return reduce(torch.add, [branch(x, routing) for branch in self.branches]), (Trace(self, x, routing),)
         routing = routing.grouped()
         rows = self.bank.run(routing.gather(x), routing.offsets)
         others = [branch(x, routing) for branch in self.branches if branch is not self.bank]
-        return reduce(torch.add, others, routing.combine(rows)), Trace(self, x, routing, rows)
+        return reduce(torch.add, others, routing.combine(rows)), (Trace(self, x, routing, rows),)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Make new expert j the old expert `index[j]`, in the router and every bank; -1 makes a fresh one."""
         self.router.reindex(index)
-        for branch in self.branches:
-            if isinstance(branch, ExpertBank):
-                branch.reindex(index)
-
-    def idle_parameters(self, routing: Routing) -> Float[Tensor, ""] | float:
-        """Mean number of expert parameters that a token did not touch (an expert's parameter is one multiply-add)."""
-        idle: Tensor | float = 0.0
-        for branch in self.branches:
-            if isinstance(branch, ExpertBank):
-                used = branch.flops(routing).useful / 2 / max(1, routing.n_tokens)
-                idle = idle + sum(p.numel() for p in branch.parameters()) - used
-        return idle
+        for bank in self.banks():
+            bank.reindex(index)
 
     def expert_widths(self) -> Float[Tensor, "e"] | float:
         """Hidden units of every expert, all banks together; one number where all experts are equal."""
         widths: Tensor | float = 0.0
-        for branch in self.branches:
-            if isinstance(branch, ExpertBank):
-                widths = widths + branch.row_widths()
+        for bank in self.banks():
+            widths = widths + bank.row_widths()
         return widths
 
     def flops(self, routing: Routing) -> Cost:

@@ -10,13 +10,14 @@ from moestro.routing import Trace
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + ffn(norm x), with RMS norms; `ffn` is any layer of floor 3."""
+    """x + attention(norm x), then x + ffn(norm x), with RMS norms; `ffn` is any layer of floor 3. One that owns its
+    residual is given x and returns what becomes of it."""
 
     def __init__(self, d_model: int, attention: Attention, ffn: Layer, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.attention = attention
-        self.ffn_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.ffn_norm = nn.Identity() if ffn.owns_residual else nn.RMSNorm(d_model, eps=norm_eps)
         self.ffn = ffn
 
     def forward(
@@ -31,4 +32,4 @@ class Block(nn.Module):
         """New residual stream and the traces of the feed-forward layer; `index` is this block's place in the cache."""
         x = x + self.attention(self.attention_norm(x), positions, mask, cache, index)
         y, traces = self.ffn(self.ffn_norm(x), keep)
-        return x + y, traces
+        return (y if self.ffn.owns_residual else x + y), traces

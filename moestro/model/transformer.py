@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moestro.cost import Cost
 from moestro.layers.moe import MoELayer
+from moestro.model.active import idle_parameters
 from moestro.model.block import Block
 from moestro.model.cache import Cache
 from moestro.routing import Trace
@@ -17,7 +18,7 @@ from moestro.routing import Trace
 
 @dataclass(frozen=True)
 class Output:
-    """Next-token logits, and one trace for every MoE layer, in block order."""
+    """Next-token logits, and one trace for every MoE layer in block order, those inside other layers included."""
 
     logits: Float[Tensor, "b s v"]
     traces: tuple[Trace, ...]
@@ -128,7 +129,7 @@ class Transformer(nn.Module):
         Counts as Wang 2024, arXiv:2408.10681, Table 1 does: embedding, head, attention, norms, router, experts used.
         """
         total = float(sum(p.numel() for p in self.parameters()))
-        return total - sum(trace.layer.idle_parameters(trace.routing) for trace in traces)
+        return total - idle_parameters(traces)
 
 
 def _attention_mask(tokens: Tensor, documents: Tensor | None, past: int) -> Bool[Tensor, "b 1 s l"] | None:

@@ -8,6 +8,7 @@ from moestro.evaluate import routing_report
 from moestro.experts import FFNBank
 from moestro.experts.widths import groups, pairs
 from moestro.model import Transformer
+from moestro.model.active import idle_parameters
 from moestro.objectives import ParameterPenalty
 from moestro.recipe.build import build_model
 from moestro.recipe.load import load_recipe
@@ -102,7 +103,7 @@ def test_every_figure_reads_widths_layer_by_layer(uneven: Transformer) -> None:
         useful = float(trace.layer.flops(trace.routing).useful)
         assert useful == 2 * used.numel() * 8 + 6 * 8 * rows
         idle = 3 * 8 * (sum(widths) - rows / len(used))
-        assert trace.layer.idle_parameters(trace.routing) == pytest.approx(idle)
+        assert idle_parameters([trace]) == pytest.approx(idle)
     second = uneven.moe_layers()["blocks.1.ffn"]
     assert second.expected_token_flops() == 2 * 2 * 8 + 2 * 6 * 8 * 12
 

@@ -1,14 +1,11 @@
-"""What routers decide: `Routing` and its three kinds, and `Trace`, the record of one layer's forward."""
+"""What routers decide: `Routing` and its three kinds."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-from moestro.cost import Cost
 
 
 class Routing:
@@ -57,6 +54,10 @@ class Routing:
     def per_token(self, value: Float[Tensor, "e"] | float) -> Float[Tensor, "t"]:
         """Sum over each token's rows of `value[expert]`: 1 counts experts, a width gives the active width."""
         raise NotImplementedError
+
+    def meetings(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]] | None:
+        """Token and expert of every row; None where rows are mixtures of tokens."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,9 @@ class SparseRouting(Routing):
         each = value[self.expert] if isinstance(value, Tensor) else self.weight.new_full((self.n_rows,), value)
         return each.new_zeros(self.n_tokens).index_add(0, self.token, each)
 
+    def meetings(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+        return self.token, self.expert
+
     def keep(self, mask: Bool[Tensor, "n"]) -> "SparseRouting":
         """The rows where `mask` is true; the rest are dropped."""
         return SparseRouting(
@@ -196,6 +200,10 @@ class SoftRouting(Routing):
         total = value.sum() if isinstance(value, Tensor) else torch.tensor(value * self.n_experts)
         return total.to(self.modes[0]).expand(self.n_tokens)
 
+    def meetings(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+        row = torch.arange(self.n_rows, device=self.modes[0].device)
+        return row % self.n_tokens, row // self.n_tokens
+
 
 @dataclass(frozen=True)
 class SlotRouting(Routing):
@@ -235,44 +243,3 @@ class SlotRouting(Routing):
         """A slot's cost is shared by the tokens in proportion to what they put into it."""
         share = self.dispatch.sum(-1)
         return share @ value.to(share) if isinstance(value, Tensor) else share.sum(-1) * value
-
-
-@runtime_checkable
-class TracedLayer(Protocol):
-    """What a trace knows of its layer: its experts' widths, and what a routing cost and left idle."""
-
-    def expert_widths(self) -> Tensor | float: ...
-
-    def idle_parameters(self, routing: Routing) -> Tensor | float: ...
-
-    def flops(self, routing: Routing) -> Cost: ...
-
-
-@dataclass(frozen=True)
-class StepTraffic:
-    """What one layer routed in all micro-batches of an optimizer step: rows of every expert, and tokens."""
-
-    load: Float[Tensor, "e"]
-    n_tokens: int
-    micro_batches: int
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one `MoELayer` did in one forward: its input tokens, its routing and, where the layer records them, the
-    experts' outputs before they are combined. `step` is there where training knows the whole step's traffic, which it
-    finds out for objectives that ask for it."""
-
-    layer: TracedLayer
-    x: Float[Tensor, "t d"]
-    routing: Routing
-    rows: Float[Tensor, "n o"] | None = None
-    step: StepTraffic | None = None
-
-    def experts_per_token(self) -> Float[Tensor, "t"]:
-        """Number of routed experts each token used."""
-        return self.routing.per_token(1.0)
-
-    def active_width(self) -> Float[Tensor, "t"]:
-        """Sum of the widths (hidden units) of the routed experts each token used."""
-        return self.routing.per_token(self.layer.expert_widths())

@@ -1,0 +1,58 @@
+"""Parameters of experts that tokens did not touch."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moestro.experts import ExpertBank
+from moestro.routing import Trace
+
+
+def idle_parameters(traces: Sequence[Trace]) -> Float[Tensor, ""] | float:
+    """Mean number of expert parameters that a token did not touch, over all banks in the traces; an expert's parameter
+    is one multiply-add. A 0-d tensor where the traces are on a device.
+
+    An expert that a token meets in several passes, or with several of its parts, counts once. Rows of one routing of
+    whole tokens count each, as the heads of PEER do in its paper.
+    """
+    met: dict[ExpertBank, list[tuple[Trace, ExpertBank]]] = {}
+    for trace in traces:
+        for bank in trace.layer.banks():
+            met.setdefault(bank.owner()[0], []).append((trace, bank))
+    idle: Tensor | float = 0.0
+    for owner, meetings in met.items():
+        idle = idle + sum(p.numel() for p in owner.parameters()) - _touched(owner, meetings)
+    return idle
+
+
+def _touched(owner: ExpertBank, met: Sequence[tuple[Trace, ExpertBank]]) -> Tensor | float:
+    """Mean number of the bank's parameters that a token of the model touched."""
+    once = len(met) == 1 and met[0][0].origin is None
+    pairs = [] if once else [_pairs(trace, bank) for trace, bank in met]
+    if once or any(pair is None for pair in pairs):
+        total = sum((bank.flops(trace.routing).useful for trace, bank in met), 0.0) / 2
+    else:
+        expert = _different(torch.cat([pair for pair in pairs if pair is not None]), owner.n_experts)
+        each = torch.as_tensor(owner.row_flops()).to(expert.device) / 2
+        each = torch.cat([each.expand(owner.n_experts), each.new_zeros(1)])
+        total = each[expert].sum()
+    return total / max(1, met[0][0].n_tokens)
+
+
+def _pairs(trace: Trace, bank: ExpertBank) -> Tensor | None:
+    """One number for each (token of the model, expert of the owner), row by row; None where rows mix tokens."""
+    meetings = trace.routing.meetings()
+    if meetings is None:
+        return None
+    (token, expert), (owner, first) = meetings, bank.owner()
+    token = token if trace.origin is None else trace.origin.token[token]
+    return token * owner.n_experts + expert + first
+
+
+def _different(pairs: Tensor, n_experts: int) -> Tensor:
+    """The expert of every pair, `n_experts` where the pair was there before: no device is waited for."""
+    pairs = pairs.sort().values
+    again = torch.cat([pairs.new_zeros(1, dtype=torch.bool), pairs[1:] == pairs[:-1]])[: len(pairs)]
+    return (pairs % n_experts).masked_fill(again, n_experts)

@@ -1,0 +1,6 @@
+"""What routers decide, and the record of what a layer did."""
+
+from moestro.routing.decisions import Routing, SlotRouting, SoftRouting, SparseRouting
+from moestro.routing.trace import Origin, StepTraffic, Trace, TracedLayer
+
+__all__ = ["Origin", "Routing", "SlotRouting", "SoftRouting", "SparseRouting", "StepTraffic", "Trace", "TracedLayer"]

@@ -1,0 +1,83 @@
+"""`Trace`: the record of one layer's forward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moestro.cost import Cost
+from moestro.routing.decisions import Routing
+
+
+@runtime_checkable
+class TracedLayer(Protocol):
+    """What a trace knows of its layer: its experts' widths, its banks (`ExpertBank`s), and what a routing cost."""
+
+    def expert_widths(self) -> Tensor | float: ...
+
+    def banks(self) -> Sequence[Any]: ...
+
+    def flops(self, routing: Routing) -> Cost: ...
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """What one layer routed in all micro-batches of an optimizer step: rows of every expert, and tokens."""
+
+    load: Float[Tensor, "e"]
+    n_tokens: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which of `n_tokens` tokens of the model each routed token is, or is a part of: where a layer routes some of the
+    tokens again (passes over strata), or splits each into several (heads)."""
+
+    token: Int[Tensor, "t"]
+    n_tokens: int
+
+    def within(self, outer: "Origin | None") -> "Origin":
+        """The same tokens, where this origin's tokens are themselves routed tokens of `outer`."""
+        return self if outer is None else Origin(outer.token[self.token], outer.n_tokens)
+
+    def total(self, value: Float[Tensor, "t"]) -> Float[Tensor, "m"]:
+        """Sum of `value` over what became of each token of the model."""
+        return value.new_zeros(self.n_tokens).index_add(0, self.token, value)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one `MoELayer` did in one forward: its input tokens, its routing and, where the layer records them, the
+    experts' outputs before they are combined. `step` is there where training knows the whole step's traffic, which it
+    finds out for objectives that ask for it. `origin` is there where the routed tokens are not the model's tokens one
+    by one."""
+
+    layer: TracedLayer
+    x: Float[Tensor, "t d"]
+    routing: Routing
+    rows: Float[Tensor, "n o"] | None = None
+    step: StepTraffic | None = None
+    origin: Origin | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the model of which this layer routed some, all, or the parts."""
+        return self.routing.n_tokens if self.origin is None else self.origin.n_tokens
+
+    def inside(self, outer: Origin) -> "Trace":
+        """The trace of a layer inside another, whose tokens were routed tokens of `outer`."""
+        return replace(self, origin=outer if self.origin is None else self.origin.within(outer))
+
+    def experts_per_token(self) -> Float[Tensor, "m"]:
+        """Number of routed experts each token of the model used, those that several of its parts used as often."""
+        return self._of_the_model(self.routing.per_token(1.0))
+
+    def active_width(self) -> Float[Tensor, "m"]:
+        """Sum of the widths (hidden units) of the routed experts each token of the model used."""
+        return self._of_the_model(self.routing.per_token(self.layer.expert_widths()))
+
+    def _of_the_model(self, value: Float[Tensor, "t"]) -> Float[Tensor, "m"]:
+        return value if self.origin is None else self.origin.total(value)
