@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from moestro.evaluate.scoring import exact_dtype
 from moestro.routers import BiasedRouter
+from moestro.routers.query_norm import BatchQueryNorm
 from moestro.routing import Trace
 from moestro.train.optim import Optimizers
+from moestro.train.pooling import Sample, pooled, pooled_over_ranks, several_ranks
 
 
 class Rule:
@@ -47,23 +49,34 @@ class QueryNormStatistics(Rule):
     """Moves the running statistics of batch-normalised routers to those of the step's whole batch, once a step.
 
     Micro-batches of n_i queries with mean m_i and variance v_i pool to m = sum n_i m_i / n and
-    v = sum n_i (v_i + m_i^2) / n - m^2, the statistics of the batch had it been one, whatever the accumulation.
+    v = sum n_i (v_i + (m_i - m)^2) / n, the statistics of the batch had it been one, whatever the accumulation. Where
+    `torch.distributed` is initialised, the sums run over all its ranks, too, and all keep the same running statistics.
+
+    What is normalised with what: in training a query with the mean and variance of its own micro-batch on its own rank,
+    padding left out; in evaluation with the running statistics, which know all micro-batches of all ranks. Forward
+    passes wait for no other rank.
     """
 
     def __init__(self, momentum: float = 0.1) -> None:
         if not 0 < momentum <= 1:
             raise ValueError(f"query norm momentum={momentum}: allowed is above 0, at most 1")
         self.momentum = momentum
-        self.seen: dict[Any, list[tuple[Tensor, Tensor, int]]] = {}
+        self.seen: dict[Any, list[Sample]] = {}
 
     def observe(self, trace: Trace) -> None:
-        stats = getattr(trace.routing, "query_stats", None)
-        if stats is not None:
-            self.seen.setdefault(trace.layer, []).append(stats)
+        layer: Any = trace.layer
+        norm = getattr(layer.router, "query_norm", None)
+        if isinstance(norm, BatchQueryNorm) and norm.training:
+            stats = getattr(trace.routing, "query_stats", None)
+            # a batch of nothing but padding has none, yet its rank takes part in what ranks do together
+            self.seen.setdefault(layer, []).extend([] if stats is None else [stats])
 
     def apply(self, step: int) -> None:
         for layer, batches in self.seen.items():
-            layer.router.query_norm.update(*pooled(batches), self.momentum)
+            norm = layer.router.query_norm
+            together = pooled_over_ranks(batches, norm.mean) if several_ranks() else pooled(batches)
+            if together is not None:
+                norm.update(*together, self.momentum)
         self.seen.clear()
 
 
@@ -105,16 +118,3 @@ class BiasBalance(Rule):
         for layer, load in self.seen.items():
             layer.router.bias += self.rate * (load.mean() - load).sign().to(layer.router.bias.dtype)
         self.seen.clear()
-
-
-@torch.no_grad()
-def pooled(batches: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of several samples together, from (mean, variance, count) of each."""
-    if len(batches) == 1:
-        return batches[0][:2]
-    means = torch.stack([mean.double() for mean, _, _ in batches])
-    variances = torch.stack([variance.double() for _, variance, _ in batches])
-    share = torch.tensor([count for _, _, count in batches], dtype=torch.float64, device=means.device)[:, None]
-    share = share / share.sum()
-    mean = (share * means).sum(0)
-    return mean, (share * (variances + (means - mean) ** 2)).sum(0)

@@ -6,7 +6,7 @@ import torch
 from moestro import MoELayer, ProductKeyRouter
 from moestro.routers.query_norm import BatchQueryNorm
 from moestro.train import QueryNormStatistics, Rule, train
-from moestro.train.rules import pooled
+from moestro.train.pooling import pooled
 from tests.tolerances import FLOAT64
 from tests.train.tiny import Counting, peer, tiny_model, tiny_settings
 
