@@ -11,18 +11,41 @@ aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """`forward(z)`, `backward(grad, z)` = grad * f'(z), and `second_moment` = E[f(z)^2] for z ~ N(0, 1)."""
+    """`forward(z)`, `backward(grad, z)` = grad * f'(z), both once more writing to given memory (the last argument),
+    and `second_moment` = E[f(z)^2] for z ~ N(0, 1)."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
+    forward_into: Callable[[Tensor, Tensor], Tensor]
+    backward_into: Callable[[Tensor, Tensor, Tensor], Tensor]
     second_moment: float
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, lambda g, z: aten.silu_backward(g, z), 0.35577),
-    "gelu": Activation(F.gelu, lambda g, z: aten.gelu_backward(g, z), 0.42522),
-    "relu": Activation(F.relu, lambda g, z: aten.threshold_backward(g, z, 0), 0.5),
-    "none": Activation(torch.clone, lambda g, z: g, 1.0),
+    "silu": Activation(
+        F.silu,
+        lambda g, z: aten.silu_backward(g, z),
+        lambda z, out: aten.silu.out(z, out=out),
+        lambda g, z, out: aten.silu_backward.grad_input(g, z, grad_input=out),
+        0.35577,
+    ),
+    "gelu": Activation(
+        F.gelu,
+        lambda g, z: aten.gelu_backward(g, z),
+        lambda z, out: aten.gelu.out(z, out=out),
+        lambda g, z, out: aten.gelu_backward.grad_input(g, z, grad_input=out),
+        0.42522,
+    ),
+    "relu": Activation(
+        F.relu,
+        lambda g, z: aten.threshold_backward(g, z, 0),
+        lambda z, out: aten.relu.out(z, out=out),
+        lambda g, z, out: aten.threshold_backward.grad_input(g, z, 0, grad_input=out),
+        0.5,
+    ),
+    "none": Activation(
+        torch.clone, lambda g, z: g, lambda z, out: out.copy_(z), lambda g, z, out: out.copy_(g), 1.0
+    ),
 }
 
 

@@ -1,16 +1,17 @@
 """Feed-forward experts of any widths on rows sorted by expert: one pass, no padding, no copies of weights."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moestro.ops import backend, reference, triton_ffn
 from moestro.ops.activations import activation as find
+from moestro.ops.ffn_plan import Job, Plan
+from moestro.ops.glu import hidden, hidden_backward
+from moestro.ops.huge_pages import request_huge_pages
 from moestro.ops.precision import compute_dtype
 
 
@@ -33,6 +34,7 @@ def expert_ffn(
     Slicing one parameter under autograd adds a full-size gradient per expert; here each expert writes its own slice
     of one buffer. Saves only `x` and the pre-activations.
     """
+    find(activation)
     dtype = compute_dtype(x)
     x, w_in, w_out, weight = (v.to(dtype) for v in (x, w_in, w_out, weight))
     if backend.active() == "reference":
@@ -53,100 +55,84 @@ def _fused(
     widths: tuple[int, ...],
     activation: str,
 ) -> Tensor:
-    plan = _Plan(token, len(x), offsets.tolist(), widths)
-    return _ExpertFFN.apply(x, token, weight, w_in, w_out, plan, activation)  # type: ignore
+    plan = Plan(token, len(x), offsets.tolist(), widths, roomy=x.device.type == "cpu" and x.dtype.itemsize == 2)
+    if torch.is_grad_enabled() and any(v.requires_grad for v in (x, weight, w_in, w_out)):
+        return _ExpertFFN.apply(x, weight, w_in, w_out, plan, activation)  # type: ignore
+    return _forward(x, weight, w_in, w_out, plan, activation, None)
 
 
-class _Plan:
-    """Where each busy expert's rows and units lie, and which rows belong to each token."""
-
-    def __init__(self, token: Tensor, n_tokens: int, bounds: list[int], widths: tuple[int, ...]) -> None:
-        units = [0, *accumulate(widths)]
-        every = [(slice(bounds[e], bounds[e + 1]), slice(units[e], units[e + 1])) for e in range(len(widths))]
-        self.jobs = [(rows, unit) for rows, unit in every if _length(rows) and _length(unit)]
-        self.idle = [unit for rows, unit in every if not _length(rows)]
-        self.size = sum(_length(rows) * _length(unit) for rows, unit in self.jobs)
-        # experts of width 0 have rows but no job: what they would write must not be left unwritten
-        self.complete = sum(_length(rows) for rows, _ in self.jobs) == len(token)
-        self.by_token = token.argsort(stable=True)
-        count = torch.bincount(token, minlength=n_tokens)
-        self.starts = count.cumsum(0) - count
-
-    def buffer(self, like: Tensor) -> Tensor:
-        """Room for one output of every row."""
-        n = len(self.by_token)
-        return like.new_empty(n, like.shape[1]) if self.complete else like.new_zeros(n, like.shape[1])
-
-    def combine(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Weighted sum of each token's rows, always in the same order."""
-        if not len(rows):
-            return rows.new_zeros(len(self.starts), rows.shape[1])
-        each = None if weight is None else weight[self.by_token]
-        return F.embedding_bag(self.by_token, rows, self.starts, per_sample_weights=each, mode="sum")
+def _forward(
+    x: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, plan: Plan, activation: str, z_all: Tensor | None
+) -> Tensor:
+    """y; writes the pre-activations of all experts to `z_all` where it is given."""
+    gates = _gates(w_in, w_out)
+    rows = plan.gather(x)
+    z_one, h_one = _scratch(plan, x, gates if z_all is None else 0), _scratch(plan, x)
+    for job in plan.jobs:
+        z = _view(z_one, job, gates) if z_all is None else _of(z_all, job, gates)
+        torch.mm(rows[job.slots], w_in[_scaled(job.unit, gates)].T, out=z)
+        # an expert's outputs take the place of its inputs
+        torch.mm(hidden(z, _view(h_one, job), activation), w_out[job.unit], out=rows[job.slots])
+    return plan.combine(rows, weight)
 
 
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, token, weight, w_in, w_out, plan, activation):  # type: ignore[override]
-        act = find(activation).forward
-        gates = len(w_in) // max(len(w_out), 1)
-        out = plan.buffer(x)
-        z_all = x.new_empty(plan.size * gates)
-        start = 0
-        for rows, unit in plan.jobs:
-            n, width = _length(rows), _length(unit)
-            z = z_all[start : start + n * width * gates].view(n, width * gates)
-            start += z.numel()
-            torch.mm(x.index_select(0, token[rows]), w_in[_scaled(unit, gates)].T, out=z)
-            torch.mm(_hidden(z, width, act), w_out[unit], out=out[rows])
-        ctx.save_for_backward(x, token, weight, w_in, w_out, z_all)
+    def forward(ctx, x, weight, w_in, w_out, plan, activation):  # type: ignore[override]
+        z_all = x.new_empty(plan.n_hidden * _gates(w_in, w_out))
+        ctx.save_for_backward(x, weight, w_in, w_out, z_all)
         ctx.plan, ctx.activation = plan, activation
-        return plan.combine(out, weight)
+        return _forward(x, weight, w_in, w_out, plan, activation, z_all)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
-        x, token, weight, w_in, w_out, z_all = ctx.saved_tensors
-        act = find(ctx.activation)
-        gates = len(w_in) // max(len(w_out), 1)
-        dx_rows = ctx.plan.buffer(x)
-        dweight, dw_in, dw_out = torch.zeros_like(weight), torch.empty_like(w_in), torch.empty_like(w_out)
-        for unit in ctx.plan.idle:
+        x, weight, w_in, w_out, z_all = ctx.saved_tensors
+        plan, gates = ctx.plan, _gates(w_in, w_out)
+        dw_in, dw_out = _gradient(w_in), _gradient(w_out)
+        for unit in plan.idle_units:
             dw_in[_scaled(unit, gates)] = 0
             dw_out[unit] = 0
-        start = 0
-        for rows, unit in ctx.plan.jobs:
-            n, width = _length(rows), _length(unit)
-            z = z_all[start : start + n * width * gates].view(n, width * gates)
-            start += z.numel()
-            index, gate = token[rows], weight[rows, None]
-            dy_rows = dy.index_select(0, index)
-            hidden = _hidden(z, width, act.forward)
-            dhidden = dy_rows @ w_out[unit].T
-            dweight[rows] = (dhidden * hidden).sum(-1)
-            torch.mm(hidden.mul_(gate).T, dy_rows, out=dw_out[unit])
-            dhidden.mul_(gate)
-            dz = torch.empty_like(z)
-            if gates == 2:
-                gate_z, up_z = z[:, :width], z[:, width:]
-                dz[:, :width] = act.backward(dhidden * up_z, gate_z)
-                torch.mul(dhidden, act.forward(gate_z), out=dz[:, width:])
-            else:
-                dz.copy_(act.backward(dhidden, z))
-            block = _scaled(unit, gates)
-            torch.mm(dz.T, x.index_select(0, index), out=dw_in[block])
-            torch.mm(dz, w_in[block], out=dx_rows[rows])
-        return ctx.plan.combine(dx_rows), None, dweight, dw_in, dw_out, None, None
+        weight = plan.spread(weight)
+        dweight = torch.zeros_like(weight)
+        dhidden_one, scaled_one, dz_one = (_scratch(plan, x, g) for g in (1, 1, gates))
+        rows, dy_rows = plan.gather(x), plan.gather(dy)
+        for job in plan.jobs:
+            slots, block = job.slots, _scaled(job.unit, gates)
+            dhidden, scaled, dz = _view(dhidden_one, job), _view(scaled_one, job), _view(dz_one, job, gates)
+            torch.mm(dy_rows[slots], w_out[job.unit].T, out=dhidden)
+            z = _of(z_all, job, gates)
+            hidden_backward(dhidden, z, weight[slots], dz, scaled, dweight[slots], ctx.activation)
+            torch.mm(scaled.T, dy_rows[slots], out=dw_out[job.unit])
+            torch.mm(dz.T, rows[slots], out=dw_in[block])
+            torch.mm(dz, w_in[block], out=rows[slots])
+        return plan.combine(rows), plan.collect(dweight), dw_in, dw_out, None, None
 
 
-def _hidden(z: Tensor, width: int, act) -> Tensor:
-    if z.shape[1] == width:
-        return act(z)
-    return act(z[:, :width]) * z[:, width:]
+def _scratch(plan: Plan, like: Tensor, gates: int = 1) -> Tensor:
+    """Memory for one expert's hidden rows at a time, used again by the next: it stays in the cache."""
+    return like.new_empty(gates * max((job.n_slots * job.width for job in plan.jobs), default=0))
 
 
-def _length(s: slice) -> int:
-    return s.stop - s.start
+def _view(buffer: Tensor, job: Job, gates: int = 1) -> Tensor:
+    """The job's hidden rows in scratch memory."""
+    return buffer[: job.n_slots * job.width * gates].view(job.n_slots, job.width * gates)
+
+
+def _of(z_all: Tensor, job: Job, gates: int) -> Tensor:
+    """The job's rows in a buffer for all experts."""
+    return z_all[_scaled(job.hidden, gates)].view(job.n_slots, job.width * gates)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Memory for a gradient, fresh in every step: with huge pages the system is asked for it far less often."""
+    gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    request_huge_pages(gradient)
+    return gradient
+
+
+def _gates(w_in: Tensor, w_out: Tensor) -> int:
+    return len(w_in) // max(len(w_out), 1)
 
 
 def _scaled(s: slice, factor: int) -> slice:

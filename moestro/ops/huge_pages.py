@@ -10,6 +10,8 @@ _SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SIZE_FILE = _SWITCH.with_name("hpage_pmd_size")
 # asm-generic/mman-common.h
 _MADV_HUGEPAGE = 14
+# bytes: no system has smaller huge pages, and small tensors should not cost a look at its settings
+_SMALLEST = 2**20
 
 
 def huge_pages() -> str:
@@ -26,7 +28,7 @@ def request_huge_pages(tensor: Tensor) -> bool:
     To be called before the memory is first written: pages are made then. Where there are no huge pages, where the
     system refuses, where the tensor is not on the CPU or smaller than one, nothing happens; values never change.
     """
-    if tensor.device.type != "cpu" or huge_pages() not in ("always", "madvise"):
+    if tensor.device.type != "cpu" or tensor.nbytes < _SMALLEST or huge_pages() not in ("always", "madvise"):
         return False
     size = int(_SIZE_FILE.read_text())
     first = -(-tensor.data_ptr() // size) * size

@@ -1,0 +1,46 @@
+"""What lies between the two products of a feed-forward expert, forward and backward, written to given memory."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moestro.ops.activations import activation as find
+
+
+def hidden(z: Float[Tensor, "n gw"], out: Float[Tensor, "n w"], activation: str) -> Float[Tensor, "n w"]:
+    """act(z), or act(gate) * up where z = (gate, up) lie side by side; writes and returns `out`."""
+    act, width = find(activation), out.shape[1]
+    act.forward_into(z[:, :width], out)
+    return out if z.shape[1] == width else out.mul_(z[:, width:])
+
+
+def hidden_backward(
+    dhidden: Float[Tensor, "n w"],
+    z: Float[Tensor, "n gw"],
+    weight: Float[Tensor, "n"],
+    dz: Float[Tensor, "n gw"],
+    scaled: Float[Tensor, "n w"],
+    dweight: Float[Tensor, "n"],
+    activation: str,
+) -> None:
+    """Backward through weight * hidden(z), given the gradient `dhidden` of what the weight multiplies.
+
+    Writes dz, `scaled` = weight * hidden and `dweight` = <dhidden, hidden>, row by row; `dhidden` is lost.
+    """
+    act, width, each = find(activation), dhidden.shape[1], weight[:, None]
+    gate, left, right = z[:, :width], dz[:, :width], dz[:, width:]
+    if z.shape[1] == width:
+        act.forward_into(z, scaled)
+        torch.sum(dhidden * scaled, -1, out=dweight)
+        act.backward_into(dhidden.mul_(each), z, dz)
+    else:
+        up = z[:, width:]
+        act.forward_into(gate, scaled)
+        # both halves of dz serve as scratch memory first: hidden to the left, its products with dhidden to the right
+        torch.mul(scaled, up, out=left)
+        torch.mul(dhidden, left, out=right)
+        torch.sum(right, -1, out=dweight)
+        torch.mul(dhidden.mul_(each), scaled, out=right)
+        scaled.copy_(left)
+        act.backward_into(dhidden.mul_(up), gate, left)
+    scaled.mul_(each)
