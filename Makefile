@@ -55,6 +55,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.bench
+	$(BIN)/python -m bench.hmoe $(BENCH_ARGS)
 	$(BIN)/python -m bench.layers $(BENCH_ARGS)
 
 docs: $(VENV)/.docs

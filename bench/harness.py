@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,6 +23,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parent.parent
+# milliseconds of every contestant, round by round
+Times = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,57 @@ def arguments(description: str) -> argparse.Namespace:
 
 def race(case: str, what: str, ours: Callable, peers: dict[str, Callable], rounds: int) -> list[Row]:
     """Milliseconds of `ours` beside every peer, in interleaved rounds after one warm-up; ratios round by round."""
-    contestants = {"ours": ours, **peers}
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
+    return compare(case, what, clock({"ours": ours, **peers}, rounds))
+
+
+def clock(
+    contestants: dict[str, Callable], rounds: int, timed: Callable[[Callable], float] | None = None, warm_up: int = 1
+) -> Times:
+    """Milliseconds of every contestant in interleaved rounds A B C A B C; `timed` takes the time of one call (by
+    default the wall clock's)."""
+    times: Times = {name: [] for name in contestants}
+    for turn in range(warm_up + rounds):
         for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    rows = []
-    for name in peers:
-        ratios = [theirs / mine for theirs, mine in zip(times[name], times["ours"], strict=True)]
-        tenths = quantiles(ratios, n=10, method="inclusive")
-        spread = (tenths[0], tenths[-1])
-        rows.append(Row(case, what, "ms", median(times["ours"]), name, median(times[name]), median(ratios), spread))
-    return rows
+            took = (timed or wall)(run)
+            if turn >= warm_up:
+                times[name].append(took)
+    return times
+
+
+def wall(run: Callable) -> float:
+    """Milliseconds of one call by the wall clock."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def compare(case: str, what: str, times: Times, unit: str = "ms") -> list[Row]:
+    """A row for every contestant but `ours`, in milliseconds or microseconds (`us`)."""
+    scale = {"ms": 1.0, "us": 1e3}[unit]
+    mine = times["ours"]
+    return [
+        Row(case, what, unit, scale * median(mine), name, scale * median(theirs), *_ratios(theirs, mine))
+        for name, theirs in times.items()
+        if name != "ours"
+    ]
+
+
+def rate(case: str, what: str, times: Times, flops: dict[str, float]) -> list[Row]:
+    """GFLOP/s of `ours` beside those of every other contestant in `flops`; ratio 1 means as fast."""
+    speed = {name: [flops[name] / took / 1e6 for took in times[name]] for name in flops}
+    mine = speed["ours"]
+    return [
+        Row(case, what, "GFLOP/s", median(mine), name, median(theirs), *_ratios(mine, theirs))
+        for name, theirs in speed.items()
+        if name != "ours"
+    ]
+
+
+def _ratios(above: list[float], below: list[float]) -> tuple[float, tuple[float, float]]:
+    """Median of the ratios round by round, and their 10th and 90th percentile."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    tenths = quantiles(ratios, n=10, method="inclusive")
+    return median(ratios), (tenths[0], tenths[-1])
 
 
 def weigh(case: str, ours: Callable, peers: dict[str, Callable]) -> list[Row]:
@@ -103,15 +141,18 @@ def agree(name: str, have: torch.Tensor, want: torch.Tensor, tolerance: float) -
         sys.exit(f"{name}: relative error {error:.2e} > {tolerance:.0e}; nothing was timed")
 
 
-def report(script: str, rows: list[Row], options: argparse.Namespace) -> None:
-    """Print the rows and write them where `--json` says."""
+def report(script: str, rows: list[Row], options: argparse.Namespace, absent: Sequence[str] = ()) -> None:
+    """Print the rows and what could not be compared; write the rows where `--json` says."""
     table = Table(title=script, caption="ratio > 1: ours is better; brackets: 10th and 90th percentile over rounds")
     for column in ("case", "what", "ours", "peer", "theirs", "ratio"):
         table.add_column(column, justify="right" if column in ("ours", "theirs", "ratio") else "left")
     for row in rows:
         ratio = f"{row.ratio:.2f} [{row.spread[0]:.2f}, {row.spread[1]:.2f}]"
         table.add_row(row.case, row.what, f"{row.ours:.1f} {row.unit}", row.peer, f"{row.theirs:.1f} {row.unit}", ratio)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for line in absent:
+        console.print(line)
     if options.json:
         facts = {"script": script, "commit": commit(), "machine": machine(options.threads), "seed": options.seed}
         options.json.parent.mkdir(parents=True, exist_ok=True)

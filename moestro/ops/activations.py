@@ -43,9 +43,7 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda g, z, out: aten.threshold_backward.grad_input(g, z, 0, grad_input=out),
         0.5,
     ),
-    "none": Activation(
-        torch.clone, lambda g, z: g, lambda z, out: out.copy_(z), lambda g, z, out: out.copy_(g), 1.0
-    ),
+    "none": Activation(torch.clone, lambda g, z: g, lambda z, out: out.copy_(z), lambda g, z, out: out.copy_(g), 1.0),
 }
 
 

@@ -45,9 +45,7 @@ class Plan:
     With `roomy`, experts get `room` for rows; slots that are no row hold zeros.
     """
 
-    def __init__(
-        self, token: Tensor, n_tokens: int, bounds: Sequence[int], widths: Sequence[int], roomy: bool
-    ) -> None:
+    def __init__(self, token: Tensor, n_tokens: int, bounds: Sequence[int], widths: Sequence[int], roomy: bool) -> None:
         counts = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
         slots = [0, *accumulate(room(n) if roomy else n for n in counts)]
         units = [0, *accumulate(widths)]

@@ -5,7 +5,8 @@ import torch
 
 from moestro import ops
 from moestro.ops import backend
-from tests.tolerances import FLOAT32, FLOAT64
+from moestro.ops.ffn_plan import room
+from tests.tolerances import BFLOAT16_NORM, FLOAT32, FLOAT64
 
 D = 12
 
@@ -91,3 +92,44 @@ def test_unknown_activation_names_the_allowed_ones():
 def test_unknown_backend_names_the_allowed_ones():
     with pytest.raises(ValueError, match="backend='cuda', allowed: fused, reference, triton"), backend.force("cuda"):
         pass
+
+
+def test_sixteen_bit_rows_get_room_and_nobody_sees_it():
+    # 17 rows get room for 18, 37 for 40: what fills them must reach no result, not even from an infinite token 0
+    arguments = inputs(*CASES["every expert its own width"], 2, torch.float64)
+    served = arguments[1].clamp(min=1)
+    arguments = (arguments[0], served, *arguments[2:])
+    with torch.no_grad():
+        arguments[0][0] = float("inf")
+    sixteen = [v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in arguments]
+    rounded = [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in sixteen]
+    want, want_gradients = outputs_and_gradients("reference", rounded, "silu")
+    have, have_gradients = outputs_and_gradients("fused", sixteen, "silu")
+    pairs = [(have, want), *zip(have_gradients, want_gradients, strict=True)]
+    for index, (mine, exact) in enumerate(pairs):
+        assert mine.isfinite().all(), index
+        assert (mine.double() - exact).norm() <= 2 * BFLOAT16_NORM * exact.norm(), index
+
+
+def test_room_is_little_and_seldom_new():
+    rooms = [room(n) for n in range(1, 2049)]
+    assert all(n <= r <= n + n // 8 + 1 for n, r in enumerate(rooms, 1))
+    assert len(set(rooms)) == 8 + 8 * 8
+    assert rooms == sorted(rooms)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_gradients_outputs_are_the_same_bits(case):
+    arguments = inputs(*CASES[case], 2, torch.float32)
+    want, _ = outputs_and_gradients("fused", arguments, "gelu")
+    x, token, weight, offsets, w_in, w_out, widths = arguments
+    with torch.no_grad():
+        have = ops.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, "gelu")
+    assert torch.equal(have, want)
+
+
+def test_backward_twice_gives_the_same_gradients():
+    x, token, weight, offsets, w_in, w_out, widths = inputs(*CASES["63 tokens, odd widths"], 2, torch.float32)
+    y = ops.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, "silu").square().sum()
+    first, second = (torch.autograd.grad(y, [x, weight, w_in, w_out], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
