@@ -10,6 +10,7 @@ BENCH_ARGS ?= --quick
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 PINS := pyproject.toml constraints.txt
+KERNELS := $(wildcard moestro/ops/native/*.[ch] moestro/ops/native/build.py)
 # no target talks to a model or data hub
 export HF_HUB_OFFLINE := 1
 
@@ -24,7 +25,7 @@ help:
 	@echo "make docs    build the pages of docs/ into site/"
 	@echo "PYTHON=python3.12 and VENV=dir choose the interpreter and the environment"
 
-setup: $(VENV)/.core
+setup: $(VENV)/.native
 
 # torch comes first, on its own line: nothing else can then pull in another build of it
 $(VENV)/.core: $(PINS)
@@ -37,12 +38,17 @@ $(VENV)/.core: $(PINS)
 	@$(PIP) -e .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.core
+# installing compiles them as well; this is for when their sources change
+$(VENV)/.native: $(VENV)/.core $(KERNELS)
+	@$(BIN)/python -m moestro.ops.native.build || echo "[setup] going on without native kernels"
+	@touch $@
+
+$(VENV)/.test $(VENV)/.dev $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.core | $(VENV)/.native
 	@echo "[setup] the extra '$*' of moestro"
 	@$(PIP) -e ".[$*]"
 	@touch $@
 
-demo: $(VENV)/.core
+demo: $(VENV)/.native
 	$(BIN)/moestro compare recipes/compare/first_look.yaml
 
 test: $(VENV)/.test

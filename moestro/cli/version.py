@@ -10,8 +10,10 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Print the version."""
+    """Print the version, and whether the compiled CPU kernels are in use."""
     from moestro import __version__
+    from moestro.ops import native
 
     print(f"moestro {__version__}")
+    print(f"native kernels: {native.status()}")
     return 0

@@ -4,10 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Those that run on every device; `triton` needs CUDA tensors, or Triton's interpreter.
+import torch
+from torch import Tensor
+
+from moestro.ops import native
+
+# Those that run on every device; `native` needs the compiled library, `triton` CUDA tensors or Triton's interpreter.
 EVERYWHERE = ("fused", "reference")
-BACKENDS = (*EVERYWHERE, "triton")
-_active = "fused"
+BACKENDS = (*EVERYWHERE, "native", "triton")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_forced: str | None = None
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,20 @@ _triton = TritonOptions()
 def active() -> str:
     """Name of the backend in force.
 
-    - `fused`, the default on every device: custom autograd in plain torch.
+    - `native`, the default where the compiled library is loaded (`ops.native`): its kernels where `runs_native` says
+      so; everything else runs as `fused`.
+    - `fused`, the default elsewhere: custom autograd in plain torch, on every device.
     - `reference`: the definition, plain autograd.
     - `triton`: kernels for feed-forward experts (`ops.triton_ffn`); operations without such kernels run as `fused`.
       It is not the default on CUDA tensors, because its speed has not been measured on a GPU yet.
     """
-    return _active
+    return _forced or ("native" if native.library().handle else "fused")
+
+
+def runs_native(*tensors: Tensor) -> bool:
+    """Whether an operation that has compiled kernels uses them for these tensors: on the CPU, each in float32 or
+    bfloat16. Kernels compute in float32, whatever they read. Everything else, float64 above all, runs as `fused`."""
+    return active() == "native" and all(v.device.type == "cpu" and v.dtype in NATIVE_DTYPES for v in tensors)
 
 
 def triton_options() -> TritonOptions:
@@ -43,14 +57,16 @@ def triton_options() -> TritonOptions:
 def force(name: str, triton: TritonOptions | None = None) -> Iterator[None]:
     """Run the body with one backend, and with other options of the Triton kernels where given.
 
-    Raises: ValueError for an unknown name.
+    Raises: ValueError for an unknown name, and for `native` where there is no library, with the reason.
     """
-    global _active, _triton
+    global _forced, _triton
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}, allowed: {', '.join(BACKENDS)}")
-    before = _active, _triton
-    _active, _triton = name, triton or _triton
+    if name == "native" and not native.library().handle:
+        raise ValueError(f"backend='native': the compiled kernels are {native.status()}")
+    before = _forced, _triton
+    _forced, _triton = name, triton or _triton
     try:
         yield
     finally:
-        _active, _triton = before
+        _forced, _triton = before

@@ -1,14 +1,16 @@
 """One-neuron experts fetched by id, for a million of them: no gathered row outlives its chunk."""
 
+from types import ModuleType
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moestro.ops import backend, reference
+from moestro.ops import backend, reference, table_rows
 from moestro.ops.activations import activation as find
+from moestro.ops.native import table_rows as native_table_rows
 from moestro.ops.precision import compute_dtype, without_autocast
-from moestro.ops.table_rows import Segments, dots, weighted_rows
 
 
 def singleton_experts(
@@ -29,17 +31,19 @@ def singleton_experts(
 
     With `sparse_gradients` the gradients of the tables are coalesced `torch.sparse_coo` tensors: the u ids met,
     ascending, and their [u, d] values. Nothing of size e * d is then allocated, not even a table in autocast's dtype:
-    arithmetic runs in the dtype of the tables, on an x rounded, and to an output rounded, as without it.
+    arithmetic runs in the dtype of the tables, on an x rounded, and to an output rounded, as without it. Native kernels
+    (`backend.runs_native`) never copy a table: they read it in its own dtype and compute in float32.
     """
     outside = compute_dtype(x)
-    inside = up.dtype if sparse_gradients else outside
-    x, weight, up, down = (v.to(inside) for v in (x.to(outside), weight, up, down))
-    gate = None if gate is None else gate.to(inside)
+    rows = _rows(x, weight, up, down)
+    inside, stored = _dtypes(rows, up, outside, sparse_gradients)
+    x, weight, up, down = x.to(outside).to(inside), weight.to(inside), up.to(stored), down.to(stored)
+    gate = None if gate is None else gate.to(stored)
     with without_autocast(x):
         if backend.active() == "reference":
             y = reference.singleton_experts(x, ids, weight, up, down, activation, sparse_gradients, gate)
         else:
-            y = _fused(x, ids, weight, up, down, activation, sparse_gradients, gate)  # type: ignore[call-arg]
+            y = _fused(x, ids, weight, up, down, activation, sparse_gradients, gate, rows)  # type: ignore[call-arg]
     return y.to(outside)
 
 
@@ -54,14 +58,27 @@ def value_rows(
     Memory, dtypes and gradients as in `singleton_experts`; the dtype outside is autocast's, else that of `values`.
     """
     outside = compute_dtype(values)
-    inside = values.dtype if sparse_gradients else outside
-    weight, values = weight.to(inside), values.to(inside)
+    rows = _rows(weight, values)
+    inside, stored = _dtypes(rows, values, outside, sparse_gradients)
+    weight, values = weight.to(inside), values.to(stored)
     with without_autocast(values):
         if backend.active() == "reference":
             y = reference.value_rows(ids, weight, values, sparse_gradients)
         else:
-            y = _fused_values(ids, weight, values, sparse_gradients)  # type: ignore[call-arg]
+            y = _fused_values(ids, weight, values, sparse_gradients, rows)  # type: ignore[call-arg]
     return y.to(outside)
+
+
+def _rows(*tensors: Tensor) -> ModuleType:
+    """Who fetches rows; the backward pass asks the same."""
+    return native_table_rows if backend.runs_native(*tensors) else table_rows
+
+
+def _dtypes(rows: ModuleType, table: Tensor, outside: torch.dtype, sparse: bool) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of the arithmetic and that in which tables are read."""
+    if rows is native_table_rows:
+        return torch.float32, table.dtype
+    return (table.dtype, table.dtype) if sparse else (outside, outside)
 
 
 @torch.compiler.disable
@@ -74,41 +91,43 @@ def _fused(
     activation: str,
     sparse: bool,
     gate: Tensor | None,
+    rows: ModuleType,
 ) -> Tensor:
     if gate is None:
-        return _Singletons.apply(x, ids, weight, up, down, activation, sparse)  # type: ignore
-    return _GatedSingletons.apply(x, ids, weight, gate, up, down, activation, sparse)  # type: ignore
+        return _Singletons.apply(x, ids, weight, up, down, activation, sparse, rows)  # type: ignore
+    return _GatedSingletons.apply(x, ids, weight, gate, up, down, activation, sparse, rows)  # type: ignore
 
 
 @torch.compiler.disable
-def _fused_values(ids: Tensor, weight: Tensor, values: Tensor, sparse: bool) -> Tensor:
-    return _Values.apply(ids, weight, values, sparse)  # type: ignore
+def _fused_values(ids: Tensor, weight: Tensor, values: Tensor, sparse: bool, rows: ModuleType) -> Tensor:
+    return _Values.apply(ids, weight, values, sparse, rows)  # type: ignore
 
 
 class _Singletons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ids, weight, up, down, activation, sparse):  # type: ignore[override]
-        z = dots(up, ids, x)
+    def forward(ctx, x, ids, weight, up, down, activation, sparse, rows):  # type: ignore[override]
+        z = rows.dots(up, ids, x)
         hidden = find(activation).forward(z)
         ctx.save_for_backward(x, ids, weight, up, down, z)
-        ctx.activation, ctx.sparse = activation, sparse
-        return weighted_rows(down, ids, hidden * weight)
+        ctx.activation, ctx.sparse, ctx.rows = activation, sparse, rows
+        return rows.weighted_rows(down, ids, hidden * weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, ids, weight, up, down, z = ctx.saved_tensors
-        act = find(ctx.activation)
+        act, rows = find(ctx.activation), ctx.rows
         hidden = act.forward(z)
-        along = dots(down, ids, dy.contiguous())
+        along = rows.dots(down, ids, dy.contiguous())
         dz = act.backward(along * weight, z)
-        pairs = _Pairs(ids, len(up), ctx.sparse)
+        pairs = _Pairs(ids, up, ctx)
         return (
-            weighted_rows(up, ids, dz),
+            rows.weighted_rows(up, ids, dz),
             None,
             along * hidden,
             pairs.table_gradient(x, dz),
             pairs.table_gradient(dy, hidden * weight),
+            None,
             None,
             None,
         )
@@ -116,24 +135,24 @@ class _Singletons(torch.autograd.Function):
 
 class _GatedSingletons(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ids, weight, gate, up, down, activation, sparse):  # type: ignore[override]
-        z, linear = dots(gate, ids, x), dots(up, ids, x)
+    def forward(ctx, x, ids, weight, gate, up, down, activation, sparse, rows):  # type: ignore[override]
+        z, linear = rows.dots(gate, ids, x), rows.dots(up, ids, x)
         ctx.save_for_backward(x, ids, weight, gate, up, down, z, linear)
-        ctx.activation, ctx.sparse = activation, sparse
-        return weighted_rows(down, ids, find(activation).forward(z) * linear * weight)
+        ctx.activation, ctx.sparse, ctx.rows = activation, sparse, rows
+        return rows.weighted_rows(down, ids, find(activation).forward(z) * linear * weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, ids, weight, gate, up, down, z, linear = ctx.saved_tensors
-        act = find(ctx.activation)
+        act, rows = find(ctx.activation), ctx.rows
         opened = act.forward(z)
-        along = dots(down, ids, dy.contiguous())
+        along = rows.dots(down, ids, dy.contiguous())
         dhidden = along * weight
         dz, dlinear = act.backward(dhidden * linear, z), dhidden * opened
-        pairs = _Pairs(ids, len(up), ctx.sparse)
+        pairs = _Pairs(ids, up, ctx)
         return (
-            weighted_rows(gate, ids, dz) + weighted_rows(up, ids, dlinear),
+            rows.weighted_rows(gate, ids, dz) + rows.weighted_rows(up, ids, dlinear),
             None,
             along * opened * linear,
             pairs.table_gradient(x, dz),
@@ -141,31 +160,33 @@ class _GatedSingletons(torch.autograd.Function):
             pairs.table_gradient(dy, opened * linear * weight),
             None,
             None,
+            None,
         )
 
 
 class _Values(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, weight, values, sparse):  # type: ignore[override]
+    def forward(ctx, ids, weight, values, sparse, rows):  # type: ignore[override]
         ctx.save_for_backward(ids, weight, values)
-        ctx.sparse = sparse
-        return weighted_rows(values, ids, weight)
+        ctx.sparse, ctx.rows = sparse, rows
+        return rows.weighted_rows(values, ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         ids, weight, values = ctx.saved_tensors
-        pairs = _Pairs(ids, len(values), ctx.sparse)
-        return None, dots(values, ids, dy.contiguous()), pairs.table_gradient(dy, weight), None
+        pairs = _Pairs(ids, values, ctx)
+        return None, ctx.rows.dots(values, ids, dy.contiguous()), pairs.table_gradient(dy, weight), None, None
 
 
 class _Pairs:
     """The (token, slot) pairs of `ids` in the order of the ids."""
 
-    def __init__(self, ids: Tensor, n_rows: int, sparse: bool) -> None:
-        self.segments = Segments(ids.flatten(), n_rows, sparse)
+    def __init__(self, ids: Tensor, table: Tensor, ctx) -> None:
+        self.segments = ctx.rows.Segments(ids.flatten(), len(table), ctx.sparse)
         self.token = self.segments.order // max(1, ids.shape[1])
+        self.dtype = table.dtype
 
     def table_gradient(self, source: Tensor, coefficient: Tensor) -> Tensor:
-        """Row e = sum over the pairs (t, k) of expert e of coefficient_tk * source_t."""
-        return self.segments.table_gradient(source, self.token, coefficient.flatten())
+        """Row e = sum over the pairs (t, k) of expert e of coefficient_tk * source_t, in the dtype of the table."""
+        return self.segments.table_gradient(source, self.token, coefficient.flatten()).to(self.dtype)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import moestro
+from moestro.ops import native
 from moestro.ops.huge_pages import huge_pages
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
@@ -26,6 +27,7 @@ def describe_machine(device: torch.device) -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "huge_pages": huge_pages(),
+        "native_kernels": native.status(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moestro.cli import main
+from moestro.ops import native
 from tests.conftest import ROOT
 
 RECIPE = str(ROOT / "recipes" / "hmoe.yaml")
@@ -74,7 +75,7 @@ def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture) -> N
 
 def test_version(capsys: pytest.CaptureFixture) -> None:
     assert main(["version"]) == 0 and main(["--version"]) == 0
-    assert capsys.readouterr().out == "moestro 0.1.0\n" * 2
+    assert capsys.readouterr().out == f"moestro 0.1.0\nnative kernels: {native.status()}\n" * 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_equals_brute_force(shared, heads, side, k, half):
     keys = torch.randn(2, 1 if shared else heads, side, half, generator=generator, dtype=torch.float64)
     keys.requires_grad_()
     results = {}
-    for name in backend.BACKENDS:
+    for name in backend.EVERYWHERE:
         with backend.force(name):
             scores, ids = ops.product_key_topk(query, keys, k)
         results[name] = scores, ids, *torch.autograd.grad(scores.square().sum(), (query, keys))

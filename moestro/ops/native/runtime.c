@@ -1,0 +1,85 @@
+/* What the kernels of every variant share: which of them this processor can run, and threads to run them.
+
+   A kernel is `void name_variant(const void *fields, int64_t begin, int64_t end)`: it does the items begin..end-1, and
+   what it does for one item depends on nothing but that item, so results do not depend on the number of threads.
+   `fields` is a struct of pointers, int64_t and double, 8 bytes each, which Python packs (moestro/ops/native). */
+
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define MOST_THREADS 256
+
+typedef void kernel(const void *fields, int64_t begin, int64_t end);
+
+struct work {
+    kernel *run;
+    const void *fields;
+    const int64_t *bounds;
+    int64_t parts, next;
+};
+
+/* Parts are taken in turn by whoever is free. */
+static void take_parts(void *argument) {
+    struct work *work = argument;
+    for (;;) {
+        int64_t part = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+        if (part >= work->parts)
+            return;
+        work->run(work->fields, work->bounds[part], work->bounds[part + 1]);
+    }
+}
+
+static void *thread_body(void *argument) {
+    take_parts(argument);
+    return NULL;
+}
+
+static void run_on_own_threads(struct work *work, int64_t threads) {
+    pthread_t others[MOST_THREADS];
+    int64_t started = 0;
+    while (started < threads - 1 && started < MOST_THREADS &&
+           pthread_create(&others[started], NULL, thread_body, work) == 0)
+        started++;
+    take_parts(work);
+    for (int64_t i = 0; i < started; i++)
+        pthread_join(others[i], NULL);
+}
+
+/* Run a kernel on bounds[0]..bounds[1], bounds[1]..bounds[2], ...: on the threads of the OpenMP runtime that torch has
+   loaded, where its symbols can be seen, because threads of our own would compete with its spinning ones. */
+EXPORT void moestro_run(kernel *run, const void *fields, const int64_t *bounds, int64_t parts, int64_t threads) {
+    struct work work = {run, fields, bounds, parts, 0};
+    threads = threads < parts ? threads : parts;
+    if (threads <= 1) {
+        take_parts(&work);
+        return;
+    }
+    typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
+    parallel *openmp = (parallel *)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (openmp)
+        openmp(take_parts, &work, (unsigned)threads, 0);
+    else
+        run_on_own_threads(&work, threads);
+}
+
+/* Names of the variants in this library, from slowest to fastest. */
+EXPORT const char *moestro_variants(void) { return VARIANTS; }
+
+EXPORT const char *moestro_fingerprint(void) { return FINGERPRINT; }
+
+EXPORT int moestro_supports(const char *variant) {
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!strcmp(variant, "avx2"))
+        return avx2;
+    if (!strcmp(variant, "avx512"))
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return !strcmp(variant, "baseline");
+}

@@ -1,0 +1,170 @@
+/* Products with rows of a large table that are fetched by id, in float32, whatever the table holds.
+
+   No gathered row is written anywhere: it is used while it passes. Rows wanted soon are asked of the memory ahead. */
+
+#include "vector.h"
+
+#define AHEAD 4
+#define LINE 64
+
+struct rows {
+    const void *table;  /* [n, d] float32, or bfloat16 where narrow */
+    const int64_t *ids; /* [t, k] */
+    const float *in;    /* the other factor */
+    float *out;
+    int64_t t, k, d, narrow;
+};
+
+static inline const char *row_of(const struct rows *f, int64_t id) {
+    return (const char *)f->table + id * f->d * (f->narrow ? 2 : 4);
+}
+
+static inline void prefetch_row(const struct rows *f, int64_t pair) {
+    if (pair >= f->t * f->k)
+        return;
+    const char *row = row_of(f, f->ids[pair]);
+    for (int64_t at = 0; at < f->d * (f->narrow ? 2 : 4); at += LINE)
+        __builtin_prefetch(row + at);
+}
+
+#define DOT(name, type, load_row, one)                                                                                 \
+    static inline float name(const type *row, const float *x, int64_t d) {                                             \
+        vec a = {0}, b = {0}, c = {0}, e = {0};                                                                        \
+        int64_t i = 0;                                                                                                 \
+        for (; i + 4 * WIDTH <= d; i += 4 * WIDTH) {                                                                   \
+            a += load_row(row + i) * load(x + i);                                                                      \
+            b += load_row(row + i + WIDTH) * load(x + i + WIDTH);                                                      \
+            c += load_row(row + i + 2 * WIDTH) * load(x + i + 2 * WIDTH);                                              \
+            e += load_row(row + i + 3 * WIDTH) * load(x + i + 3 * WIDTH);                                              \
+        }                                                                                                              \
+        for (; i + WIDTH <= d; i += WIDTH)                                                                             \
+            a += load_row(row + i) * load(x + i);                                                                      \
+        float rest = 0;                                                                                                \
+        for (; i < d; i++)                                                                                             \
+            rest += one(row[i]) * x[i];                                                                                \
+        return sum((a + b) + (c + e)) + rest;                                                                          \
+    }
+
+#define AS_IS(value) (value)
+DOT(dot_float32, float, load, AS_IS)
+DOT(dot_bfloat16, uint16_t, load_bfloat16, widened)
+
+/* out[t, k] = table[ids[t, k]] . in[t], for tokens begin..end-1; in is [t, d]. */
+KERNEL(rows_dot)(const void *fields, int64_t begin, int64_t end) {
+    const struct rows *f = fields;
+    for (int64_t pair = begin * f->k; pair < begin * f->k + AHEAD && pair < end * f->k; pair++)
+        prefetch_row(f, pair);
+    for (int64_t t = begin; t < end; t++) {
+        const float *x = f->in + t * f->d;
+        for (int64_t pair = t * f->k; pair < (t + 1) * f->k; pair++) {
+            prefetch_row(f, pair + AHEAD);
+            const void *row = row_of(f, f->ids[pair]);
+            f->out[pair] = f->narrow ? dot_bfloat16(row, x, f->d) : dot_float32(row, x, f->d);
+        }
+    }
+}
+
+#define ADD(name, type, load_row, one)                                                                                 \
+    static inline void name(float *y, const type *row, float scale, int64_t d) {                                       \
+        int64_t i = 0;                                                                                                 \
+        for (; i + WIDTH <= d; i += WIDTH)                                                                             \
+            store(y + i, load(y + i) + load_row(row + i) * scale);                                                     \
+        for (; i < d; i++)                                                                                             \
+            y[i] += one(row[i]) * scale;                                                                               \
+    }
+
+ADD(add_float32, float, load, AS_IS)
+ADD(add_bfloat16, uint16_t, load_bfloat16, widened)
+
+/* out[t] = sum over k of in[t, k] * table[ids[t, k]], for tokens begin..end-1; in is [t, k]. */
+KERNEL(rows_sum)(const void *fields, int64_t begin, int64_t end) {
+    const struct rows *f = fields;
+    for (int64_t pair = begin * f->k; pair < begin * f->k + AHEAD && pair < end * f->k; pair++)
+        prefetch_row(f, pair);
+    for (int64_t t = begin; t < end; t++) {
+        float *y = f->out + t * f->d;
+        memset(y, 0, f->d * sizeof *y);
+        for (int64_t pair = t * f->k; pair < (t + 1) * f->k; pair++) {
+            prefetch_row(f, pair + AHEAD);
+            const void *row = row_of(f, f->ids[pair]);
+            if (f->narrow)
+                add_bfloat16(y, row, f->in[pair], f->d);
+            else
+                add_float32(y, row, f->in[pair], f->d);
+        }
+    }
+}
+
+/* The gradient of a table: each segment is a row, the sum of scale * in over the places of one id, in their order. */
+struct segments {
+    const int64_t *order;  /* [n] places in the order of their ids */
+    const int64_t *starts; /* [n_segments + 1] */
+    const int64_t *rows;   /* [n_segments] the row of out that each segment fills */
+    const float *in;       /* [t, d] */
+    const int64_t *token;  /* [n] the row of in, in the order of the ids */
+    const float *scale;    /* [n], by place */
+    float *out;
+    int64_t d;
+};
+
+KERNEL(segment_sums)(const void *fields, int64_t begin, int64_t end) {
+    const struct segments *f = fields;
+    for (int64_t s = begin; s < end; s++) {
+        float *y = f->out + f->rows[s] * f->d;
+        const float *x = f->in + f->token[f->starts[s]] * f->d;
+        float scale = f->scale[f->order[f->starts[s]]];
+        int64_t i = 0;
+        for (; i + WIDTH <= f->d; i += WIDTH)
+            store(y + i, load(x + i) * scale);
+        for (; i < f->d; i++)
+            y[i] = x[i] * scale;
+        for (int64_t at = f->starts[s] + 1; at < f->starts[s + 1]; at++)
+            add_float32(y, f->in + f->token[at] * f->d, f->scale[f->order[at]], f->d);
+    }
+}
+
+/* The places in the order of their ids, ties in their own order, and the segments of equal ids: a radix sort. */
+struct sorting {
+    const int64_t *ids; /* [n], 0 to n_ids - 1 */
+    int64_t *order;     /* [n] */
+    int64_t *rows;      /* [n] the id of each segment */
+    int64_t *starts;    /* [n + 1] */
+    int64_t *count;     /* [1] the number of segments */
+    int64_t n, n_ids;
+};
+
+#define RADIX_BITS 11
+#define RADIX (1 << RADIX_BITS)
+
+/* One item: the whole. */
+KERNEL(sort_ids)(const void *fields, int64_t begin, int64_t end) {
+    const struct sorting *f = fields;
+    /* rows is free until the end: passes go back and forth between it and order */
+    int64_t *from = f->rows, *to = f->order, n = f->n;
+    for (int64_t i = 0; i < n; i++)
+        from[i] = i;
+    for (int shift = 0; begin < end && (shift == 0 || (f->n_ids - 1) >> shift > 0); shift += RADIX_BITS) {
+        int64_t next[RADIX] = {0}, before = 0;
+        for (int64_t i = 0; i < n; i++)
+            next[f->ids[i] >> shift & (RADIX - 1)]++;
+        for (int64_t digit = 0; digit < RADIX; digit++) {
+            int64_t here = next[digit];
+            next[digit] = before;
+            before += here;
+        }
+        for (int64_t i = 0; i < n; i++)
+            to[next[f->ids[from[i]] >> shift & (RADIX - 1)]++] = from[i];
+        int64_t *swapped = from;
+        from = to, to = swapped;
+    }
+    if (from != f->order)
+        memcpy(f->order, from, n * sizeof *from);
+    int64_t segments = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (i == 0 || f->ids[f->order[i]] != f->ids[f->order[i - 1]]) {
+            f->rows[segments] = f->ids[f->order[i]];
+            f->starts[segments++] = i;
+        }
+    f->starts[segments] = n;
+    *f->count = segments;
+}

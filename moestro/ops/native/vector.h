@@ -1,0 +1,60 @@
+/* Vectors as wide as the variant's registers, with the compiler's own operators: one source for every processor. */
+
+#ifndef MOESTRO_VECTOR_H
+#define MOESTRO_VECTOR_H
+
+#include <stdint.h>
+#include <string.h>
+
+/* KERNEL(name) is the exported function name_variant. */
+#define PASTE(name, variant) name##_##variant
+#define NAMED(name, variant) PASTE(name, variant)
+#define KERNEL(name) __attribute__((visibility("default"))) void NAMED(name, VARIANT)
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX2__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+
+typedef float vec __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t ivec __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t half_vec __attribute__((vector_size(WIDTH * 2)));
+
+static inline vec load(const float *from) {
+    vec v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline void store(float *to, vec v) { memcpy(to, &v, sizeof v); }
+
+static inline float sum(vec v) {
+    float part[WIDTH];
+    memcpy(part, &v, sizeof v);
+    for (int step = WIDTH / 2; step; step /= 2)
+        for (int i = 0; i < step; i++)
+            part[i] += part[i + step];
+    return part[0];
+}
+
+/* bfloat16 is the upper half of a float32. */
+static inline float widened(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+static inline vec load_bfloat16(const uint16_t *from) {
+    half_vec bits;
+    memcpy(&bits, from, sizeof bits);
+    ivec wide = __builtin_convertvector(bits, ivec) << 16;
+    vec v;
+    memcpy(&v, &wide, sizeof v);
+    return v;
+}
+
+#endif
