@@ -7,8 +7,19 @@ from torch import Tensor
 
 from moestro.objectives.balance import LoadBalance, ParameterPenalty
 from moestro.objectives.entropy import RouterEntropy, RouterZLoss
+from moestro.objectives.top_any import GateBalance, GateEfficiency, RouterDiversity, RouterSimplicity
 from moestro.routing import Trace
 
 Objective = Callable[[Trace], Float[Tensor, ""]]
 
-__all__ = ["LoadBalance", "Objective", "ParameterPenalty", "RouterEntropy", "RouterZLoss"]
+__all__ = [
+    "GateBalance",
+    "GateEfficiency",
+    "LoadBalance",
+    "Objective",
+    "ParameterPenalty",
+    "RouterDiversity",
+    "RouterEntropy",
+    "RouterSimplicity",
+    "RouterZLoss",
+]

@@ -25,7 +25,16 @@ from moestro.experts import (
     widths,
 )
 from moestro.layers import DenseFFN, MoELayer
-from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy, RouterZLoss
+from moestro.objectives import (
+    GateBalance,
+    GateEfficiency,
+    LoadBalance,
+    ParameterPenalty,
+    RouterDiversity,
+    RouterEntropy,
+    RouterSimplicity,
+    RouterZLoss,
+)
 from moestro.routers import (
     BiasedRouter,
     CosineScore,
@@ -34,6 +43,7 @@ from moestro.routers import (
     ScoredRouter,
     SlotRouter,
     Soft,
+    TopAny,
     TopK,
     TopP,
 )
@@ -62,7 +72,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "ffn": {"dense": DenseFFN, "moe": MoELayer},
     "router": {"scored": ScoredRouter, "biased": BiasedRouter, "product_key": ProductKeyRouter, "slots": SlotRouter},
     "score": {"linear": LinearScore, "cosine": CosineScore},
-    "select": {"top_k": TopK, "top_p": TopP, "soft": Soft},
+    "select": {"top_k": TopK, "top_p": TopP, "top_any": TopAny, "soft": Soft},
     "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert},
     "banks": BANKS,
     "widths": {
@@ -84,6 +94,10 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "parameter_penalty": ParameterPenalty,
         "router_entropy": RouterEntropy,
         "router_z_loss": RouterZLoss,
+        "router_diversity": RouterDiversity,
+        "router_simplicity": RouterSimplicity,
+        "gate_balance": GateBalance,
+        "gate_efficiency": GateEfficiency,
     },
     "rules": {"bias_balance": BiasBalance},
     "schedule": {"constant": Constant, "cosine": Cosine, "wsd": WSD},

@@ -6,6 +6,7 @@ from moestro.routers.product_key import ProductKeyRouter
 from moestro.routers.scores import CosineScore, LinearScore, Score
 from moestro.routers.selects import Select, Soft, TopK, TopP
 from moestro.routers.slots import SlotRouter
+from moestro.routers.top_any import TopAny
 
 __all__ = [
     "BiasedRouter",
@@ -18,6 +19,7 @@ __all__ = [
     "Select",
     "SlotRouter",
     "Soft",
+    "TopAny",
     "TopK",
     "TopP",
 ]

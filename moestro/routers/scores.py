@@ -10,15 +10,25 @@ from moestro.ops.precision import at_least_fp32
 
 
 class Score(nn.Module):
-    """Tokens -> logits [t, e] through one weight row for each expert."""
+    """Tokens -> logits [t, e] through one weight row for each expert.
 
-    def __init__(self, d_model: int, n_experts: int, init_std: float = 0.02) -> None:
+    Rows start normal with standard deviation `init_std`; with `orthogonal`, of length 1 and at right angles.
+
+    Raises: ValueError for impossible values.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, init_std: float = 0.02, orthogonal: bool = False) -> None:
         super().__init__()
         if n_experts < 1:
             raise ValueError(f"n_experts={n_experts}, allowed: at least 1")
-        self.init_std = init_std
+        if orthogonal and n_experts > d_model:
+            raise ValueError(f"n_experts={n_experts} rows cannot be orthogonal, allowed: up to d_model={d_model}")
+        self.init_std, self.orthogonal = init_std, orthogonal
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
-        nn.init.normal_(self.weight, std=init_std)
+        if orthogonal:
+            nn.init.orthogonal_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=init_std)
 
     @property
     def n_experts(self) -> int:
@@ -29,9 +39,10 @@ class Score(nn.Module):
         raise NotImplementedError
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        """Make row j the old row `index[j]`; -1 draws a fresh one."""
+        """Make row j the old row `index[j]`; -1 draws a fresh one, of length 1 where rows started so."""
         rows = self.weight.detach()[index.clamp(min=0)]
-        fresh = torch.randn_like(rows) * self.init_std
+        fresh = torch.randn_like(rows)
+        fresh = F.normalize(fresh, dim=-1) if self.orthogonal else fresh * self.init_std
         self.weight = nn.Parameter(torch.where((index >= 0)[:, None], rows, fresh))
 
     def flops(self, n_tokens: int) -> float:
@@ -49,8 +60,15 @@ class LinearScore(Score):
 class CosineScore(Score):
     """logit_te = cos(w_e, x_t) / temperature (Chi 2022, arXiv:2204.09179; its low-dimensional projection left out)."""
 
-    def __init__(self, d_model: int, n_experts: int, temperature: float = 0.1, init_std: float = 0.02) -> None:
-        super().__init__(d_model, n_experts, init_std)
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        temperature: float = 0.1,
+        init_std: float = 0.02,
+        orthogonal: bool = False,
+    ) -> None:
+        super().__init__(d_model, n_experts, init_std, orthogonal)
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}, allowed: above 0")
         self.temperature = temperature

@@ -14,7 +14,7 @@ from tests.tolerances import FLOAT64
 
 D, E, T = 6, 9, 23
 SCORES = {"linear": {"init_std": 1.0}, "cosine": {}}
-SELECTS = {"top_k": {"top_k": 3}, "top_p": {"threshold": 0.6}, "soft": {}}
+SELECTS = {"top_k": {"top_k": 3}, "top_p": {"threshold": 0.6}, "top_any": {"n_experts": 9}, "soft": {}}
 ROUTERS = {"product_key": {"heads": 2, "top_k": 3, "d_key": 4}, "slots": {"slots": 2}}
 BANKS = {
     "ffn": lambda make: make(D, [3, 5, 0, 8, 1, 2, 2, 7, 4]),
