@@ -91,12 +91,13 @@ def compare(case: str, what: str, times: Times, unit: str = "ms") -> list[Row]:
     ]
 
 
-def rate(case: str, what: str, times: Times, flops: dict[str, float]) -> list[Row]:
-    """GFLOP/s of `ours` beside those of every other contestant in `flops`; ratio 1 means as fast."""
-    speed = {name: [flops[name] / took / 1e6 for took in times[name]] for name in flops}
+def rate(case: str, what: str, times: Times, amount: dict[str, float], unit: str = "GFLOP/s") -> list[Row]:
+    """FLOPs (or bytes, as GB/s) a time of `ours` beside those of every other contestant in `amount`; ratio 1 means as
+    fast."""
+    speed = {name: [amount[name] / took / 1e6 for took in times[name]] for name in amount}
     mine = speed["ours"]
     return [
-        Row(case, what, "GFLOP/s", median(mine), name, median(theirs), *_ratios(mine, theirs))
+        Row(case, what, unit, median(mine), name, median(theirs), *_ratios(mine, theirs))
         for name, theirs in speed.items()
         if name != "ours"
     ]
