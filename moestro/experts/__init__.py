@@ -4,6 +4,7 @@ from moestro.experts.base import ExpertBank
 from moestro.experts.ffn import FFNBank
 from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.mixed import MixedBank
+from moestro.experts.ragged import RaggedBank
 from moestro.experts.shared import SharedExpert
 from moestro.experts.singleton import GLUSingletonBank, SingletonBank
 from moestro.experts.slices import BankSlice
@@ -21,6 +22,7 @@ __all__ = [
     "FFNBank",
     "GLUSingletonBank",
     "MixedBank",
+    "RaggedBank",
     "SharedExpert",
     "SingletonBank",
     "TableBank",

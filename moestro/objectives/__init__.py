@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moestro.objectives.balance import LoadBalance, ParameterPenalty
 from moestro.objectives.entropy import RouterEntropy, RouterZLoss
+from moestro.objectives.retrieved import RetrievedParameterPenalty
 from moestro.objectives.top_any import GateBalance, GateEfficiency, RouterDiversity, RouterSimplicity
 from moestro.routing import Trace
 
@@ -18,6 +19,7 @@ __all__ = [
     "LoadBalance",
     "Objective",
     "ParameterPenalty",
+    "RetrievedParameterPenalty",
     "RouterDiversity",
     "RouterEntropy",
     "RouterSimplicity",

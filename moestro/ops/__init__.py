@@ -3,6 +3,7 @@
 from moestro.ops.ffn import expert_ffn
 from moestro.ops.precision import linear_fp32
 from moestro.ops.product_key import product_key_topk
+from moestro.ops.ragged import ragged_experts
 from moestro.ops.singleton import singleton_experts, value_rows
 
-__all__ = ["expert_ffn", "linear_fp32", "product_key_topk", "singleton_experts", "value_rows"]
+__all__ = ["expert_ffn", "linear_fp32", "product_key_topk", "ragged_experts", "singleton_experts", "value_rows"]

@@ -68,6 +68,26 @@ def value_rows(
     return torch.einsum("tk,tkd->td", weight, F.embedding(ids, values, sparse=sparse_gradients))
 
 
+def ragged_experts(
+    x: Float[Tensor, "t d"],
+    ids: Int[Tensor, "t k"],
+    weight: Float[Tensor, "t k"],
+    starts: Int[Tensor, "e1"],
+    up: Float[Tensor, "n d"],
+    down: Float[Tensor, "n d"],
+    activation: str,
+    sparse_gradients: bool = False,
+) -> Float[Tensor, "t d"]:
+    """y_t = sum_k weight_tk * sum of act(up_j . x_t) * down_j over the neurons j of expert ids_tk, which are
+    starts[ids_tk], ..., starts[ids_tk + 1] - 1; materialises as many rows for each as the widest has."""
+    first, width = starts[ids], starts.diff()[ids]
+    place = torch.arange(max(1, int(starts.diff().max())), device=ids.device)
+    there = place < width[..., None]
+    neuron = torch.where(there, first[..., None] + place, 0)
+    each = (weight[..., None] * there).flatten(1)
+    return singleton_experts(x, neuron.flatten(1), each, up, down, activation, sparse_gradients)
+
+
 def product_key_topk(
     query: Float[Tensor, "t h c"], keys: Float[Tensor, "2 g n half"], k: int
 ) -> tuple[Float[Tensor, "t h k"], Int[Tensor, "t h k"]]:

@@ -34,6 +34,29 @@ def weighted_rows(
     return F.embedding_bag(ids, table, per_sample_weights=coefficient.contiguous(), mode="sum")
 
 
+def ragged_dots(
+    table: Float[Tensor, "e d"], ids: Int[Tensor, "n"], x: Float[Tensor, "t d"], token: Int[Tensor, "n"]
+) -> Float[Tensor, "n"]:
+    """out_j = table[ids_j] . x[token_j]."""
+    out = x.new_empty(len(ids))
+    rows, inputs = x.new_empty(2, min(_ROWS, len(ids)), x.shape[1])
+    for a in range(0, len(ids), _ROWS):
+        b = min(a + _ROWS, len(ids))
+        torch.index_select(table, 0, ids[a:b], out=rows[: b - a])
+        torch.index_select(x, 0, token[a:b], out=inputs[: b - a])
+        torch.bmm(rows[: b - a, None], inputs[: b - a, :, None], out=out[a:b, None, None])
+    return out
+
+
+def ragged_sums(
+    table: Float[Tensor, "e d"], ids: Int[Tensor, "n"], coefficient: Float[Tensor, "n"], starts: Int[Tensor, "t"]
+) -> Float[Tensor, "t d"]:
+    """out_t = sum of coefficient_j * table[ids_j] over the places j from starts_t up to those of t + 1."""
+    if ids.numel() == 0:
+        return table.new_zeros(len(starts), table.shape[1])
+    return F.embedding_bag(ids, table, starts, per_sample_weights=coefficient, mode="sum")
+
+
 class Segments:
     """The places of `ids` in the order of the ids (`order`), and where each row's begin: of every row of the table, or
     with `sparse` of those that are met (`rows`)."""

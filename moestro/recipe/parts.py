@@ -19,6 +19,7 @@ from moestro.experts import (
     FFNBank,
     GLUSingletonBank,
     MixedBank,
+    RaggedBank,
     SharedExpert,
     SingletonBank,
     ValueBank,
@@ -30,6 +31,7 @@ from moestro.objectives import (
     GateEfficiency,
     LoadBalance,
     ParameterPenalty,
+    RetrievedParameterPenalty,
     RouterDiversity,
     RouterEntropy,
     RouterSimplicity,
@@ -63,6 +65,7 @@ BANKS: dict[str, Callable[..., Any]] = {
     "singleton": SingletonBank,
     "glu_singleton": GLUSingletonBank,
     "value": ValueBank,
+    "ragged": RaggedBank,
     "copy": CopyBank,
     "constant": ConstantBank,
 }
@@ -92,6 +95,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "objectives": {
         "load_balance": LoadBalance,
         "parameter_penalty": ParameterPenalty,
+        "retrieved_parameter_penalty": RetrievedParameterPenalty,
         "router_entropy": RouterEntropy,
         "router_z_loss": RouterZLoss,
         "router_diversity": RouterDiversity,

@@ -21,6 +21,7 @@ BANKS = {
     "singleton": lambda make: make(D, E),
     "glu_singleton": lambda make: make(D, E),
     "value": lambda make: make(D, E),
+    "ragged": lambda make: make(D, [1, 2, 4, 1, 1, 3, 2, 1, 8]),
     "copy": lambda make: make(E),
     "constant": lambda make: make(D, E),
     "mixed": lambda make: make([FFNBank(D, [3, 5, 0, 8]), CopyBank(), ConstantBank(D, 2), SingletonBank(D, 2)]),

@@ -211,6 +211,22 @@ def gate_share(gates: Tensor, index: list[list[list[int]]], n_experts: int) -> l
     return [z_i / total for z_i in z]
 
 
+def parameter_penalty(widths: list[int], gates: Tensor, index: list[list[list[int]]]) -> Tensor:
+    """Ours, for retrieved experts: sum over the widths c of (N / n_c) (c / mean width) F_c P_c. n_c of the N experts
+    have width c, F_c is the share of all retrieved rows (no gradient) and P_c the share of all gates that they have."""
+    total, mean, n_rows = gates.sum(), sum(widths) / len(widths), gates.numel()
+    penalty = torch.zeros_like(total)
+    for c in sorted(set(widths)):
+        rows, share = 0, torch.zeros_like(total)
+        for t, heads in enumerate(index):
+            for a, members in enumerate(heads):
+                for place, i in enumerate(members):
+                    if widths[i] == c:
+                        rows, share = rows + 1, share + gates[t, a, place] / total
+        penalty = penalty + len(widths) / widths.count(c) * c / mean * (rows / n_rows) * share
+    return penalty
+
+
 def usage(z: list[float]) -> float:
     """Share of experts with z_i > 0."""
     return sum(z_i > 0 for z_i in z) / len(z)

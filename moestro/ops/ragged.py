@@ -1,0 +1,93 @@
+"""Experts of a few neurons each, of any widths, fetched by id: an expert is as many one-neuron rows with one gate."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moestro.ops import backend, reference
+from moestro.ops.activations import activation as find
+from moestro.ops.precision import compute_dtype, without_autocast
+from moestro.ops.table_rows import Segments, ragged_dots, ragged_sums
+
+
+def ragged_experts(
+    x: Float[Tensor, "t d"],
+    ids: Int[Tensor, "t k"],
+    weight: Float[Tensor, "t k"],
+    starts: Int[Tensor, "e1"],
+    up: Float[Tensor, "n d"],
+    down: Float[Tensor, "n d"],
+    activation: str,
+    sparse_gradients: bool = False,
+) -> Float[Tensor, "t d"]:
+    """y_t = sum_k weight_tk * sum_j act(up_j . x_t) * down_j over the neurons j of expert e = ids_tk, which own the
+    rows starts[e], ..., starts[e + 1] - 1 of both tables.
+
+    An expert of w neurons is w experts of one neuron with the same gate (Liu 2023, arXiv:2305.14705 calls them micro
+    experts), so each pair (t, k) becomes w rows of the operation that PEER has, without a loop over experts and without
+    padding: time and memory are those of the neurons met. Saves x and one number a neuron met. Dtypes and
+    `sparse_gradients` as in `singleton_experts`.
+    """
+    outside = compute_dtype(x)
+    inside = up.dtype if sparse_gradients else outside
+    x, weight, up, down = (v.to(inside) for v in (x.to(outside), weight, up, down))
+    with without_autocast(x):
+        if backend.active() == "reference":
+            y = reference.ragged_experts(x, ids, weight, starts, up, down, activation, sparse_gradients)
+        else:
+            y = _fused(x, ids, weight, starts, up, down, activation, sparse_gradients)  # type: ignore[call-arg]
+    return y.to(outside)
+
+
+class _Neurons:
+    """The neurons that the pairs (t, k) of `ids` meet, pair after pair: the row of each, its pair and its token; how
+    many a pair has (`width`) and where each token's begin (`starts`)."""
+
+    def __init__(self, ids: Tensor, starts: Tensor) -> None:
+        first = starts[ids.flatten()]
+        self.width = starts[ids.flatten() + 1] - first
+        before = self.width.cumsum(0) - self.width
+        self.pair = torch.arange(len(first), device=ids.device).repeat_interleave(self.width)
+        self.row = torch.arange(len(self.pair), device=ids.device) + (first - before)[self.pair]
+        self.token = self.pair // max(1, ids.shape[1])
+        self.starts = before.view(ids.shape)[:, 0] if ids.numel() else before.new_zeros(len(ids))
+
+
+@torch.compiler.disable
+def _fused(
+    x: Tensor, ids: Tensor, weight: Tensor, starts: Tensor, up: Tensor, down: Tensor, activation: str, sparse: bool
+) -> Tensor:
+    return _Ragged.apply(x, ids, weight, starts, up, down, activation, sparse)  # type: ignore
+
+
+class _Ragged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ids, weight, starts, up, down, activation, sparse):  # type: ignore[override]
+        met = _Neurons(ids, starts)
+        z = ragged_dots(up, met.row, x, met.token)
+        ctx.save_for_backward(x, ids, weight, starts, up, down, z)
+        ctx.activation, ctx.sparse = activation, sparse
+        gates = weight.flatten()[met.pair]
+        return ragged_sums(down, met.row, find(activation).forward(z) * gates, met.starts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, ids, weight, starts, up, down, z = ctx.saved_tensors
+        act, met = find(ctx.activation), _Neurons(ids, starts)
+        hidden, gates = act.forward(z), weight.flatten()[met.pair]
+        along = ragged_dots(down, met.row, dy.contiguous(), met.token)
+        dz = act.backward(along * gates, z)
+        segments = Segments(met.row, len(up), ctx.sparse)
+        token = met.token[segments.order]
+        return (
+            ragged_sums(up, met.row, dz, met.starts),
+            None,
+            torch.segment_reduce(along * hidden, "sum", lengths=met.width, unsafe=True).view_as(weight),
+            None,
+            segments.table_gradient(x, token, dz),
+            segments.table_gradient(dy, token, hidden * gates),
+            None,
+            None,
+        )
