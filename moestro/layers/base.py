@@ -1,5 +1,7 @@
 """What a block expects of its feed-forward layer, and layers that never see padding."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -11,10 +13,12 @@ class Layer(nn.Module):
     """x, keep -> y and one trace for every routing that happened; keep=False marks padding.
 
     A block normalises x before the layer and adds y to the residual stream after it, unless the layer `owns_residual`:
-    then x is the stream itself and y is what becomes of it.
+    then x is the stream itself and y is what becomes of it. A layer that `follows` others takes one argument more: the
+    traces of the layers before it in this forward.
     """
 
     owns_residual: bool = False
+    follows: bool = False
 
     def forward(
         self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None
@@ -41,12 +45,21 @@ class TokenLayer(Layer):
     def forward(
         self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None
     ) -> tuple[Float[Tensor, "*b d"], tuple[Trace, ...]]:
+        return self.of_tokens(self.tokens, x, keep)
+
+    def of_tokens(
+        self,
+        compute: Callable[[Tensor], tuple[Tensor, tuple[Trace, ...]]],
+        x: Float[Tensor, "*b d"],
+        keep: Bool[Tensor, "*b"] | None,
+    ) -> tuple[Float[Tensor, "*b d"], tuple[Trace, ...]]:
+        """`compute` on the tokens that count, zeros for the others."""
         flat = x.flatten(0, -2)
         if keep is None:
-            y, traces = self.tokens(flat)
+            y, traces = compute(flat)
             return y.view_as(x), traces
         kept = keep.flatten()
-        y, traces = self.tokens(flat[kept])
+        y, traces = compute(flat[kept])
         index = kept.nonzero().squeeze(-1)
         return torch.zeros_like(flat, dtype=y.dtype).index_copy(0, index, y).view_as(x), traces
 

@@ -1,10 +1,10 @@
 """A mixture-of-experts layer: router + branches, nothing else."""
 
 from collections.abc import Collection, Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moestro.cost import NOTHING, Cost
@@ -18,7 +18,8 @@ RECORDABLE = frozenset({"rows"})
 
 
 class MoELayer(TokenLayer):
-    """y = sum over branches of branch(x, routing), routing = router(x).
+    """y = sum over branches of branch(x, routing), routing = router(x), or router(x, routing of the layer before) where
+    the router `follows`.
 
     A branch is anything called so: an `ExpertBank`, a shared expert that ignores the routing, ... `record={"rows"}`
     keeps the experts' outputs before they are combined in the trace (through the definition, not the fast path).
@@ -47,8 +48,19 @@ class MoELayer(TokenLayer):
         """All banks of experts."""
         return [branch for branch in self.branches if isinstance(branch, ExpertBank)]
 
-    def tokens(self, x: Float[Tensor, "t d"]) -> tuple[Float[Tensor, "t d"], tuple[Trace, ...]]:
-        routing = self.router(x)
+    @property
+    def follows(self) -> bool:  # type: ignore[override]
+        return self.router.follows
+
+    def forward(
+        self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None, earlier: tuple[Trace, ...] = ()
+    ) -> tuple[Float[Tensor, "*b d"], tuple[Trace, ...]]:
+        return self.of_tokens(partial(self.tokens, earlier=earlier), x, keep)
+
+    def tokens(
+        self, x: Float[Tensor, "t d"], earlier: tuple[Trace, ...] = ()
+    ) -> tuple[Float[Tensor, "t d"], tuple[Trace, ...]]:
+        routing = self.router(x, earlier[-1].routing) if self.follows and earlier else self.router(x)
         if "rows" not in self.record:
             return reduce(torch.add, [branch(x, routing) for branch in self.branches]), (Trace(self, x, routing),)
         routing = routing.grouped()

@@ -28,8 +28,11 @@ class Block(nn.Module):
         keep: Bool[Tensor, "b s"] | None = None,
         cache: Cache | None = None,
         index: int = 0,
+        earlier: tuple[Trace, ...] = (),
     ) -> tuple[Float[Tensor, "b s d"], tuple[Trace, ...]]:
-        """New residual stream and the traces of the feed-forward layer; `index` is this block's place in the cache."""
+        """New residual stream and the traces of the feed-forward layer; `index` is this block's place in the
+        cache, `earlier` what the blocks before it left."""
         x = x + self.attention(self.attention_norm(x), positions, mask, cache, index)
-        y, traces = self.ffn(self.ffn_norm(x), keep)
+        z = self.ffn_norm(x)
+        y, traces = self.ffn(z, keep, earlier) if self.ffn.follows else self.ffn(z, keep)
         return (y if self.ffn.owns_residual else x + y), traces

@@ -93,10 +93,11 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         traces: list[Trace] = []
         for index, block in enumerate(self.blocks):
+            earlier = tuple(traces)
             if self.recompute and torch.is_grad_enabled() and cache is None:
-                x, new = checkpoint(block, x, positions, mask, keep, use_reentrant=False)
+                x, new = checkpoint(block, x, positions, mask, keep, None, index, earlier, use_reentrant=False)
             else:
-                x, new = block(x, positions, mask, keep, cache, index)
+                x, new = block(x, positions, mask, keep, cache, index, earlier)
             traces.extend(new)
         return Output(self.head(self.norm(x)), tuple(traces))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import LoadBalance, ParameterPenalty
+from moestro.objectives.balance import LoadBalance, ParameterPenalty, WeightedBalance
 from moestro.objectives.entropy import RouterEntropy, RouterZLoss
 from moestro.objectives.retrieved import RetrievedParameterPenalty
 from moestro.objectives.top_any import GateBalance, GateEfficiency, RouterDiversity, RouterSimplicity
@@ -24,4 +24,5 @@ __all__ = [
     "RouterEntropy",
     "RouterSimplicity",
     "RouterZLoss",
+    "WeightedBalance",
 ]

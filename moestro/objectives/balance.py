@@ -67,6 +67,28 @@ class LoadBalance:
 
 
 @dataclass(frozen=True)
+class WeightedBalance:
+    """N sum_e eta_e f_e P_e with eta_e = 1 for experts that compute and `zero_compute` for those of width 0 (zero, copy
+    and constant experts): below 1 they get more tokens (Jin 2024, MoE++, arXiv:2410.07348, its heterogeneous
+    load-balance loss; tau). f, P and the factor N as in `LoadBalance`; the paper's loss has no N.
+    """
+
+    zero_compute: float = 0.75
+    statistics: Statistics = "micro_batch"
+
+    def __post_init__(self) -> None:
+        check_statistics(self.statistics)
+        if not self.zero_compute > 0:
+            raise ValueError(f"zero_compute={self.zero_compute}, allowed: above 0")
+
+    def __call__(self, trace: Trace) -> Float[Tensor, ""]:
+        fraction, probability = traffic(trace, "weighted_balance", self.statistics)
+        widths = torch.as_tensor(trace.layer.expert_widths()).to(fraction.device)
+        eta = torch.ones_like(fraction).masked_fill(widths == 0, self.zero_compute)
+        return trace.routing.n_experts * (eta * fraction * probability).sum()
+
+
+@dataclass(frozen=True)
 class ParameterPenalty:
     """N sum_e f_e h_e P_e: pushes tokens towards narrow experts (Wang 2024, arXiv:2408.10681, Eq. 4).
 

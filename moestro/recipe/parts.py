@@ -36,12 +36,15 @@ from moestro.objectives import (
     RouterEntropy,
     RouterSimplicity,
     RouterZLoss,
+    WeightedBalance,
 )
 from moestro.routers import (
     BiasedRouter,
     CosineScore,
     LinearScore,
+    MutedTopK,
     ProductKeyRouter,
+    ResidualRouter,
     ScoredRouter,
     SlotRouter,
     Soft,
@@ -73,9 +76,15 @@ BANKS: dict[str, Callable[..., Any]] = {
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     # model
     "ffn": {"dense": DenseFFN, "moe": MoELayer},
-    "router": {"scored": ScoredRouter, "biased": BiasedRouter, "product_key": ProductKeyRouter, "slots": SlotRouter},
+    "router": {
+        "scored": ScoredRouter,
+        "biased": BiasedRouter,
+        "residual": ResidualRouter,
+        "product_key": ProductKeyRouter,
+        "slots": SlotRouter,
+    },
     "score": {"linear": LinearScore, "cosine": CosineScore},
-    "select": {"top_k": TopK, "top_p": TopP, "top_any": TopAny, "soft": Soft},
+    "select": {"top_k": TopK, "muted_top_k": MutedTopK, "top_p": TopP, "top_any": TopAny, "soft": Soft},
     "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert},
     "banks": BANKS,
     "widths": {
@@ -94,6 +103,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     # training
     "objectives": {
         "load_balance": LoadBalance,
+        "weighted_balance": WeightedBalance,
         "parameter_penalty": ParameterPenalty,
         "retrieved_parameter_penalty": RetrievedParameterPenalty,
         "router_entropy": RouterEntropy,

@@ -3,8 +3,9 @@
 from moestro.routers.base import Router, ScoredRouter
 from moestro.routers.biased import BiasedRouter
 from moestro.routers.product_key import ProductKeyRouter
+from moestro.routers.residual import ResidualRouter
 from moestro.routers.scores import CosineScore, LinearScore, Score
-from moestro.routers.selects import Select, Soft, TopK, TopP
+from moestro.routers.selects import MutedTopK, Select, Soft, TopK, TopP
 from moestro.routers.slots import SlotRouter
 from moestro.routers.top_any import TopAny
 
@@ -12,7 +13,9 @@ __all__ = [
     "BiasedRouter",
     "CosineScore",
     "LinearScore",
+    "MutedTopK",
     "ProductKeyRouter",
+    "ResidualRouter",
     "Router",
     "Score",
     "ScoredRouter",

@@ -12,10 +12,12 @@ from moestro.routing import Routing
 
 
 class Router(nn.Module):
-    """Tokens -> `Routing`. `causal` is False where a token's routing depends on other tokens."""
+    """Tokens -> `Routing`. `causal` is False where a token's routing depends on other tokens. A router that `follows`
+    takes one argument more: the same tokens' routing in the layer before, None in the first."""
 
     n_experts: int
     causal: bool = True
+    follows: bool = False
 
     def forward(self, x: Float[Tensor, "t d"]) -> Routing:
         raise NotImplementedError

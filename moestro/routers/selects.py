@@ -1,6 +1,7 @@
 """Selections: logits [t, e] -> `Routing`. Softmax, sorting and sums run in the logits' dtype (float32 at least)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,32 @@ class TopK(Select):
 
     def rows_per_token(self, n_experts: int) -> float:
         return self.top_k
+
+
+class MutedTopK(TopK):
+    """Top-k in which the `muted` experts are chosen like others but have gate 0 and no part in the gates' sum.
+
+    For MoE++'s zero expert (Jin 2024, arXiv:2410.07348; its code): a token that chooses it is served by the rest of its
+    choice alone, whose gates sum to 1. A token that chooses only muted experts gets gates of 0.
+    """
+
+    def __init__(self, top_k: int, muted: Sequence[int]) -> None:
+        super().__init__(top_k)
+        self.muted = tuple(muted)
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        self.muted = tuple(new for new, old in enumerate(index.tolist()) if old in self.muted)
+
+    def __call__(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
+        """Raises: ValueError where a muted expert is none of these."""
+        if not all(0 <= muted < logits.shape[1] for muted in self.muted):
+            raise ValueError(f"muted={list(self.muted)}, allowed: experts 0 to {logits.shape[1] - 1}")
+        expert, gates = super().__call__(logits).matrix()
+        silent = torch.isin(expert, torch.tensor(self.muted, dtype=expert.dtype, device=expert.device))
+        gates = gates.masked_fill(silent, 0.0)
+        total = gates.sum(-1, keepdim=True)
+        gates = gates / torch.where(total > 0, total, 1.0)
+        return SparseRouting.from_topk(expert, gates, logits.shape[1], logits)
 
 
 class TopP(Select):

@@ -8,13 +8,19 @@ from moestro.experts import ConstantBank, CopyBank, ExpertBank, FFNBank, Singlet
 from moestro.layers import MoELayer
 from moestro.ops import backend
 from moestro.recipe.parts import PARTS
-from moestro.routers import BiasedRouter, LinearScore, ScoredRouter
+from moestro.routers import BiasedRouter, LinearScore, ResidualRouter, ScoredRouter, TopK
 from moestro.routing import SlotRouting, SparseRouting
 from tests.tolerances import FLOAT64
 
 D, E, T = 6, 9, 23
 SCORES = {"linear": {"init_std": 1.0}, "cosine": {}}
-SELECTS = {"top_k": {"top_k": 3}, "top_p": {"threshold": 0.6}, "top_any": {"n_experts": 9}, "soft": {}}
+SELECTS = {
+    "top_k": {"top_k": 3},
+    "muted_top_k": {"top_k": 3, "muted": [2, 5]},
+    "top_p": {"threshold": 0.6},
+    "top_any": {"n_experts": 9},
+    "soft": {},
+}
 ROUTERS = {"product_key": {"heads": 2, "top_k": 3, "d_key": 4}, "slots": {"slots": 2}}
 BANKS = {
     "ffn": lambda make: make(D, [3, 5, 0, 8, 1, 2, 2, 7, 4]),
@@ -32,7 +38,7 @@ SHARED = {"shared": {"width": 5}}
 def test_every_registered_part_has_an_example():
     assert set(PARTS["score"]) == set(SCORES)
     assert set(PARTS["select"]) == set(SELECTS)
-    assert set(PARTS["router"]) == set(ROUTERS) | {"scored", "biased"}
+    assert set(PARTS["router"]) == set(ROUTERS) | {"scored", "biased", "residual"}
     assert set(PARTS["branches"]) == set(BANKS) | set(SHARED)
     assert set(PARTS["banks"]) == set(BANKS) - {"mixed"}
 
@@ -48,6 +54,7 @@ def biased(gate: str) -> BiasedRouter:
 
 
 ROUTER_MAKERS = {
+    "residual": lambda: ResidualRouter(LinearScore(D, E, init_std=1.0), TopK(3)),
     "biased-sigmoid": lambda: biased("sigmoid"),
     "biased-softmax": lambda: biased("softmax"),
     **{f"{s}-{c}": (lambda s=s, c=c: scored(s, c)) for s in SCORES for c in SELECTS},
