@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank
-from moestro.ops.huge_pages import request_huge_pages
+from moestro.ops.tables import new_table
 
 Gate = Literal["softmax", "sigmoid", "relu"]
 # Of a product key's score at the start: queries of unit variance, keys uniform as `ProductKeyRouter` draws them.
@@ -34,9 +34,7 @@ class TableBank(ExpertBank):
 
     def add_table(self, name: str, n_rows: int, d_model: int, std: float) -> None:
         """A table of normal rows under `name`."""
-        table = nn.Parameter(torch.empty(n_rows, d_model))
-        # before the first write: that is when pages are made
-        request_huge_pages(table)
+        table = nn.Parameter(new_table(n_rows, d_model))
         nn.init.normal_(table, std=std)
         setattr(self, name, table)
 

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from moestro.ops import backend, reference
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype, without_autocast
+from moestro.ops.row_gradients import table_gradient
 from moestro.ops.table_rows import Segments, ragged_dots, ragged_sums
 
 
@@ -30,8 +31,10 @@ def ragged_experts(
     `sparse_gradients` as in `singleton_experts`.
     """
     outside = compute_dtype(x)
-    inside = up.dtype if sparse_gradients else outside
-    x, weight, up, down = (v.to(inside) for v in (x.to(outside), weight, up, down))
+    inside = torch.promote_types(up.dtype, torch.float32) if sparse_gradients else outside
+    x, weight = x.to(outside).to(inside), weight.to(inside)
+    if not sparse_gradients:
+        up, down = up.to(inside), down.to(inside)
     with without_autocast(x):
         if backend.active() == "reference":
             y = reference.ragged_experts(x, ids, weight, starts, up, down, activation, sparse_gradients)
@@ -86,8 +89,8 @@ class _Ragged(torch.autograd.Function):
             None,
             torch.segment_reduce(along * hidden, "sum", lengths=met.width, unsafe=True).view_as(weight),
             None,
-            segments.table_gradient(x, token, dz),
-            segments.table_gradient(dy, token, hidden * gates),
+            table_gradient(up, segments, x, token, dz),
+            table_gradient(down, segments, dy, token, hidden * gates),
             None,
             None,
         )

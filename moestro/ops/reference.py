@@ -51,7 +51,7 @@ def singleton_experts(
     act(gate[ids_tk] . x_t) * (up[ids_tk] . x_t); materialises every gathered row."""
 
     def along(table: Tensor) -> Tensor:
-        return torch.einsum("td,tkd->tk", x, F.embedding(ids, table, sparse=sparse_gradients))
+        return torch.einsum("td,tkd->tk", x, F.embedding(ids, table, sparse=sparse_gradients).to(x.dtype))
 
     act = find(activation).forward
     hidden = act(along(up)) if gate is None else act(along(gate)) * along(up)
@@ -65,7 +65,8 @@ def value_rows(
     sparse_gradients: bool = False,
 ) -> Float[Tensor, "t d"]:
     """y_t = sum_k weight_tk * values[ids_tk]; materialises every gathered row."""
-    return torch.einsum("tk,tkd->td", weight, F.embedding(ids, values, sparse=sparse_gradients))
+    rows = F.embedding(ids, values, sparse=sparse_gradients).to(weight.dtype)
+    return torch.einsum("tk,tkd->td", weight, rows)
 
 
 def ragged_experts(

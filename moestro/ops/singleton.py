@@ -11,6 +11,7 @@ from moestro.ops import backend, reference, table_rows
 from moestro.ops.activations import activation as find
 from moestro.ops.native import table_rows as native_table_rows
 from moestro.ops.precision import compute_dtype, without_autocast
+from moestro.ops.row_gradients import table_gradient
 
 
 def singleton_experts(
@@ -31,8 +32,10 @@ def singleton_experts(
 
     With `sparse_gradients` the gradients of the tables are coalesced `torch.sparse_coo` tensors: the u ids met,
     ascending, and their [u, d] values. Nothing of size e * d is then allocated, not even a table in autocast's dtype:
-    arithmetic runs in the dtype of the tables, on an x rounded, and to an output rounded, as without it. Native kernels
-    (`backend.runs_native`) never copy a table: they read it in its own dtype and compute in float32.
+    arithmetic runs in the dtype of the tables (in float32 where they are narrower: rows are widened as they are read),
+    on an x rounded, and to an output rounded, as without it. Native kernels (`backend.runs_native`) never copy a table:
+    they read it in its own dtype and compute in float32. Tables whose factors are collected (`ops.row_gradients`) get
+    those instead of a gradient.
     """
     outside = compute_dtype(x)
     rows = _rows(x, weight, up, down)
@@ -78,7 +81,7 @@ def _dtypes(rows: ModuleType, table: Tensor, outside: torch.dtype, sparse: bool)
     """The dtype of the arithmetic and that in which tables are read."""
     if rows is native_table_rows:
         return torch.float32, table.dtype
-    return (table.dtype, table.dtype) if sparse else (outside, outside)
+    return (torch.promote_types(table.dtype, torch.float32), table.dtype) if sparse else (outside, outside)
 
 
 @torch.compiler.disable
@@ -125,8 +128,8 @@ class _Singletons(torch.autograd.Function):
             rows.weighted_rows(up, ids, dz),
             None,
             along * hidden,
-            pairs.table_gradient(x, dz),
-            pairs.table_gradient(dy, hidden * weight),
+            pairs.table_gradient(up, x, dz),
+            pairs.table_gradient(down, dy, hidden * weight),
             None,
             None,
             None,
@@ -155,9 +158,9 @@ class _GatedSingletons(torch.autograd.Function):
             rows.weighted_rows(gate, ids, dz) + rows.weighted_rows(up, ids, dlinear),
             None,
             along * opened * linear,
-            pairs.table_gradient(x, dz),
-            pairs.table_gradient(x, dlinear),
-            pairs.table_gradient(dy, opened * linear * weight),
+            pairs.table_gradient(gate, x, dz),
+            pairs.table_gradient(up, x, dlinear),
+            pairs.table_gradient(down, dy, opened * linear * weight),
             None,
             None,
             None,
@@ -176,7 +179,7 @@ class _Values(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         ids, weight, values = ctx.saved_tensors
         pairs = _Pairs(ids, values, ctx)
-        return None, ctx.rows.dots(values, ids, dy.contiguous()), pairs.table_gradient(dy, weight), None, None
+        return None, ctx.rows.dots(values, ids, dy.contiguous()), pairs.table_gradient(values, dy, weight), None, None
 
 
 class _Pairs:
@@ -185,8 +188,8 @@ class _Pairs:
     def __init__(self, ids: Tensor, table: Tensor, ctx) -> None:
         self.segments = ctx.rows.Segments(ids.flatten(), len(table), ctx.sparse)
         self.token = self.segments.order // max(1, ids.shape[1])
-        self.dtype = table.dtype
 
-    def table_gradient(self, source: Tensor, coefficient: Tensor) -> Tensor:
-        """Row e = sum over the pairs (t, k) of expert e of coefficient_tk * source_t, in the dtype of the table."""
-        return self.segments.table_gradient(source, self.token, coefficient.flatten()).to(self.dtype)
+    def table_gradient(self, table: Tensor, source: Tensor, coefficient: Tensor) -> Tensor | None:
+        """Row e = sum over the pairs (t, k) of expert e of coefficient_tk * source_t, in the dtype of the table; None
+        where its factors are collected."""
+        return table_gradient(table, self.segments, source, self.token, coefficient.flatten())

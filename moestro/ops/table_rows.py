@@ -20,7 +20,7 @@ def dots(table: Float[Tensor, "e d"], ids: Int[Tensor, "t k"], x: Float[Tensor, 
     for a in range(0, t, step):
         b = min(a + step, t)
         rows = buffer[: (b - a) * k]
-        torch.index_select(table, 0, ids[a:b].reshape(-1), out=rows)
+        _read(table, ids[a:b].reshape(-1), rows)
         torch.bmm(rows.view(b - a, k, d), x[a:b, :, None], out=out[a:b, :, None])
     return out
 
@@ -30,7 +30,10 @@ def weighted_rows(
 ) -> Float[Tensor, "t d"]:
     """out_t = sum_k coefficient_tk * table[ids_tk]."""
     if ids.numel() == 0:
-        return table.new_zeros(len(ids), table.shape[1])
+        return coefficient.new_zeros(len(ids), table.shape[1])
+    if table.dtype != coefficient.dtype:
+        starts = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
+        return _sums_widened(table, ids.flatten(), coefficient.flatten(), starts)
     return F.embedding_bag(ids, table, per_sample_weights=coefficient.contiguous(), mode="sum")
 
 
@@ -42,7 +45,7 @@ def ragged_dots(
     rows, inputs = x.new_empty(2, min(_ROWS, len(ids)), x.shape[1])
     for a in range(0, len(ids), _ROWS):
         b = min(a + _ROWS, len(ids))
-        torch.index_select(table, 0, ids[a:b], out=rows[: b - a])
+        _read(table, ids[a:b], rows[: b - a])
         torch.index_select(x, 0, token[a:b], out=inputs[: b - a])
         torch.bmm(rows[: b - a, None], inputs[: b - a, :, None], out=out[a:b, None, None])
     return out
@@ -53,8 +56,34 @@ def ragged_sums(
 ) -> Float[Tensor, "t d"]:
     """out_t = sum of coefficient_j * table[ids_j] over the places j from starts_t up to those of t + 1."""
     if ids.numel() == 0:
-        return table.new_zeros(len(starts), table.shape[1])
+        return coefficient.new_zeros(len(starts), table.shape[1])
+    if table.dtype != coefficient.dtype:
+        return _sums_widened(table, ids, coefficient, starts)
     return F.embedding_bag(ids, table, starts, per_sample_weights=coefficient, mode="sum")
+
+
+def _sums_widened(table: Tensor, ids: Tensor, coefficient: Tensor, starts: Tensor) -> Tensor:
+    """The same for a table narrower than the arithmetic."""
+    out = coefficient.new_empty(len(starts), table.shape[1])
+    ends = [*starts.tolist(), len(ids)]
+    step = max(1, _ROWS * len(starts) // len(ids))
+    for a in range(0, len(starts), step):
+        b = min(a + step, len(starts))
+        places = slice(ends[a], ends[b])
+        rows = coefficient.new_empty(ends[b] - ends[a], table.shape[1])
+        _read(table, ids[places], rows)
+        each = torch.arange(len(rows), device=rows.device)
+        weights = coefficient[places]
+        out[a:b] = F.embedding_bag(each, rows, starts[a:b] - ends[a], per_sample_weights=weights, mode="sum")
+    return out
+
+
+def _read(table: Tensor, ids: Tensor, out: Tensor) -> None:
+    """Rows of a table, widened to the dtype of `out` where they are narrower."""
+    if table.dtype == out.dtype:
+        torch.index_select(table, 0, ids, out=out)
+    else:
+        out.copy_(table.index_select(0, ids))
 
 
 class Segments:

@@ -7,6 +7,7 @@ import torch
 
 from moestro.data import TokenData, Tokenizer
 from moestro.model import Block, Transformer
+from moestro.ops.tables import tables_in
 from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.resolve import Place
 from moestro.recipe.sources import PlacedSource
@@ -89,12 +90,13 @@ def run_training(
     require_writable(folder)
     require_same_recipe(folder, recipe)
     dataset = data.prepare(progress=show_preparation)
-    model = build_model(recipe, dataset.vocab_size, device)
 
     def claim(claimed: RunFolder) -> None:
         claim_folder(claimed, recipe, dataset.tokenizer)
 
-    return train(model, dataset, settings, objectives, rules, folder, progress, claim)
+    with tables_in(settings.table_folder and folder / settings.table_folder):
+        model = build_model(recipe, dataset.vocab_size, device)
+        return train(model, dataset, settings, objectives, rules, folder, progress, claim)
 
 
 def claim_folder(folder: RunFolder, recipe: Recipe, tokenizer: Tokenizer) -> None:

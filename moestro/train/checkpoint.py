@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moestro.train.durable import (
@@ -20,6 +19,7 @@ from moestro.train.durable import (
     sha256,
     sha256_json,
 )
+from moestro.train.tensor_file import write_tensors
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -32,7 +32,8 @@ class CheckpointError(RuntimeError):
 def write_checkpoint(
     checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
 ) -> Path:
-    """Write `step-<step>` with one safetensors file for each name in `tensors`, and `state`; returns its path.
+    """Write `step-<step>` with one safetensors file for each name in `tensors`, and `state`; returns its path. Tensors
+    are written from where they lie, without a second copy of them.
 
     Raises: CheckpointError where the disk refuses; the unfinished folder is removed.
     """
@@ -40,14 +41,13 @@ def write_checkpoint(
     temporary = checkpoints / (TEMPORARY + path.name)
     try:
         temporary.mkdir(parents=True)
-        for name, named in tensors.items():
-            save_file(named, temporary / f"{name}.safetensors")
-        hashes = {f"{name}.safetensors": sha256(temporary / f"{name}.safetensors") for name in tensors}
+        files = {f"{name}.safetensors": named for name, named in tensors.items()}
+        hashes = {name: write_tensors(temporary / name, named) for name, named in files.items()}
         content = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, **state}
         content["checksum"] = sha256_json(content)
         (temporary / STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         publish_folder(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write checkpoint {path}: {error}.{advice(checkpoints)}") from error
     return path

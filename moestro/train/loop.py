@@ -21,6 +21,7 @@ from moestro.train.settings import TrainSettings
 from moestro.train.signals import StopSignal, TrainingStopped
 from moestro.train.state import TrainState
 from moestro.train.step import Batches, WeightedObjectives, backward, check_names, measure, require_finite
+from moestro.train.tables import prepare_tables
 
 
 def train(
@@ -57,6 +58,7 @@ def train(
             if newest is not None:
                 state.require_same(newest)
             return folder.result
+        prepare_tables(model, settings)
         keep_freed_memory()
         torch.manual_seed(settings.seed)
         model.recompute = settings.recompute

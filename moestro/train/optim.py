@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moestro.experts import ExpertBank
-from moestro.train.row_adamw import RowAdamW, rows_of
+from moestro.ops.row_gradients import collect_factors, pending_factors, row_gradient
+from moestro.train.row_adamw import RowAdamW
 from moestro.train.settings import OptimSettings, ParameterGroup
+from moestro.train.tables import row_tables
 
 # Where torch.optim.AdamW has one fused kernel for all parameters.
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
@@ -56,10 +57,13 @@ class Optimizers:
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizers:
     """AdamW over `parameter_groups`, fused where the device has it, and `RowAdamW` for the parameters that banks of
-    experts name as having sparse gradients."""
+    experts name as having sparse gradients.
+
+    Raises: ValueError where `settings.fused_rows` is asked for and there are no such parameters.
+    """
     groups = parameter_groups(model, settings)
-    banks = [module for module in model.modules() if isinstance(module, ExpertBank)]
-    rows = {id(parameter) for bank in banks for parameter in bank.row_parameters()}
+    tables = row_tables(model)
+    rows = {id(parameter) for parameter in tables}
     shared = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     parts: list[torch.optim.Optimizer] = []
     if dense := [group for group in (part_of(g, rows, False) for g in groups) if group["params"]]:
@@ -67,6 +71,10 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizers:
         parts.append(torch.optim.AdamW(dense, **shared, fused=devices <= FUSED_DEVICES))
     if sparse := [group for group in (part_of(g, rows, True) for g in groups) if group["params"]]:
         parts.append(RowAdamW(sparse, **shared, skipped=settings.skipped_rows))
+    if settings.fused_rows:
+        if not tables:
+            raise ValueError("optim fused_rows=True: no bank trains by rows (sparse_gradients: true)")
+        collect_factors(tables)
     return Optimizers(parts)
 
 
@@ -117,16 +125,16 @@ def set_learning_rate(optimizer: Optimizers, lr: float) -> None:
 
 
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
-    """Scale all gradients, rows of sparse ones included, so that their joint 2-norm is at most `clip`; returns the
-    norm before, on the device."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+    """Scale all gradients, rows of sparse ones and factors included, so that their joint 2-norm is at most `clip`;
+    returns the norm before, on the device."""
+    parameters = list(model.parameters())
+    sparse = [p for p in parameters if pending_factors(p) or (p.grad is not None and p.grad.is_sparse)]
+    rows = [gradient for gradient in map(row_gradient, sparse) if gradient is not None]
     dense = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
-    rows = [rows_of(parameter)[1] for parameter in sparse]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None] + rows)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None] + [r.norm() for r in rows])
     if clip is not None:
         torch.nn.utils.clip_grads_with_norm_(dense, clip, norm)
         # torch would copy the values of a sparse gradient; here they are scaled where they lie
-        for values in rows:
-            values.mul_((clip / (norm + 1e-6)).clamp(max=1.0).to(values.device))
+        for gradient in rows:
+            gradient.scale_((clip / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -6,10 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moestro.ops.huge_pages import request_huge_pages
+from moestro.ops.rounding import rounding_key
+from moestro.ops.row_adamw import RowConstants, RowFactors, adamw_rows
+from moestro.ops.row_gradients import RowGradient, forget_factors, row_gradient, spans
+from moestro.ops.tables import new_table
 
-# Numbers of a table updated at a time: few enough to stay in a core's cache.
-CHUNK = 2**17
 SKIPPED = ("keep", "decay")
 
 
@@ -57,12 +58,22 @@ class RowAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Update the rows that have a gradient."""
+        number = 0
         for group in self.param_groups:
             if group["lr"] * group["weight_decay"] >= 1:
                 raise ValueError(f"lr={group['lr']} * weight_decay={group['weight_decay']}: must be below 1")
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+                number += 1
+                gradient = row_gradient(parameter)
+                if gradient is not None:
+                    self._update(parameter, gradient, group, number)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, factors included."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                forget_factors(parameter)
 
     @torch.no_grad()
     def reset_rows(self, parameter: Tensor, rows: slice | int) -> None:
@@ -85,62 +96,40 @@ class RowAdamW(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
-            n_rows, device = len(parameter), parameter.device
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            for name in ("exp_avg", "exp_avg_sq"):
-                # on the CPU not yet written, so that huge pages can still be had
-                state[name] = torch.zeros(parameter.shape, dtype=wide, device=device)
-                request_huge_pages(state[name])
+            (n_rows, width), dtype, device = parameter.shape, parameter.dtype, parameter.device
+            wide = torch.promote_types(dtype, torch.float32)
+            state["exp_avg"] = new_table(n_rows, width, dtype if dtype == torch.bfloat16 else wide, device)
+            state["exp_avg_sq"] = new_table(n_rows, width, wide, device)
             state["clock"] = torch.zeros(n_rows, dtype=torch.int32, device=device)
             state["charged"] = torch.zeros(n_rows, dtype=torch.float64, device=device)
             state["step"] = torch.zeros((), dtype=torch.int64)
             state["log_decay"] = torch.zeros((), dtype=torch.float64)
         return state
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        ids, values = rows_of(parameter)
-        state = self._state_of(parameter)
-        size = max(1, CHUNK // max(1, parameter.shape[1]))
+    def _update(self, parameter: nn.Parameter, gradient: RowGradient, group: dict[str, Any], number: int) -> None:
+        ids, state = gradient.ids, self._state_of(parameter)
         state["step"] += 1
-        for some, gradient in zip(ids.split(size), values.split(size), strict=True):
-            self._update_rows(parameter, some, gradient, state, group)
+        wide = state["exp_avg_sq"].dtype
+        factors = self._factors(ids, state, group, wide)
+        constants = RowConstants(group["betas"], group["eps"], rounding_key(int(state["step"]), number))
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        for start, stop in spans(len(ids), parameter.shape[1]):
+            values = gradient.values(start, stop)
+            adamw_rows(parameter, moments, ids[start:stop], values, factors.rows(start, stop), constants)
         state["log_decay"] += self._log_factor(group)
 
-    def _update_rows(
-        self, parameter: Tensor, ids: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
-    ) -> None:
-        """The operations of `torch.optim.adam._single_tensor_adam`, in its order; its scalars differ from row to
-        row."""
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        mean, square = (state[name].index_select(0, ids) for name in ("exp_avg", "exp_avg_sq"))
-        rows, gradient = parameter.index_select(0, ids).to(mean.dtype), gradient.to(mean.dtype)
-        count = self._tick(ids, state, mean, square, (beta1, beta2))
-        rows.mul_(column(self._decay(ids, state, group), rows))
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        correction = column((1 - beta2**count).sqrt(), rows)
-        denominator = square.sqrt().div_(correction).add_(group["eps"])
-        size = column(-lr / (1 - beta1**count), rows)
-        rows.addcdiv_(size * mean, denominator)
-        parameter.index_copy_(0, ids, rows.to(parameter.dtype))
-        state["exp_avg"].index_copy_(0, ids, mean)
-        state["exp_avg_sq"].index_copy_(0, ids, square)
-
-    def _tick(
-        self, ids: Tensor, state: dict[str, Tensor], mean: Tensor, square: Tensor, betas: tuple[float, float]
-    ) -> Tensor:
-        """Move the rows' clocks to this step and their moments past the steps skipped; returns the steps that their
-        bias corrections count."""
-        before, step = state["clock"].index_select(0, ids), int(state["step"])
-        if self.skipped == "keep":
-            now = before + 1
-        else:
-            now = torch.full_like(before, step)
-            idle = (now - before - 1).double()
-            mean.mul_(column(betas[0] ** idle, mean))
-            square.mul_(column(betas[1] ** idle, square))
+    def _factors(self, ids: Tensor, state: dict[str, Tensor], group: dict[str, Any], dtype: torch.dtype) -> RowFactors:
+        """Move the rows' clocks to this step; returns what the step multiplies the rows by."""
+        (beta1, beta2), step = group["betas"], int(state["step"])
+        before = state["clock"].index_select(0, ids)
+        now = before + 1 if self.skipped == "keep" else torch.full_like(before, step)
         state["clock"].index_copy_(0, ids, now)
-        return now.double()
+        count = now.double()
+        each = [self._decay(ids, state, group), -group["lr"] / (1 - beta1**count), (1 - beta2**count).sqrt()]
+        if self.skipped == "decay":
+            idle = (now - before - 1).double()
+            each += [beta1**idle, beta2**idle]
+        return RowFactors(*(numbers.to(dtype) for numbers in each))
 
     def _decay(self, ids: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         """The decay of the steps skipped times that of this one; exactly 1 - lr * weight_decay where none was."""
@@ -151,30 +140,3 @@ class RowAdamW(torch.optim.Optimizer):
 
     def _log_factor(self, group: dict[str, Any]) -> float:
         return math.log1p(-group["lr"] * group["weight_decay"])
-
-
-def rows_of(parameter: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids, ascending and each once, and values of a parameter's row gradient, after which `.grad` is coalesced too.
-
-    torch forgets, when it accumulates gradients, that they were coalesced; where the ids still ascend, that is
-    restored without a copy.
-
-    Raises: ValueError where the gradient is not sparse over rows.
-    """
-    grad = parameter.grad
-    if grad is None or grad.layout != torch.sparse_coo or (grad.sparse_dim(), grad.dense_dim()) != (1, 1):
-        kind = "none" if grad is None else str(grad.layout)
-        raise ValueError(f"RowAdamW needs gradients that are sparse over rows (torch.sparse_coo), got {kind}")
-    if not grad.is_coalesced():
-        ids, values = grad._indices(), grad._values()
-        if bool((ids[0, 1:] > ids[0, :-1]).all()):
-            grad = torch.sparse_coo_tensor(ids, values, grad.shape, is_coalesced=True, check_invariants=False)
-        else:
-            grad = grad.coalesce()
-        parameter.grad = grad
-    return grad._indices()[0], grad._values()
-
-
-def column(each: Tensor, like: Tensor) -> Tensor:
-    """A number for every row, in the dtype of the rows."""
-    return each.to(like.dtype)[:, None]

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from moestro.train.schedules import Cosine, Schedule
@@ -57,7 +58,8 @@ class ParameterGroup:
 class OptimSettings:
     """AdamW (Loshchilov 2019, arXiv:1711.05101), its schedule, and the global norm to which gradients are clipped
     (`clip`, None for no clipping). `skipped_rows` says what becomes of the moments of rows that a step did not touch,
-    where gradients are sparse (see `RowAdamW`)."""
+    where gradients are sparse (see `RowAdamW`); with `fused_rows` their values are never written down: backward leaves
+    their factors, and each row is summed when it is updated."""
 
     lr: float = 1e-3
     weight_decay: float = 0.1
@@ -67,6 +69,7 @@ class OptimSettings:
     schedule: Schedule = field(default_factory=Cosine)
     groups: tuple[ParameterGroup, ...] = ()
     skipped_rows: Literal["keep", "decay"] = "keep"
+    fused_rows: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -87,7 +90,11 @@ class OptimSettings:
 class TrainSettings:
     """One training run. `batch_size` sequences make one optimizer step, in `accumulate` micro-batches. Evaluation reads
     `eval_tokens` of the held-out text (all of it where None) every `eval_every` steps and at the end; 0 means only at
-    the end, likewise for `save_every`. `keep_best` also saves at every evaluation that improves on the best one."""
+    the end, likewise for `save_every`. `keep_best` also saves at every evaluation that improves on the best one.
+
+    Tables that train by rows: with `table_precision` bf16 they and Adam's first moment are kept in bfloat16, rounded
+    stochastically (`ops.rounding`); arithmetic stays in float32. With `table_folder` they and all their state are in
+    files mapped into memory, in that folder (relative: of the run folder): for tables that are larger than memory."""
 
     budget: Budget
     optim: OptimSettings = field(default_factory=OptimSettings)
@@ -95,6 +102,8 @@ class TrainSettings:
     accumulate: int = 1
     seed: int = 0
     precision: Precision = "fp32"
+    table_precision: Precision = "fp32"
+    table_folder: Path | None = None
     compile: bool = False
     recompute: bool = False
     eval_every: int = 100
@@ -115,8 +124,9 @@ class TrainSettings:
                 f"train accumulate={self.accumulate} does not divide batch_size={self.batch_size}: "
                 "micro-batches are equal slices of a step's batch"
             )
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"train precision={self.precision!r}: allowed are 'fp32', 'bf16'")
+        for name in ("precision", "table_precision"):
+            if getattr(self, name) not in ("fp32", "bf16"):
+                raise ValueError(f"train {name}={getattr(self, name)!r}: allowed are 'fp32', 'bf16'")
         self._check_warmup_fits()
 
     def _check_warmup_fits(self) -> None:

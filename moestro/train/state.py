@@ -19,7 +19,6 @@ from moestro.train.tensors import (
     load_model,
     load_optimizer,
     model_tensors,
-    on_cpu,
     optimizer_tensors,
     random_state,
     set_random_state,
@@ -27,7 +26,7 @@ from moestro.train.tensors import (
 )
 
 # Settings that change what is written or shown, not what is learned.
-FREE = frozenset({"eval_every", "eval_tokens", "save_every", "keep_last", "keep_best", "tensorboard"})
+FREE = frozenset({"eval_every", "eval_tokens", "save_every", "keep_last", "keep_best", "tensorboard", "table_folder"})
 
 
 @dataclass
@@ -47,7 +46,7 @@ class TrainState:
         self.counters.metrics_bytes = metrics_bytes
         tensors, tied = model_tensors(self.model)
         files = {
-            "model": {name: on_cpu(tensor) for name, tensor in tensors.items()},
+            "model": tensors,
             "optimizer": optimizer_tensors(self.model, self.optimizer),
             "rules": {},
         }

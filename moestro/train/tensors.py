@@ -59,7 +59,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tens
     """The optimizer's state under `<parameter>/<entry>`, for example `head.weight/exp_avg`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{names[id(parameter)]}/{key}": on_cpu(value)
+        f"{names[id(parameter)]}/{key}": value
         for parameter, entries in optimizer.state.items()
         for key, value in entries.items()
     }

@@ -101,7 +101,7 @@ def test_the_write_error_names_the_checkpoint_that_is_left(tmp_path, monkeypatch
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moestro.train.checkpoint.save_file", refuse)
+    monkeypatch.setattr("moestro.train.checkpoint.write_tensors", refuse)
     message = r"cannot write checkpoint .*step-00000010: .*No space left on device\. .*continues from step-00000005"
     with pytest.raises(CheckpointError, match=message):
         write_checkpoint(tmp_path, 10, {"model": {"w": torch.ones(2)}}, {})

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moestro.train import row_adamw
-from moestro.train.row_adamw import RowAdamW, rows_of
+from moestro.ops import row_gradients
+from moestro.ops.row_gradients import coalesced_rows
+from moestro.train.row_adamw import RowAdamW
 from tests.tolerances import FLOAT32, FLOAT64
 
 N, D, BETAS, EPS, DECAY = 40, 5, (0.9, 0.95), 1e-8, 0.1
@@ -167,7 +168,7 @@ def test_it_differs_from_dense_adam_only_on_rows_not_touched(skipped):
 def test_work_in_pieces_changes_no_bit(monkeypatch):
     ends = []
     for chunk in (2**17, 3 * D):
-        monkeypatch.setattr(row_adamw, "CHUNK", chunk)
+        monkeypatch.setattr(row_gradients, "CHUNK", chunk)
         parameter = nn.Parameter(draw(0, N, D))
         optimizer = optimizer_for(parameter, "decay")
         for step in range(1, 9):
@@ -195,17 +196,6 @@ def test_a_restored_optimizer_goes_on_to_the_bit(skipped):
             assert torch.equal(parameter, twin)
 
 
-def test_bfloat16_tables_are_computed_in_float32_and_rounded_once():
-    start = draw(0, N, D, dtype=torch.bfloat16)
-    half, single = nn.Parameter(start.clone()), nn.Parameter(start.float())
-    for parameter in (half, single):
-        optimizer = optimizer_for(parameter)
-        take(optimizer, parameter, rows([1, 4], draw(1, 2, D, dtype=torch.bfloat16).to(parameter.dtype)), 0.1)
-        assert optimizer.state[parameter]["exp_avg"].dtype == torch.float32
-    assert torch.equal(half, single.bfloat16())
-    assert not torch.equal(half[[1, 4]], start[[1, 4]])
-
-
 def test_accumulated_rows_are_merged_without_a_copy():
     parameter = nn.Parameter(torch.zeros(N, D))
     once = draw(0, 3, D, dtype=torch.float32)
@@ -215,7 +205,7 @@ def test_accumulated_rows_are_merged_without_a_copy():
     # torch forgets that both were coalesced when one of them came out of its own accumulation
     parameter.grad = parameter.grad.clone()._coalesced_(False)
     kept = parameter.grad._values().data_ptr()
-    ids, values = rows_of(parameter)
+    ids, values = coalesced_rows(parameter)
     assert ids.tolist() == [2, 5, 9, 30] and kept == values.data_ptr() != values_at
     torch.testing.assert_close(values, torch.stack([once[0], once[1] + 1, once[2], torch.ones(D)]), **FLOAT32)
     assert parameter.grad.is_coalesced()
@@ -225,7 +215,7 @@ def test_rows_in_any_order_and_more_than_once_are_summed():
     parameter = nn.Parameter(torch.zeros(N, 1))
     index = torch.tensor([[5, 2, 5]])
     parameter.grad = torch.sparse_coo_tensor(index, torch.tensor([[1.0], [2.0], [3.0]]), (N, 1), check_invariants=False)
-    ids, values = rows_of(parameter)
+    ids, values = coalesced_rows(parameter)
     assert (ids.tolist(), values[:, 0].tolist()) == ([2, 5], [2.0, 4.0])
 
 

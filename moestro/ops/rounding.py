@@ -1,0 +1,57 @@
+"""Stochastic rounding whose random bits are a function of what is rounded, not of a generator's state."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B9
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+_BITS = 0xFFFFFFFF
+
+
+def rounding_key(*numbers: int) -> int:
+    """A 32-bit key that differs for different (step, table, entry)."""
+    key = 0
+    for number in numbers:
+        key = _scrambled((key + _GOLDEN + number) & _BITS)
+    return key
+
+
+def stochastic_bfloat16(x: Float[Tensor, "n d"], ids: Int[Tensor, "n"], key: int) -> Float[Tensor, "n d"]:
+    """Rows `ids` of a table in float32, each number rounded to one of its two neighbours in bfloat16 with the
+    probability that makes it right on average (Gupta 2015, arXiv:1502.02551, Eq. 1).
+
+    The random bits are a hash (C. Wellons' lowbias32) of the key, the row's id and the column: the same in every
+    process, on every device, in pieces of any size, so that training that was interrupted continues to the last bit.
+    Changes far below bfloat16's precision, as optimizers make, then add up instead of being lost.
+    """
+    row = _mix(_mix(_low(ids) ^ _signed(key)) + _low(ids >> 32))
+    column = torch.arange(x.shape[1], device=x.device, dtype=torch.int64) * _GOLDEN
+    noise = _mix(row[:, None] + _low(column)) & 0xFFFF
+    return ((x.float().view(torch.int32) + noise) & ~0xFFFF).view(torch.float32).bfloat16()
+
+
+def _low(x: Tensor) -> Tensor:
+    """The low 32 bits of int64."""
+    return x.to(torch.int32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """lowbias32 on int32, whose products wrap around."""
+    first, second = map(_signed, _MULTIPLIERS)
+    x = (x ^ ((x >> 16) & 0xFFFF)) * first
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * second
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _scrambled(x: int) -> int:
+    """lowbias32 on a Python number of 32 bits."""
+    first, second = _MULTIPLIERS
+    x = ((x ^ (x >> 16)) * first) & _BITS
+    x = ((x ^ (x >> 15)) * second) & _BITS
+    return x ^ (x >> 16)
+
+
+def _signed(x: int) -> int:
+    """32 bits as torch's int32 has them."""
+    return x - (1 << 32) if x >> 31 else x

@@ -1,0 +1,158 @@
+"""A table's gradient as the rows that have one: their values, or the factors of which values are made when used."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moestro.ops import backend
+from moestro.ops.native.row_gradients import segment_values
+
+# Numbers of a table that are worked on at a time: few enough to stay in a core's cache.
+CHUNK = 2**17
+_PENDING = "pending_row_factors"
+
+
+class RowValues:
+    """A gradient that is 0 outside rows `ids` (ascending, each once), whose values [n, d] exist."""
+
+    def __init__(self, ids: Int[Tensor, "n"], values: Float[Tensor, "n d"]) -> None:
+        self.ids, self.all = ids, values
+
+    def values(self, start: int, stop: int) -> Float[Tensor, "m d"]:
+        """Those of the rows `ids[start:stop]`."""
+        return self.all[start:stop]
+
+    def norm(self) -> Float[Tensor, ""]:
+        """2-norm of all values."""
+        return torch.linalg.vector_norm(self.all)
+
+    def scale_(self, factor: Float[Tensor, ""]) -> None:
+        """Multiply all values."""
+        self.all.mul_(factor.to(self.all.device))
+
+
+class FactoredRows:
+    """A gradient that is never written down: row `ids[i]` is the sum of coefficient_p * source[token_p] over the places
+    p = order[j] with j from `starts[i]` to `starts[i + 1]`; `token` is in that order, `coefficient` is not. For k rows
+    a token it keeps t * (d + 3 k) numbers, where values are up to t * k * d. Methods as of `RowValues`."""
+
+    def __init__(
+        self,
+        ids: Int[Tensor, "n"],
+        starts: Int[Tensor, "n1"],
+        order: Int[Tensor, "p"],
+        source: Float[Tensor, "t d"],
+        token: Int[Tensor, "p"],
+        coefficient: Float[Tensor, "p"],
+    ) -> None:
+        self.ids, self.starts, self.order, self.source = ids, starts, order, source.contiguous()
+        self.token, self.coefficient = token, coefficient
+
+    def values(self, start: int, stop: int) -> Float[Tensor, "m d"]:
+        if backend.runs_native(self.source, self.coefficient):
+            factors = self.source, self.token, self.coefficient
+            return segment_values(self.order, self.starts[start : stop + 1], *factors)
+        first, last = self.starts[[start, stop]].tolist()
+        weight, starts = self.coefficient[self.order[first:last]], self.starts[start:stop] - first
+        return F.embedding_bag(self.token[first:last], self.source, starts, per_sample_weights=weight, mode="sum")
+
+    def norm(self) -> Float[Tensor, ""]:
+        norms = [torch.linalg.vector_norm(self.values(*span)) for span in spans(len(self.ids), self.source.shape[1])]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else self.source.new_zeros(())
+
+    def scale_(self, factor: Float[Tensor, ""]) -> None:
+        self.coefficient.mul_(factor.to(self.coefficient.device))
+
+
+RowGradient = RowValues | FactoredRows
+
+
+def spans(n_rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends of pieces of rows of `width` numbers that stay in cache."""
+    size = max(1, CHUNK // max(1, width))
+    for start in range(0, n_rows, size):
+        yield start, min(start + size, n_rows)
+
+
+def collect_factors(tables: Iterable[Tensor]) -> None:
+    """From now on a backward pass leaves the factors of these tables' gradients beside them, and no `.grad`."""
+    for table in tables:
+        setattr(table, _PENDING, [])
+
+
+def pending_factors(table: Tensor) -> list[FactoredRows] | None:
+    """Where a backward pass leaves the factors of this table's gradient; None where it is to make a `.grad`."""
+    return getattr(table, _PENDING, None)
+
+
+def forget_factors(table: Tensor) -> None:
+    """What `zero_grad` is for a `.grad`."""
+    (pending_factors(table) or []).clear()
+
+
+def row_gradient(table: Tensor) -> RowGradient | None:
+    """A table's gradient, summed over the backward passes since it was last forgotten; None where there is none.
+
+    Raises: ValueError where it is dense, or partly factors and partly `.grad`.
+    """
+    factors = pending_factors(table)
+    if not factors:
+        return None if table.grad is None else RowValues(*coalesced_rows(table))
+    if table.grad is not None:
+        raise ValueError("a table has a gradient in factors and one in .grad: it was used by an operation of each kind")
+    if len(factors) > 1:
+        factors[:] = [merged(factors)]
+    return factors[0]
+
+
+def table_gradient(
+    table: Tensor, segments: Any, source: Float[Tensor, "t d"], token: Int[Tensor, "p"], coefficient: Float[Tensor, "p"]
+) -> Tensor | None:
+    """What a backward pass returns for a table: `segments.table_gradient(source, token, coefficient)` in its dtype, or
+    None where its factors are collected, which are then left beside it."""
+    pending = pending_factors(table)
+    if pending is None or segments.rows is None:
+        return segments.table_gradient(source, token, coefficient).to(table.dtype)
+    starts = segments.starts[: len(segments.rows)]
+    starts = torch.cat([starts, starts.new_tensor([len(segments.order)])])
+    pending.append(FactoredRows(segments.rows, starts, segments.order, source, token, coefficient))
+    return None
+
+
+def merged(parts: Sequence[FactoredRows]) -> FactoredRows:
+    """The sum of gradients in factors: all tokens after each other."""
+    each = torch.cat([part.ids.repeat_interleave(part.starts.diff()) for part in parts])
+    found, order = each.sort(stable=True)
+    ids, count = found.unique_consecutive(return_counts=True)
+    offsets = accumulate((len(part.source) for part in parts), initial=0)
+    token = torch.cat([part.token + offset for part, offset in zip(parts, offsets, strict=False)])
+    coefficient = torch.cat([part.coefficient[part.order] for part in parts])
+    source = torch.cat([part.source for part in parts])
+    return FactoredRows(ids, F.pad(count.cumsum(0), (1, 0)), order, source, token[order], coefficient)
+
+
+def coalesced_rows(table: Tensor) -> tuple[Int[Tensor, "n"], Float[Tensor, "n d"]]:
+    """Ids, ascending and each once, and values of a table's row gradient, after which `.grad` is coalesced too.
+
+    torch forgets, when it accumulates gradients, that they were coalesced; where the ids still ascend, that is
+    restored without a copy.
+
+    Raises: ValueError where the gradient is not sparse over rows.
+    """
+    grad = table.grad
+    if grad is None or grad.layout != torch.sparse_coo or (grad.sparse_dim(), grad.dense_dim()) != (1, 1):
+        kind = "none" if grad is None else str(grad.layout)
+        raise ValueError(f"rows need gradients that are sparse over rows (torch.sparse_coo), got {kind}")
+    if not grad.is_coalesced():
+        ids, values = grad._indices(), grad._values()
+        if bool((ids[0, 1:] > ids[0, :-1]).all()):
+            grad = torch.sparse_coo_tensor(ids, values, grad.shape, is_coalesced=True, check_invariants=False)
+        else:
+            grad = grad.coalesce()
+        table.grad = grad
+    return grad._indices()[0], grad._values()

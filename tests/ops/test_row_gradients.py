@@ -1,0 +1,126 @@
+"""Gradients left as factors: the same rows, to the bit, and never in memory as such."""
+
+import pytest
+import torch
+
+from moestro import ops
+from moestro.experts import SingletonBank
+from moestro.ops import row_gradients
+from moestro.ops.row_gradients import collect_factors, forget_factors, pending_factors, row_gradient
+from moestro.routing import SparseRouting
+from tests.ops.test_singleton_experts import CASES, inputs
+from tests.ops.test_singleton_rows import largest_allocation
+from tests.tolerances import FLOAT32, FLOAT64
+
+
+def backward(arguments, factors):
+    """Tables after one backward pass, and the gradients of the other inputs."""
+    x, ids, weight, up, down = arguments
+    leaves = [v.detach().clone().requires_grad_() for v in (x, weight, up, down)]
+    if factors:
+        collect_factors(leaves[2:])
+    y = ops.singleton_experts(leaves[0], ids, *leaves[1:], "gelu", True)
+    (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return leaves[2:], [leaf.grad for leaf in leaves[:2]]
+
+
+def whole(gradient):
+    return gradient.values(0, len(gradient.ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_factors_stand_for_the_same_rows_to_the_bit(case, dtype):
+    arguments = inputs(*CASES[case], dtype)
+    (plain, others), (factored, same) = backward(arguments, False), backward(arguments, True)
+    assert all(torch.equal(a, b) for a, b in zip(others, same, strict=True))
+    for one, other in zip(plain, factored, strict=True):
+        values, factors = row_gradient(one), row_gradient(other)
+        assert other.grad is None and torch.equal(values.ids, factors.ids)
+        assert torch.equal(whole(factors), whole(values))
+        pieces = [factors.values(i, min(i + 5, len(factors.ids))) for i in range(0, len(factors.ids), 5)]
+        assert torch.equal(torch.cat(pieces) if pieces else whole(factors), whole(values))
+
+
+def test_norm_and_scaling_are_those_of_the_values(monkeypatch):
+    monkeypatch.setattr(row_gradients, "CHUNK", 20)
+    (plain, _), (factored, _) = (backward(inputs(*CASES["63 tokens"]), kind) for kind in (False, True))
+    for one, other in zip(plain, factored, strict=True):
+        values, factors = row_gradient(one), row_gradient(other)
+        torch.testing.assert_close(factors.norm(), values.norm(), **FLOAT64)
+        for gradient in (values, factors):
+            gradient.scale_(torch.tensor(0.3, dtype=torch.float64))
+        torch.testing.assert_close(whole(factors), whole(values), **FLOAT64)
+
+
+def test_passes_add_up_also_with_other_numbers_of_experts():
+    """As with several micro-batches, or layers of different k that share their tables."""
+    up, down = (torch.randn(50, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    twins = [table.detach().clone().requires_grad_() for table in (up, down)]
+    collect_factors([up, down])
+    for tokens, k in ((30, 3), (0, 2), (7, 5)):
+        x, ids, weight = inputs(tokens, k, 50, 4)[:3]
+        for tables in ((up, down), twins):
+            ops.singleton_experts(x, ids, weight, *tables, "gelu", True).square().sum().backward()
+    for table, twin in zip((up, down), twins, strict=True):
+        gradient, want = row_gradient(table), row_gradient(twin)
+        assert gradient is row_gradient(table)
+        dense = torch.zeros(50, 4, dtype=torch.float64).index_copy_(0, gradient.ids, whole(gradient))
+        torch.testing.assert_close(dense, twin.grad.to_dense(), **FLOAT64)
+        torch.testing.assert_close(gradient.norm(), want.norm(), **FLOAT64)
+        forget_factors(table)
+        assert row_gradient(table) is None and pending_factors(table) == []
+
+
+def test_a_table_used_in_two_ways_is_refused():
+    """A bank whose tokens have different numbers of experts takes the grouped way, which makes a `.grad`."""
+    bank = SingletonBank(4, 50, sparse_gradients=True).double()
+    collect_factors(bank.parameters())
+    x, ids, weight = inputs(30, 3, 50, 4)[:3]
+    routing = SparseRouting.from_topk(ids, weight, 50)
+    bank(x, routing.grouped()).sum().backward()
+    assert row_gradient(bank.up).norm() > 0
+    bank(x, routing).sum().backward()
+    with pytest.raises(ValueError, match=r"a gradient in factors and one in \.grad"):
+        row_gradient(bank.up)
+
+
+def test_no_values_are_written_down():
+    """256 tokens of 64 experts each: values would be [n, d] with n near 4096; the factors are [t, d] and [t, k]."""
+    sizes = {}
+    for factors in (False, True):
+        bank = SingletonBank(64, 64**2, sparse_gradients=True)
+        x, ids, weight = inputs(256, 64, 64**2, 64, torch.float32)[:3]
+        if factors:
+            collect_factors(bank.parameters())
+
+        def work(bank=bank, ids=ids, weight=weight, x=x) -> None:
+            bank.zero_grad()
+            for table in bank.parameters():
+                forget_factors(table)
+            bank(x, SparseRouting.from_topk(ids, weight, 64**2)).square().sum().backward()
+
+        sizes[factors] = largest_allocation(work)
+    values = len(ids.unique()) * 64 * 4
+    assert sizes[False] >= values > 3 * sizes[True]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_experts_of_several_neurons_leave_factors_too(narrow):
+    starts = torch.tensor([0, 1, 3, 6, 10, 11])
+    x, ids, weight, up, down = inputs(30, 3, 5, 4)
+    up, down = (torch.randn(11, 4).to(torch.bfloat16 if narrow else torch.float64) for _ in range(2))
+    x, weight = (x.float(), weight.float()) if narrow else (x, weight)
+    found = []
+    for factors in (False, True):
+        tables = [table.clone().requires_grad_() for table in (up, down)]
+        if factors:
+            collect_factors(tables)
+        y = ops.ragged_experts(x, ids, weight, starts, *tables, "gelu", True)
+        y.square().sum().backward()
+        found.append([y.detach(), *(whole(row_gradient(table)) for table in tables)])
+    assert torch.equal(found[0][0], found[1][0])
+    for values, factors in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(values, factors.to(values.dtype))
+    wide = ops.ragged_experts(x.double(), ids, weight.double(), starts, up.double(), down.double(), "gelu", True)
+    torch.testing.assert_close(found[0][0].double(), wide, **(FLOAT32 if narrow else FLOAT64))
