@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moestro.ops import backend, reference
+from moestro.ops.native import product_key as native_product_key
 
 
 def product_key_topk(
@@ -19,12 +20,17 @@ def product_key_topk(
     sides sorted, pair (p, r), counted from one, can be among the k best only if p*r <= k: at k = 16 that leaves 50
     of 256 candidates.
 
+    Equal scores: the definition and native kernels put the better left key first, then the better right one, equal keys
+    in their order; plain torch, `fused`, keeps no order among equals.
+
     Raises: ValueError where k > n: then the k best of a side do not exist.
     """
     if k > keys.shape[2]:
         raise ValueError(f"top_k={k} > {keys.shape[2]} sub-keys a side, so retrieval would not be exact")
     if backend.active() == "reference":
         return reference.product_key_topk(query, keys, k)
+    if backend.runs_native(query, keys):
+        return native_product_key.product_key_topk(query, keys, k)
     t, h, _ = query.shape
     _, g, n, half = keys.shape
     halves = query.view(t, h, 2, half)

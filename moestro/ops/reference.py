@@ -92,12 +92,16 @@ def ragged_experts(
 def product_key_topk(
     query: Float[Tensor, "t h c"], keys: Float[Tensor, "2 g n half"], k: int
 ) -> tuple[Float[Tensor, "t h k"], Int[Tensor, "t h k"]]:
-    """The k best of all n*n keys by brute force: score(i*n + j) = q1 . keys[0, i] + q2 . keys[1, j]."""
+    """The k best of all n*n keys by brute force: score(i*n + j) = q1 . keys[0, i] + q2 . keys[1, j].
+
+    Equal scores are in the order of their pairs, the better left key first, then the better right one; equal keys of a
+    side in their own order.
+    """
     first, second = query.chunk(2, dim=-1)
-    g = keys.shape[1]
-    keys = keys.expand(2, query.shape[1], *keys.shape[2:]) if g == 1 else keys
-    left = torch.einsum("thc,hnc->thn", first, keys[0])
-    right = torch.einsum("thc,hnc->thn", second, keys[1])
+    n = keys.shape[2]
+    keys = keys.expand(2, query.shape[1], *keys.shape[2:])
+    left, i = torch.einsum("thc,hnc->thn", first, keys[0]).sort(dim=-1, descending=True, stable=True)
+    right, j = torch.einsum("thc,hnc->thn", second, keys[1]).sort(dim=-1, descending=True, stable=True)
     every = (left[..., :, None] + right[..., None, :]).flatten(-2)
-    scores, ids = every.topk(k, dim=-1)
-    return scores, ids
+    scores, pair = (best[..., :k] for best in every.sort(dim=-1, descending=True, stable=True))
+    return scores, i.gather(-1, pair // n) * n + j.gather(-1, pair % n)

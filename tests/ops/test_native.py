@@ -16,20 +16,14 @@ built = pytest.mark.skipif(native.library().handle is None, reason=f"native kern
 VARIANTS = native.variants()
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @contextmanager
 def reloaded() -> Iterator[None]:
     """As in a process that has not looked for the library yet; afterwards as before."""
     native._load.cache_clear()
-    yield
-    native._load.cache_clear()
+    try:
+        yield
+    finally:
+        native._load.cache_clear()
 
 
 def singletons(name: str, arguments, activation="gelu", sparse=False):

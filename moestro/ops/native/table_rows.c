@@ -27,28 +27,6 @@ static inline void prefetch_row(const struct rows *f, int64_t pair) {
         __builtin_prefetch(row + at);
 }
 
-#define DOT(name, type, load_row, one)                                                                                 \
-    static inline float name(const type *row, const float *x, int64_t d) {                                             \
-        vec a = {0}, b = {0}, c = {0}, e = {0};                                                                        \
-        int64_t i = 0;                                                                                                 \
-        for (; i + 4 * WIDTH <= d; i += 4 * WIDTH) {                                                                   \
-            a += load_row(row + i) * load(x + i);                                                                      \
-            b += load_row(row + i + WIDTH) * load(x + i + WIDTH);                                                      \
-            c += load_row(row + i + 2 * WIDTH) * load(x + i + 2 * WIDTH);                                              \
-            e += load_row(row + i + 3 * WIDTH) * load(x + i + 3 * WIDTH);                                              \
-        }                                                                                                              \
-        for (; i + WIDTH <= d; i += WIDTH)                                                                             \
-            a += load_row(row + i) * load(x + i);                                                                      \
-        float rest = 0;                                                                                                \
-        for (; i < d; i++)                                                                                             \
-            rest += one(row[i]) * x[i];                                                                                \
-        return sum((a + b) + (c + e)) + rest;                                                                          \
-    }
-
-#define AS_IS(value) (value)
-DOT(dot_float32, float, load, AS_IS)
-DOT(dot_bfloat16, uint16_t, load_bfloat16, widened)
-
 /* out[t, k] = table[ids[t, k]] . in[t], for tokens begin..end-1; in is [t, d]. */
 KERNEL(rows_dot)(const void *fields, int64_t begin, int64_t end) {
     const struct rows *f = fields;
@@ -63,18 +41,6 @@ KERNEL(rows_dot)(const void *fields, int64_t begin, int64_t end) {
         }
     }
 }
-
-#define ADD(name, type, load_row, one)                                                                                 \
-    static inline void name(float *y, const type *row, float scale, int64_t d) {                                       \
-        int64_t i = 0;                                                                                                 \
-        for (; i + WIDTH <= d; i += WIDTH)                                                                             \
-            store(y + i, load(y + i) + load_row(row + i) * scale);                                                     \
-        for (; i < d; i++)                                                                                             \
-            y[i] += one(row[i]) * scale;                                                                               \
-    }
-
-ADD(add_float32, float, load, AS_IS)
-ADD(add_bfloat16, uint16_t, load_bfloat16, widened)
 
 /* out[t] = sum over k of in[t, k] * table[ids[t, k]], for tokens begin..end-1; in is [t, k]. */
 KERNEL(rows_sum)(const void *fields, int64_t begin, int64_t end) {

@@ -1,0 +1,127 @@
+"""Product-key retrieval on compiled kernels: exact for any sizes, ties in the order of the definition."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from moestro import ops
+from moestro.ops import backend, native
+from tests.tolerances import FLOAT32
+
+pytestmark = pytest.mark.skipif(native.library().handle is None, reason=f"native kernels {native.status()}")
+# tokens, heads, n, k, half
+SIZES = {
+    "one token": (1, 1, 5, 3, 7),
+    "k = n": (7, 2, 9, 9, 4),
+    "k = 1": (50, 3, 70, 1, 5),
+    "blocks and tails": (101, 2, 131, 16, 33),
+    "many chosen": (5, 1, 200, 130, 8),
+    "no tokens": (0, 2, 8, 2, 4),
+}
+each_variant = pytest.mark.parametrize("variant", native.variants())
+
+
+def draw(case: str, shared: bool, whole: bool):
+    """Query and keys in float32; small whole numbers, whose sums are exact and often equal, or any."""
+    t, h, n, k, half = SIZES[case]
+    generator = torch.Generator().manual_seed(t + n)
+    shapes = (t, h, 2 * half), (2, 1 if shared else h, n, half)
+    if whole:
+        return *(torch.randint(-2, 3, shape, generator=generator).float() for shape in shapes), k
+    return *(torch.randn(shape, generator=generator) for shape in shapes), k
+
+
+def topk(name: str, query, keys, k: int, variant: str | None = None):
+    """Scores, ids, and the gradients of query and keys."""
+    leaves = [v.detach().clone().requires_grad_() for v in (query, keys)]
+    with native.variant(variant or native.variants()[-1]), backend.force(name):
+        scores, ids = ops.product_key_topk(*leaves, k)
+        factor = torch.linspace(0.5, 1.5, scores.numel(), dtype=scores.dtype).view_as(scores)
+        return scores.detach(), ids, *torch.autograd.grad((scores * factor).sum(), leaves)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@each_variant
+@pytest.mark.parametrize("case", SIZES)
+def test_equal_scores_are_in_the_order_of_the_definition(case, variant, shared):
+    query, keys, k = draw(case, shared, whole=True)
+    have = topk("native", query, keys, k, variant)
+    want = topk("reference", query.double(), keys.double(), k)
+    assert torch.equal(have[0].double(), want[0]) and torch.equal(have[1], want[1])
+    if case == "blocks and tails":
+        assert (have[0].diff(dim=-1) == 0).any()
+    for mine, true in zip(have[2:], want[2:], strict=True):
+        torch.testing.assert_close(mine.double(), true, **FLOAT32)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@each_variant
+@pytest.mark.parametrize("case", SIZES)
+def test_equals_the_definition_on_any_numbers(case, variant, shared):
+    query, keys, k = draw(case, shared, whole=False)
+    have = topk("native", query, keys, k, variant)
+    want = topk("reference", query.double(), keys.double(), k)
+    torch.testing.assert_close(have[0].double(), want[0], **FLOAT32)
+    assert torch.equal(have[1].sort(-1).values, want[1].sort(-1).values)
+    for mine, true in zip(have[2:], want[2:], strict=True):
+        torch.testing.assert_close(mine.double(), true, **FLOAT32)
+
+
+@each_variant
+def test_a_query_of_zeros_chooses_the_first_keys(variant):
+    keys = torch.randn(2, 1, 100, 6)
+    keys[:, :, ::2] *= -1.0
+    scores, ids, *_ = topk("native", torch.zeros(3, 2, 12), keys, 10, variant)
+    assert not scores.any()
+    assert torch.equal(ids, torch.arange(10).expand(3, 2, 10))
+
+
+@each_variant
+def test_a_key_that_is_nan_is_chosen_and_infinities_are_in_order(variant):
+    keys = torch.randn(2, 1, 100, 4)
+    keys[0, 0, 37] = torch.nan
+    keys[0, 0, 51, 0], keys[0, 0, 8, 0] = torch.inf, -torch.inf
+    query = torch.ones(2, 1, 8)
+    scores, ids, *_ = topk("native", query, keys, 3, variant)
+    assert scores[..., 0].isnan().all() and bool((ids[..., 0] // 100 == 37).all())
+    keys[0, 0, 37] = 0.0
+    scores, ids, *_ = topk("native", query, keys, 3, variant)
+    assert bool((ids // 100 == 51).all()) and bool(scores.isposinf().all())
+
+
+def test_bfloat16_is_computed_in_float32_and_rounded_once():
+    query, keys, k = draw("blocks and tails", shared=False, whole=False)
+    low = query.bfloat16(), keys.bfloat16()
+    scores, ids, *gradients = topk("native", *low, k)
+    want = topk("native", *(v.float() for v in low), k)
+    assert scores.dtype == torch.bfloat16 and [g.dtype for g in gradients] == [torch.bfloat16] * 2
+    assert torch.equal(scores, want[0].bfloat16()) and torch.equal(ids, want[1])
+
+
+def test_the_same_to_the_bit_on_two_threads_and_again(two_threads):
+    query, keys, k = draw("blocks and tails", shared=True, whole=False)
+    runs = [topk("native", query, keys, k) for _ in range(2)]
+    torch.set_num_threads(1)
+    runs.append(topk("native", query, keys, k))
+    for other in runs[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(runs[0], other, strict=True))
+
+
+def test_a_token_s_result_does_not_depend_on_the_others():
+    query, keys, k = draw("blocks and tails", shared=False, whole=False)
+    scores, ids, *_ = topk("native", query, keys, k)
+    alone, alone_ids, *_ = topk("native", query[77:78], keys, k)
+    assert torch.equal(alone[0], scores[77]) and torch.equal(alone_ids[0], ids[77])
+
+
+def test_scores_of_all_keys_are_never_in_memory():
+    t, h, n, half = 200, 2, 100, 4
+    query, keys = torch.randn(t, h, 2 * half, requires_grad=True), torch.randn(2, h, n, half, requires_grad=True)
+
+    def largest(name: str) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace, backend.force(name):
+            ops.product_key_topk(query, keys, 4)[0].sum().backward()
+        return max(e.nbytes() for e in trace.profiler.kineto_results.events() if e.name() == "[memory]")
+
+    # the other way shows that the measure sees them
+    assert largest("native") < t * h * 2 * n * 4 <= largest("fused")
