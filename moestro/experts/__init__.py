@@ -8,6 +8,7 @@ from moestro.experts.ragged import RaggedBank
 from moestro.experts.shared import SharedExpert
 from moestro.experts.singleton import GLUSingletonBank, SingletonBank
 from moestro.experts.slices import BankSlice
+from moestro.experts.split import split_ffn
 from moestro.experts.tables import TableBank
 from moestro.experts.values import ValueBank
 from moestro.experts.zero_compute import ConstantBank, CopyBank
@@ -27,4 +28,5 @@ __all__ = [
     "SingletonBank",
     "TableBank",
     "ValueBank",
+    "split_ffn",
 ]

@@ -23,11 +23,21 @@ class MoELayer(TokenLayer):
 
     A branch is anything called so: an `ExpertBank`, a shared expert that ignores the routing, ... `record={"rows"}`
     keeps the experts' outputs before they are combined in the trace (through the definition, not the fast path).
+    `clusters` groups the experts for losses and rules: so many equal clusters of consecutive experts, or the cluster of
+    every expert; kept in the buffer `cluster` [e], which is None without.
 
     Raises: ValueError where router and banks disagree about the number of experts.
     """
 
-    def __init__(self, router: Router, branches: Sequence[nn.Module], record: Collection[str] = ()) -> None:
+    cluster: Tensor | None
+
+    def __init__(
+        self,
+        router: Router,
+        branches: Sequence[nn.Module],
+        record: Collection[str] = (),
+        clusters: int | Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         banks = [branch for branch in branches if isinstance(branch, ExpertBank)]
         if not banks:
@@ -38,6 +48,7 @@ class MoELayer(TokenLayer):
         if unknown := set(record) - RECORDABLE:
             raise ValueError(f"record={sorted(unknown)}, allowed: {sorted(RECORDABLE)}")
         self.router, self.branches, self.record = router, nn.ModuleList(branches), frozenset(record)
+        self.register_buffer("cluster", None if clusters is None else cluster_ids(clusters, router.n_experts))
 
     @property
     def bank(self) -> ExpertBank:
@@ -69,8 +80,12 @@ class MoELayer(TokenLayer):
         return reduce(torch.add, others, routing.combine(rows)), (Trace(self, x, routing, rows),)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        """Make new expert j the old expert `index[j]`, in the router and every bank; -1 makes a fresh one."""
+        """Make new expert j the old expert `index[j]`, in the router and every bank; -1 makes a fresh one, in the
+        cluster that its position had, or the last expert's beyond the end."""
         self.router.reindex(index)
+        if self.cluster is not None:
+            place = torch.arange(len(index), device=index.device).clamp(max=len(self.cluster) - 1)
+            self.cluster = self.cluster[torch.where(index >= 0, index, place)]
         for bank in self.banks():
             bank.reindex(index)
 
@@ -92,3 +107,17 @@ class MoELayer(TokenLayer):
 
     def _branches(self) -> "list[ExpertBank | SharedExpert]":
         return list(self.branches)  # type: ignore[arg-type]
+
+
+def cluster_ids(clusters: int | Sequence[int], n_experts: int) -> Int[Tensor, "e"]:
+    """The cluster of every expert.
+
+    Raises: ValueError where the experts do not make these clusters.
+    """
+    if not isinstance(clusters, int):
+        if len(clusters) != n_experts or sorted(set(clusters)) != list(range(max(clusters, default=0) + 1)):
+            raise ValueError(f"clusters={list(clusters)}, allowed: for each of {n_experts} experts one of 0, 1, ..., m")
+        return torch.tensor(list(clusters))
+    if clusters < 1 or n_experts % clusters:
+        raise ValueError(f"clusters={clusters}, allowed: a divisor of {n_experts}, the number of experts")
+    return torch.arange(n_experts) // (n_experts // clusters)

@@ -6,7 +6,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moestro.objectives.balance import LoadBalance, ParameterPenalty, WeightedBalance
+from moestro.objectives.clusters import ClusterVariance
 from moestro.objectives.entropy import RouterEntropy, RouterZLoss
+from moestro.objectives.first_choice import FirstChoiceBalance
+from moestro.objectives.gate_l1 import GateL1
 from moestro.objectives.retrieved import RetrievedParameterPenalty
 from moestro.objectives.top_any import GateBalance, GateEfficiency, RouterDiversity, RouterSimplicity
 from moestro.routing import Trace
@@ -25,4 +28,7 @@ __all__ = [
     "RouterSimplicity",
     "RouterZLoss",
     "WeightedBalance",
+    "ClusterVariance",
+    "FirstChoiceBalance",
+    "GateL1",
 ]

@@ -35,6 +35,8 @@ def plain(value: Any, binder: Binder, inherited: frozenset[str] = SHARED, slot: 
     """
     if isinstance(value, Part):
         return completed(value, binder, inherited, slot)
+    if is_dataclass(value):
+        return plain(vars(value), binder, inherited)
     if isinstance(value, Mapping):
         return {key: plain(item, binder, inherited) for key, item in value.items()}
     if isinstance(value, set | frozenset):

@@ -27,8 +27,11 @@ from moestro.experts import (
 )
 from moestro.layers import DenseFFN, MoELayer
 from moestro.objectives import (
+    ClusterVariance,
+    FirstChoiceBalance,
     GateBalance,
     GateEfficiency,
+    GateL1,
     LoadBalance,
     ParameterPenalty,
     RetrievedParameterPenalty,
@@ -40,10 +43,14 @@ from moestro.objectives import (
 )
 from moestro.routers import (
     BiasedRouter,
+    Capacity,
     CosineScore,
+    ExpertChoice,
     LinearScore,
+    LowRankCosineScore,
     MutedTopK,
     ProductKeyRouter,
+    ReLU,
     ResidualRouter,
     ScoredRouter,
     SlotRouter,
@@ -52,6 +59,8 @@ from moestro.routers import (
     TopK,
     TopP,
 )
+from moestro.train.expert_dropout import ExpertDropout
+from moestro.train.gate_sparsity import GateSparsity
 from moestro.train.rules import BiasBalance
 from moestro.train.schedules import WSD, Constant, Cosine
 
@@ -83,8 +92,17 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "product_key": ProductKeyRouter,
         "slots": SlotRouter,
     },
-    "score": {"linear": LinearScore, "cosine": CosineScore},
-    "select": {"top_k": TopK, "muted_top_k": MutedTopK, "top_p": TopP, "top_any": TopAny, "soft": Soft},
+    "score": {"linear": LinearScore, "cosine": CosineScore, "low_rank_cosine": LowRankCosineScore},
+    "select": {
+        "top_k": TopK,
+        "muted_top_k": MutedTopK,
+        "top_p": TopP,
+        "top_any": TopAny,
+        "soft": Soft,
+        "capacity": Capacity,
+        "expert_choice": ExpertChoice,
+        "relu": ReLU,
+    },
     "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert},
     "banks": BANKS,
     "widths": {
@@ -104,6 +122,9 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "objectives": {
         "load_balance": LoadBalance,
         "weighted_balance": WeightedBalance,
+        "first_choice_balance": FirstChoiceBalance,
+        "cluster_variance": ClusterVariance,
+        "gate_l1": GateL1,
         "parameter_penalty": ParameterPenalty,
         "retrieved_parameter_penalty": RetrievedParameterPenalty,
         "router_entropy": RouterEntropy,
@@ -113,6 +134,6 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "gate_balance": GateBalance,
         "gate_efficiency": GateEfficiency,
     },
-    "rules": {"bias_balance": BiasBalance},
+    "rules": {"bias_balance": BiasBalance, "expert_dropout": ExpertDropout, "gate_sparsity": GateSparsity},
     "schedule": {"constant": Constant, "cosine": Cosine, "wsd": WSD},
 }

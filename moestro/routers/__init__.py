@@ -2,9 +2,12 @@
 
 from moestro.routers.base import Router, ScoredRouter
 from moestro.routers.biased import BiasedRouter
+from moestro.routers.choices import ExpertChoice, ReLU
+from moestro.routers.groups import GroupLimit
+from moestro.routers.limits import Capacity
 from moestro.routers.product_key import ProductKeyRouter
 from moestro.routers.residual import ResidualRouter
-from moestro.routers.scores import CosineScore, LinearScore, Score
+from moestro.routers.scores import CosineScore, LinearScore, LowRankCosineScore, Score
 from moestro.routers.selects import MutedTopK, Select, Soft, TopK, TopP
 from moestro.routers.slots import SlotRouter
 from moestro.routers.top_any import TopAny
@@ -25,4 +28,9 @@ __all__ = [
     "TopAny",
     "TopK",
     "TopP",
+    "Capacity",
+    "ExpertChoice",
+    "GroupLimit",
+    "LowRankCosineScore",
+    "ReLU",
 ]

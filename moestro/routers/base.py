@@ -40,11 +40,13 @@ class ScoredRouter(Router):
 
     `available` [e] is a buffer, kept by checkpoints: which experts of a pool of fixed size take part. An expert that
     does not gets no probability, is never chosen and learns nothing, while its weights stay. The first
-    `first_available` do at the start, all where it is None. `forward` never changes it; rules do, between steps,
-    through `set_available`.
+    `first_available` do at the start, all where it is None. `resting` [e], kept as well, are those that take no part
+    while the router trains, and do when it is evaluated. `forward` never changes either; rules do, between steps,
+    through `set_available` and `set_resting`.
     """
 
     available: Tensor
+    resting: Tensor
 
     def __init__(self, score: Score, select: Select, first_available: int | None = None) -> None:
         super().__init__()
@@ -55,6 +57,7 @@ class ScoredRouter(Router):
         select.check(first_available or n_experts)
         self.score, self.select = score, select
         self.register_buffer("available", torch.arange(n_experts) < (first_available or n_experts))
+        self.register_buffer("resting", torch.zeros(n_experts, dtype=torch.bool))
 
     @property
     def n_experts(self) -> int:  # type: ignore[override]
@@ -65,7 +68,8 @@ class ScoredRouter(Router):
         return self.select.causal
 
     def forward(self, x: Float[Tensor, "t d"]) -> Routing:
-        return self.select(self.score(x).masked_fill(~self.available, -math.inf))
+        absent = ~self.available | self.resting if self.training else ~self.available
+        return self.select(self.score(x).masked_fill(absent, -math.inf))
 
     @torch.no_grad()
     def set_available(self, available: Bool[Tensor, "e"]) -> None:
@@ -73,18 +77,32 @@ class ScoredRouter(Router):
 
         Raises: ValueError for none, or for fewer than the selection needs.
         """
-        if not bool(available.any()):
-            raise ValueError(f"available={available.tolist()}, allowed: at least one expert")
-        self.select.check(int(available.sum()))
+        self._check(available, self.resting)
         self.available.copy_(available)
 
+    @torch.no_grad()
+    def set_resting(self, resting: Bool[Tensor, "e"]) -> None:
+        """Let exactly these experts rest while the router trains.
+
+        Raises: ValueError where none would be left, or fewer than the selection needs.
+        """
+        self._check(self.available, resting)
+        self.resting.copy_(resting)
+
+    def _check(self, available: Tensor, resting: Tensor) -> None:
+        for present in (available, available & ~resting):
+            if not bool(present.any()):
+                raise ValueError(f"available={present.tolist()}, allowed: at least one expert")
+            self.select.check(int(present.sum()))
+
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        """Experts take their availability with them; a fresh one is available."""
+        """Experts take their availability with them; a fresh one is available and does not rest."""
         available = (index < 0) | self.available[index.clamp(min=0)]
-        self.select.check(int(available.sum()))
+        resting = (index >= 0) & self.resting[index.clamp(min=0)]
+        self._check(available, resting)
         self.score.reindex(index)
         self.select.reindex(index)
-        self.available = available
+        self.available, self.resting = available, resting
 
     def flops(self, n_tokens: int) -> float:
         return self.score.flops(n_tokens)

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from moestro.ops.precision import at_least_fp32
 from moestro.routers.base import Router
+from moestro.routers.gates import gate as find
+from moestro.routers.groups import EVERYWHERE, GroupLimit
 from moestro.routers.scores import Score
 from moestro.routing import SparseRouting
 
@@ -13,23 +15,35 @@ from moestro.routing import SparseRouting
 class BiasedRouter(Router):
     """The k experts of largest s_te + bias_e; gates are the scores s_te alone (Wang 2024, arXiv:2408.15664, Eq. 3).
 
-    s = sigmoid(logits), as in the paper, or softmax(logits); `renormalize` divides the gates by their sum, which
-    DeepSeek-V3 does and this paper does not. `bias` is a buffer of zeros: no gradient reaches it, `forward` never
-    changes it, checkpoints keep it; the rule `BiasBalance` moves it after optimizer steps. Ties go to the lower expert.
+    s = sigmoid(logits), as in the paper, or another gate of `GATES`. DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) also
+    divides the gates by their sum (`renormalize`), multiplies them (`scale`, 2.5) and confines a token to its best
+    groups by biased scores (`limit`). `bias` is a buffer of zeros: no gradient reaches it, `forward` never changes it,
+    checkpoints keep it; the rule `BiasBalance` moves it after optimizer steps. Ties go to the lower expert.
 
-    The routing's logits are log s where s is a sigmoid, so that their softmax is s_te / sum_e s_te, the normalised
-    score that objectives on probabilities need.
+    The routing's logits are log s, so that their softmax is s_te / sum_e s_te, the normalised score that objectives on
+    probabilities need.
     """
 
     bias: Tensor
 
-    def __init__(self, score: Score, top_k: int, gate: str = "sigmoid", renormalize: bool = False) -> None:
+    def __init__(
+        self,
+        score: Score,
+        top_k: int,
+        gate: str = "sigmoid",
+        renormalize: bool = False,
+        scale: float = 1.0,
+        limit: GroupLimit = EVERYWHERE,
+    ) -> None:
         super().__init__()
         if not 1 <= top_k <= score.n_experts:
             raise ValueError(f"top_k={top_k}, allowed: 1 to {score.n_experts}, the number of experts")
-        if gate not in ("sigmoid", "softmax"):
-            raise ValueError(f"gate={gate!r}, allowed: sigmoid, softmax")
+        if not scale > 0:
+            raise ValueError(f"scale={scale}, allowed: above 0")
+        find(gate)
+        limit.check(score.n_experts, top_k)
         self.score, self.top_k, self.gate, self.renormalize = score, top_k, gate, renormalize
+        self.scale, self.limit = scale, limit
         self.register_buffer("bias", torch.zeros(score.n_experts))
 
     @property
@@ -38,19 +52,22 @@ class BiasedRouter(Router):
 
     def forward(self, x: Float[Tensor, "t d"]) -> SparseRouting:
         logits = self.score(x)
-        scores = logits.sigmoid() if self.gate == "sigmoid" else logits.softmax(-1)
+        gate = find(self.gate)
+        scores = gate.scores(logits)
         biased = scores.detach() + at_least_fp32(self.bias)
-        expert = biased.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
+        expert = (
+            self.limit(biased, biased).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
+        )
         gates = scores.gather(1, expert)
         if self.renormalize:
             gates = gates / gates.sum(-1, keepdim=True)
-        shown = torch.nn.functional.logsigmoid(logits) if self.gate == "sigmoid" else logits
-        return SparseRouting.from_topk(expert, gates, self.n_experts, shown)
+        return SparseRouting.from_topk(expert, self.scale * gates, self.n_experts, gate.shown(logits))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Biases move with their experts; a fresh expert's is the mean of the others'."""
         if len(index) < self.top_k:
             raise ValueError(f"top_k={self.top_k} > {len(index)} experts")
+        self.limit.check(len(index), self.top_k)
         self.score.reindex(index)
         self.bias = torch.where(index >= 0, self.bias[index.clamp(min=0)], self.bias.mean())
 

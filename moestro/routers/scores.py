@@ -76,3 +76,33 @@ class CosineScore(Score):
     def forward(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t e"]:
         direction = F.normalize(at_least_fp32(x), dim=-1)
         return linear_fp32(direction, F.normalize(at_least_fp32(self.weight), dim=-1)) / self.temperature
+
+
+class LowRankCosineScore(Score):
+    """logit_te = cos(v_e, A x_t) / tau: A [r, d] projects tokens into r dimensions, tau is learned, or fixed where
+    `learn_temperature` is false (Chi 2022, X-MoE, arXiv:2204.09179, Eqs. 4-5; not XMoE).
+
+    tau starts at `temperature` and is kept at 1e-4 at least; v starts orthogonal with gain 0.1 and A normal with
+    standard deviation d^-0.5, norms that a cosine does not see. Fresh experts' v are random directions.
+    """
+
+    def __init__(
+        self, d_model: int, n_experts: int, rank: int = 32, temperature: float = 0.07, learn_temperature: bool = True
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank={rank}, allowed: at least 1")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}, allowed: above 0")
+        super().__init__(rank, n_experts, init_std=0.1 * rank**-0.5)
+        self.project = nn.Parameter(torch.empty(rank, d_model))
+        self.temperature = nn.Parameter(torch.tensor(temperature), requires_grad=learn_temperature)
+        nn.init.normal_(self.project, std=d_model**-0.5)
+        nn.init.orthogonal_(self.weight, gain=0.1)
+
+    def forward(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t e"]:
+        direction = F.normalize(linear_fp32(x, self.project), dim=-1)
+        cosine = linear_fp32(direction, F.normalize(at_least_fp32(self.weight), dim=-1))
+        return cosine / at_least_fp32(self.temperature).clamp(min=1e-4)
+
+    def flops(self, n_tokens: int) -> float:
+        return super().flops(n_tokens) + 2.0 * n_tokens * self.project.numel()

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moestro.routers.gates import gate as find
+from moestro.routers.groups import EVERYWHERE, GroupLimit
 from moestro.routing import Routing, SoftRouting, SparseRouting
 
 
@@ -35,29 +37,38 @@ class Select(nn.Module):
 
 
 class TopK(Select):
-    """The k most probable experts; gates are their probabilities, renormalised to sum to 1 unless told otherwise.
+    """The k experts of largest logits; gates are their probabilities, renormalised to sum to 1 unless told otherwise.
 
     Wang 2024, arXiv:2408.10681, Eq. 8: softmax over all experts first. Ties go to the lower expert index. With k = 1
-    the renormalised gate is the constant 1, and the router learns from objectives only.
+    the renormalised gate is the constant 1, and the router learns from objectives only. Other gates are those of
+    `GATES`, such as independent sigmoids (Csordas 2023, arXiv:2310.10837); `limit` confines a token to its best groups
+    of experts.
     """
 
-    def __init__(self, top_k: int, renormalize: bool = True) -> None:
+    def __init__(
+        self, top_k: int, renormalize: bool = True, gate: str = "softmax", limit: GroupLimit = EVERYWHERE
+    ) -> None:
         super().__init__()
         if top_k < 1:
             raise ValueError(f"top_k={top_k}, allowed: at least 1")
-        self.top_k, self.renormalize = top_k, renormalize
+        find(gate)
+        self.top_k, self.renormalize, self.gate, self.limit = top_k, renormalize, gate, limit
 
     def check(self, n_experts: int) -> None:
         if self.top_k > n_experts:
             raise ValueError(f"top_k={self.top_k} > {n_experts} experts")
+        self.limit.check(n_experts, self.top_k)
 
     def forward(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
         # of the logits: probabilities of available experts, too, may round to 0
-        expert = logits.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
-        gates = logits.softmax(-1).gather(1, expert)
+        gate = find(self.gate)
+        scores = gate.scores(logits)
+        order = self.limit(logits, scores).sort(dim=-1, descending=True, stable=True).indices
+        expert = order[:, : self.top_k].contiguous()
+        gates = scores.gather(1, expert)
         if self.renormalize:
             gates = gates / gates.sum(-1, keepdim=True)
-        return SparseRouting.from_topk(expert, gates, logits.shape[1], logits)
+        return SparseRouting.from_topk(expert, gates, logits.shape[1], gate.shown(logits))
 
     def rows_per_token(self, n_experts: int) -> float:
         return self.top_k

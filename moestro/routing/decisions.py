@@ -66,7 +66,8 @@ class SparseRouting(Routing):
 
     `bounds` are the expert offsets, present once rows lie in expert order. `fixed` is k where rows lie token after
     token, exactly k to each (top-k, product keys), so that they are a view of [t, k]. `query_stats` are mean, variance
-    and count of a batch-normalised router's queries, for the rule that keeps running statistics.
+    and count of a batch-normalised router's queries, for the rule that keeps running statistics. `wanted` are the rows
+    that each token had before a capacity dropped some (`moestro.routing.capacity`).
     """
 
     token: Int[Tensor, "n"]
@@ -78,6 +79,7 @@ class SparseRouting(Routing):
     bounds: Int[Tensor, "e1"] | None = None
     fixed: int | None = None
     query_stats: tuple[Tensor, Tensor, int] | None = None
+    wanted: Float[Tensor, "t"] | None = None
 
     @staticmethod
     def from_topk(
@@ -146,9 +148,8 @@ class SparseRouting(Routing):
 
     def keep(self, mask: Bool[Tensor, "n"]) -> "SparseRouting":
         """The rows where `mask` is true; the rest are dropped."""
-        return SparseRouting(
-            self.token[mask], self.expert[mask], self.weight[mask], self.n_tokens, self.n_experts, self.logits
-        )
+        token, expert, weight = self.token[mask], self.expert[mask], self.weight[mask]
+        return replace(self, token=token, expert=expert, weight=weight, bounds=None, fixed=None)
 
     def matrix(self) -> tuple[Int[Tensor, "t k"], Float[Tensor, "t k"]]:
         """Experts and weights as [t, k].

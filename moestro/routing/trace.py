@@ -13,7 +13,10 @@ from moestro.routing.decisions import Routing
 
 @runtime_checkable
 class TracedLayer(Protocol):
-    """What a trace knows of its layer: its experts' widths, its banks (`ExpertBank`s), and what a routing cost."""
+    """What a trace knows of its layer: its experts' widths and clusters, its banks (`ExpertBank`s), and what a routing
+    cost."""
+
+    cluster: Tensor | None
 
     def expert_widths(self) -> Tensor | float: ...
 

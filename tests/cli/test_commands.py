@@ -334,6 +334,6 @@ def test_the_module_and_the_script_are_the_same_command() -> None:
     done = moestro("train", "recipes/hmoe.yaml", "model.ffn.router.select.topk=3")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "moestro: error: unknown key 'topk'; did you mean 'top_k'? allowed: renormalize, top_k "
+        "moestro: error: unknown key 'topk'; did you mean 'top_k'? allowed: gate, limit, renormalize, top_k "
         "(command line: model.ffn.router.select.topk)\n"
     )

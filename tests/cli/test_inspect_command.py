@@ -166,7 +166,10 @@ def test_knobs_are_turned_without_training(run: Path, found: dict, capsys: pytes
             ["--set", f"{THRESHOLD}=2"],
             "threshold=2.0, allowed: between 0 and 1 (",
         ),
-        (["--set", "model.ffn.router.select.top_k=2"], "unknown key 'top_k'; allowed: renormalize, threshold ("),
+        (
+            ["--set", "model.ffn.router.select.top_k=2"],
+            "unknown key 'top_k'; allowed: renormalize, strict, threshold (",
+        ),
         (["--set", THRESHOLD], f"override '{THRESHOLD}' is not of the form key.key=value (command line)"),
         (["--tokens", "0"], "argument --tokens: '0' is not a whole number above 0"),
         (["--sett", "x"], "unknown option '--sett'; did you mean '--set'? allowed: "),

@@ -8,18 +8,21 @@ from moestro.experts import ConstantBank, CopyBank, ExpertBank, FFNBank, Singlet
 from moestro.layers import MoELayer
 from moestro.ops import backend
 from moestro.recipe.parts import PARTS
-from moestro.routers import BiasedRouter, LinearScore, ResidualRouter, ScoredRouter, TopK
+from moestro.routers import BiasedRouter, LinearScore, ResidualRouter, ScoredRouter, TopK, TopP
 from moestro.routing import SlotRouting, SparseRouting
 from tests.tolerances import FLOAT64
 
 D, E, T = 6, 9, 23
-SCORES = {"linear": {"init_std": 1.0}, "cosine": {}}
+SCORES = {"linear": {"init_std": 1.0}, "cosine": {}, "low_rank_cosine": {"rank": 4, "temperature": 0.2}}
 SELECTS = {
     "top_k": {"top_k": 3},
     "muted_top_k": {"top_k": 3, "muted": [2, 5]},
     "top_p": {"threshold": 0.6},
     "top_any": {"n_experts": 9},
     "soft": {},
+    "capacity": {"select": TopP(0.9, renormalize=False), "factor": 1.5},
+    "expert_choice": {"factor": 2.5},
+    "relu": {"target": 2},
 }
 ROUTERS = {"product_key": {"heads": 2, "top_k": 3, "d_key": 4}, "slots": {"slots": 2}}
 BANKS = {
@@ -57,7 +60,9 @@ ROUTER_MAKERS = {
     "residual": lambda: ResidualRouter(LinearScore(D, E, init_std=1.0), TopK(3)),
     "biased-sigmoid": lambda: biased("sigmoid"),
     "biased-softmax": lambda: biased("softmax"),
-    **{f"{s}-{c}": (lambda s=s, c=c: scored(s, c)) for s in SCORES for c in SELECTS},
+    # a selection sees logits and not where they come from: all scores with one selection, all selections with one score
+    **{f"{s}-top_k": (lambda s=s: scored(s, "top_k")) for s in SCORES},
+    **{f"linear-{c}": (lambda c=c: scored("linear", c)) for c in SELECTS},
     **{kind: (lambda kind=kind: PARTS["router"][kind](D, E, **ROUTERS[kind])) for kind in ROUTERS},
 }
 

@@ -1,0 +1,41 @@
+"""`GateSparsity`: steers gates that may be zero to a mean number of experts."""
+
+from typing import Any
+
+import torch
+
+from moestro.routers import ReLU
+from moestro.routing import Trace
+from moestro.train.rules import Rule
+
+
+class GateSparsity(Rule):
+    """After every optimizer step the pressure on all `ReLU` selections is multiplied by `factor` where gates were less
+    sparse than their target, divided by it where not (Wang 2024, ReMoE, arXiv:2412.14711, Eq. 9).
+
+    Sparsity is the share of gates that are zero, averaged over layers, of the step's whole batch; its target is
+    1 - target / N. One pressure for all layers. What it learned is in the model's buffers.
+    """
+
+    def __init__(self, factor: float = 1.2) -> None:
+        if not factor > 1:
+            raise ValueError(f"gate sparsity factor={factor}, allowed: above 1")
+        self.factor = factor
+        self.seen: dict[ReLU, list[Any]] = {}
+
+    def observe(self, trace: Trace) -> None:
+        layer: Any = trace.layer
+        select = getattr(layer.router, "select", None)
+        if isinstance(select, ReLU):
+            rows, tokens, _ = self.seen.get(select, [0, 0, 0])
+            self.seen[select] = [rows + trace.routing.n_rows, tokens + trace.routing.n_tokens, trace.routing.n_experts]
+
+    @torch.no_grad()
+    def apply(self, step: int) -> None:
+        """Raises: ValueError where the model has no gates to steer."""
+        if not self.seen:
+            raise ValueError("gate sparsity found no gates that may be zero; allowed: select: {kind: relu, ...}")
+        excess = [(rows / max(1, tokens) - select.target) / n for select, (rows, tokens, n) in self.seen.items()]
+        for select in self.seen:
+            select.pressure *= self.factor if sum(excess) > 0 else 1 / self.factor
+        self.seen.clear()
