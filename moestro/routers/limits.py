@@ -13,7 +13,7 @@ class Capacity(Select):
 
     In training only, unless `eval_factor` says otherwise: whether a row is kept depends on the other tokens of the
     batch, so limited routings are not causal, and evaluation and generation drop nothing. Experts are those that are
-    available. Priorities are those of `moestro.routing.capacity.limited`; the default, `rank`, is XMoE's (arXiv:2403.18926).
+    available. Priorities are those of `moestro.routing.capacity`; the default is XMoE's (arXiv:2403.18926).
 
     Raises: ValueError where the selection gives no `SparseRouting`.
     """

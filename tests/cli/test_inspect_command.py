@@ -168,7 +168,7 @@ def test_knobs_are_turned_without_training(run: Path, found: dict, capsys: pytes
         ),
         (
             ["--set", "model.ffn.router.select.top_k=2"],
-            "unknown key 'top_k'; allowed: renormalize, strict, threshold (",
+            "unknown key 'top_k'; allowed: renormalize, strict, ",
         ),
         (["--set", THRESHOLD], f"override '{THRESHOLD}' is not of the form key.key=value (command line)"),
         (["--tokens", "0"], "argument --tokens: '0' is not a whole number above 0"),

@@ -97,7 +97,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
         (
             "hmoe",
             "model.ffn.router.select.kind=topk",
-            "unknown kind 'topk'; did you mean 'top_k'? allowed: soft, top_any, top_k, top",
+            "unknown kind 'topk'; did you mean 'top_k'? allowed: capacity, ",
         ),
         (
             "hmoe",
