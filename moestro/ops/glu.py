@@ -1,15 +1,23 @@
-"""What lies between the two products of a feed-forward expert, forward and backward, written to given memory."""
+"""What lies between the two products of a feed-forward expert, forward and backward, written to given memory.
+
+All tensors are contiguous and of one dtype.
+"""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.ops import backend
 from moestro.ops.activations import activation as find
+from moestro.ops.native import glu as native_glu
 
 
 def hidden(z: Float[Tensor, "n gw"], out: Float[Tensor, "n w"], activation: str) -> Float[Tensor, "n w"]:
     """act(z), or act(gate) * up where z = (gate, up) lie side by side; writes and returns `out`."""
     act, width = find(activation), out.shape[1]
+    if _compiled(z, width, activation):
+        native_glu.swiglu(z, out)
+        return out
     act.forward_into(z[:, :width], out)
     return out if z.shape[1] == width else out.mul_(z[:, width:])
 
@@ -27,6 +35,8 @@ def hidden_backward(
 
     Writes dz, `scaled` = weight * hidden and `dweight` = <dhidden, hidden>, row by row; `dhidden` is lost.
     """
+    if _compiled(z, dhidden.shape[1], activation):
+        return native_glu.swiglu_backward(dhidden, z, weight, dz, scaled, dweight)
     act, width, each = find(activation), dhidden.shape[1], weight[:, None]
     gate, left, right = z[:, :width], dz[:, :width], dz[:, width:]
     if z.shape[1] == width:
@@ -44,3 +54,7 @@ def hidden_backward(
         scaled.copy_(left)
         act.backward_into(dhidden.mul_(up), gate, left)
     scaled.mul_(each)
+
+
+def _compiled(z: Tensor, width: int, activation: str) -> bool:
+    return activation == "silu" and z.shape[1] == 2 * width and backend.runs_native(z)

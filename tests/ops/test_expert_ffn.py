@@ -90,7 +90,10 @@ def test_unknown_activation_names_the_allowed_ones():
 
 
 def test_unknown_backend_names_the_allowed_ones():
-    with pytest.raises(ValueError, match="backend='cuda', allowed: fused, reference, triton"), backend.force("cuda"):
+    with (
+        pytest.raises(ValueError, match="backend='cuda', allowed: fused, reference, native, triton"),
+        backend.force("cuda"),
+    ):
         pass
 
 

@@ -93,4 +93,37 @@ DOT(dot_bfloat16, uint16_t, load_bfloat16, widened)
 ADD(add_float32, float, load, AS_IS)
 ADD(add_bfloat16, uint16_t, load_bfloat16, widened)
 
+/* Rounded to the nearest, ties to even; what is not a number stays so. */
+static inline void store_bfloat16(uint16_t *to, vec v) {
+    ivec bits, wrong = v != v;
+    memcpy(&bits, &v, sizeof v);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    half_vec half = __builtin_convertvector((bits & ~wrong) | (wrong & 0x7fc0), half_vec);
+    memcpy(to, &half, sizeof half);
+}
+
+static inline vec choose(ivec condition, vec yes, vec no) {
+    ivec a, b;
+    memcpy(&a, &yes, sizeof a);
+    memcpy(&b, &no, sizeof b);
+    a = (a & condition) | (b & ~condition);
+    memcpy(&yes, &a, sizeof a);
+    return yes;
+}
+
+/* e^x to about two units in the last place; beyond +-87 as if x were there. */
+static inline vec exponential(vec x) {
+    const float whole = 12582912.0f; /* 1.5 * 2^23: added, it leaves no room for a fraction */
+    const vec most = (vec){0} + 87.0f;
+    x = choose(x > most, most, choose(x < -most, -most, x));
+    vec n = (x * 1.44269504088896f + whole) - whole;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = (((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+              1.6666665459e-1f) * r + 5.0000001201e-1f) * (r * r) + r + 1.0f;
+    ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+    vec scale;
+    memcpy(&scale, &power, sizeof scale);
+    return p * scale;
+}
+
 #endif
