@@ -6,10 +6,8 @@ import torch.nn.functional as F
 
 from moestro.ops import backend, glu, native
 from tests.ops.test_expert_ffn import CASES, inputs, outputs_and_gradients
-from tests.ops.test_native import two_threads
 from tests.tolerances import BFLOAT16_NORM, FLOAT32
 
-__all__ = ["two_threads"]
 pytestmark = pytest.mark.skipif(native.library().handle is None, reason=f"native kernels {native.status()}")
 ROUNDED = {torch.float32: 2**-21, torch.bfloat16: 2**-8}
 
