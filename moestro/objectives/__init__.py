@@ -10,6 +10,7 @@ from moestro.objectives.clusters import ClusterVariance
 from moestro.objectives.entropy import RouterEntropy, RouterZLoss
 from moestro.objectives.first_choice import FirstChoiceBalance
 from moestro.objectives.gate_l1 import GateL1
+from moestro.objectives.groups import GroupPenalty, IntraGroupBalance
 from moestro.objectives.retrieved import RetrievedParameterPenalty
 from moestro.objectives.top_any import GateBalance, GateEfficiency, RouterDiversity, RouterSimplicity
 from moestro.routing import Trace
@@ -19,6 +20,8 @@ Objective = Callable[[Trace], Float[Tensor, ""]]
 __all__ = [
     "GateBalance",
     "GateEfficiency",
+    "GroupPenalty",
+    "IntraGroupBalance",
     "LoadBalance",
     "Objective",
     "ParameterPenalty",

@@ -3,11 +3,12 @@
 from moestro.routers.base import Router, ScoredRouter
 from moestro.routers.biased import BiasedRouter
 from moestro.routers.choices import ExpertChoice, ReLU
+from moestro.routers.grouped import GroupedRouter
 from moestro.routers.groups import GroupLimit
 from moestro.routers.limits import Capacity
 from moestro.routers.product_key import ProductKeyRouter
 from moestro.routers.residual import ResidualRouter
-from moestro.routers.scores import CosineScore, LinearScore, LowRankCosineScore, Score
+from moestro.routers.scores import CosineScore, LinearScore, LowRankCosineScore, NoisyScore, Score
 from moestro.routers.selects import MutedTopK, Select, Soft, TopK, TopP
 from moestro.routers.slots import SlotRouter
 from moestro.routers.top_any import TopAny
@@ -15,8 +16,10 @@ from moestro.routers.top_any import TopAny
 __all__ = [
     "BiasedRouter",
     "CosineScore",
+    "GroupedRouter",
     "LinearScore",
     "MutedTopK",
+    "NoisyScore",
     "ProductKeyRouter",
     "ResidualRouter",
     "Router",

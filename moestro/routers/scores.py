@@ -57,6 +57,33 @@ class LinearScore(Score):
         return linear_fp32(x, self.weight)
 
 
+class NoisyScore(LinearScore):
+    """logit_te = w_e . x_t + noise, in training: noise = N(0, 1) softplus(v_e . x_t) (Shazeer 2017, arXiv:1701.06538,
+    Eq. 4; with `TopK` the noisy top-k routing of MoDSE, arXiv:2409.12210). In evaluation the first term alone.
+
+    v starts at 0, so that the noise starts with standard deviation log 2. Numbers are drawn from torch's default
+    generator of the device, which training seeds and checkpoints keep.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, init_std: float = 0.02) -> None:
+        super().__init__(d_model, n_experts, init_std)
+        self.spread = nn.Parameter(torch.zeros(n_experts, d_model))
+
+    def forward(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t e"]:
+        logits = super().forward(x)
+        if not self.training:
+            return logits
+        return logits + torch.randn_like(logits) * F.softplus(linear_fp32(x, self.spread))
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        super().reindex(index)
+        rows = self.spread.detach()[index.clamp(min=0)]
+        self.spread = nn.Parameter(rows * (index >= 0)[:, None])
+
+    def flops(self, n_tokens: int) -> float:
+        return super().flops(n_tokens) + 2.0 * n_tokens * self.spread.numel()
+
+
 class CosineScore(Score):
     """logit_te = cos(w_e, x_t) / temperature (Chi 2022, arXiv:2204.09179; its low-dimensional projection left out)."""
 

@@ -8,12 +8,17 @@ from moestro.experts import ConstantBank, CopyBank, ExpertBank, FFNBank, Singlet
 from moestro.layers import MoELayer
 from moestro.ops import backend
 from moestro.recipe.parts import PARTS
-from moestro.routers import BiasedRouter, LinearScore, ResidualRouter, ScoredRouter, TopK, TopP
+from moestro.routers import BiasedRouter, GroupedRouter, LinearScore, ResidualRouter, ScoredRouter, TopK, TopP
 from moestro.routing import SlotRouting, SparseRouting
 from tests.tolerances import FLOAT64
 
 D, E, T = 6, 9, 23
-SCORES = {"linear": {"init_std": 1.0}, "cosine": {}, "low_rank_cosine": {"rank": 4, "temperature": 0.2}}
+SCORES = {
+    "linear": {"init_std": 1.0},
+    "noisy": {"init_std": 1.0},
+    "cosine": {},
+    "low_rank_cosine": {"rank": 4, "temperature": 0.2},
+}
 SELECTS = {
     "top_k": {"top_k": 3},
     "muted_top_k": {"top_k": 3, "muted": [2, 5]},
@@ -41,13 +46,15 @@ SHARED = {"shared": {"width": 5}}
 def test_every_registered_part_has_an_example():
     assert set(PARTS["score"]) == set(SCORES)
     assert set(PARTS["select"]) == set(SELECTS)
-    assert set(PARTS["router"]) == set(ROUTERS) | {"scored", "biased", "residual"}
+    assert set(PARTS["router"]) == set(ROUTERS) | {"scored", "biased", "residual", "grouped"}
     assert set(PARTS["branches"]) == set(BANKS) | set(SHARED)
     assert set(PARTS["banks"]) == set(BANKS) - {"mixed"}
 
 
 def scored(score: str, select: str) -> ScoredRouter:
-    return ScoredRouter(PARTS["score"][score](D, E, **SCORES[score]), PARTS["select"][select](**SELECTS[select]))
+    router = ScoredRouter(PARTS["score"][score](D, E, **SCORES[score]), PARTS["select"][select](**SELECTS[select]))
+    # two calls are compared: noise belongs to training
+    return router.eval() if score == "noisy" else router
 
 
 def biased(gate: str) -> BiasedRouter:
@@ -58,6 +65,7 @@ def biased(gate: str) -> BiasedRouter:
 
 ROUTER_MAKERS = {
     "residual": lambda: ResidualRouter(LinearScore(D, E, init_std=1.0), TopK(3)),
+    "grouped": lambda: GroupedRouter(D, LinearScore(D, E, init_std=1.0), [3, 2, 4], 2, 3, init_std=1.0),
     "biased-sigmoid": lambda: biased("sigmoid"),
     "biased-softmax": lambda: biased("softmax"),
     # a selection sees logits and not where they come from: all scores with one selection, all selections with one score

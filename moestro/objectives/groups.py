@@ -1,0 +1,63 @@
+"""Losses over groups of experts of one width (MoHGE)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moestro.objectives.balance import Statistics, check_statistics, traffic
+from moestro.routing import Trace
+
+
+def by_width(trace: Trace, values: Float[Tensor, "e"]) -> tuple[Float[Tensor, "g e"], Float[Tensor, "g"]]:
+    """(`values` of each group's experts, zero elsewhere; the groups' widths): a group is all experts of a width."""
+    widths = torch.as_tensor(trace.layer.expert_widths()).to(values).expand(len(values))
+    each = widths.unique()
+    return values * (widths == each[:, None]), each
+
+
+@dataclass(frozen=True)
+class GroupPenalty:
+    """G sum_g f_g c_g P_g over the G groups of experts of one width: pushes tokens towards groups of narrow experts.
+
+    f_g is the fraction of rows that group g computes, P_g its probability (mean over tokens, softmax over all experts),
+    c_g its width divided by the mean over groups. The group-wise loss of MoHGE (arXiv:2604.23108) in the form of HMoE's
+    parameter penalty: what is public of the paper says what the loss does and not its equation.
+    """
+
+    statistics: Statistics = "micro_batch"
+
+    def __post_init__(self) -> None:
+        check_statistics(self.statistics)
+
+    def __call__(self, trace: Trace) -> Float[Tensor, ""]:
+        fraction, probability = traffic(trace, "group_penalty", self.statistics)
+        rows, widths = by_width(trace, fraction / fraction.sum().clamp(min=1e-9))
+        chances, _ = by_width(trace, probability)
+        return len(widths) * (rows.sum(1) * (widths / widths.mean()) * chances.sum(1)).sum()
+
+
+@dataclass(frozen=True)
+class IntraGroupBalance:
+    """Mean over groups of N_g sum_{e in g} f_e P_e, f and P divided by their sums over the group: 1 where each group
+    spreads its rows evenly over its experts, whatever its share of all rows; 0 for a group without rows.
+
+    The intra-group loss of MoHGE (arXiv:2604.23108), a load balance inside every group of experts of one width; the
+    equation is ours, as for `GroupPenalty`.
+    """
+
+    statistics: Statistics = "micro_batch"
+
+    def __post_init__(self) -> None:
+        check_statistics(self.statistics)
+
+    def __call__(self, trace: Trace) -> Float[Tensor, ""]:
+        fraction, probability = traffic(trace, "intra_group_balance", self.statistics)
+        rows, _ = by_width(trace, fraction)
+        chances, _ = by_width(trace, probability)
+        sizes, _ = by_width(trace, torch.ones_like(fraction))
+        tiny = torch.finfo(fraction.dtype).tiny
+        shares = rows / rows.sum(1, keepdim=True).clamp(min=tiny)
+        means = chances / chances.sum(1, keepdim=True).clamp(min=tiny)
+        return (sizes.sum(1) * (shares * means).sum(1)).mean()
