@@ -27,6 +27,10 @@ class ExpertBank(nn.Module):
         """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""
         raise NotImplementedError
 
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        """Where one expert's weights lie: parameters, and the rows of each (first dimension) that are its own."""
+        raise NotImplementedError
+
     def owner(self) -> "tuple[ExpertBank, int]":
         """The bank whose weights these are, and the number that this one's first expert has there."""
         return self, 0

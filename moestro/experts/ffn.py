@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank, real_device
 from moestro.experts.linears import ConcatLinear
@@ -70,6 +70,9 @@ class FFNBank(ExpertBank):
         widths = [old[e] if e >= 0 else old[min(j, len(old) - 1)] for j, e in enumerate(index.tolist())]
         self.w_in.reindex(index, widths)
         self.w_out.reindex(index, widths)
+
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        return tuple((linear.weight, linear.rows_of(expert)) for linear in (self.w_in, self.w_out))
 
     def row_flops(self) -> Float[Tensor, "e"]:
         return self.row_widths() * (2.0 * self.w_out.d_model * (3 if self.glu else 2))

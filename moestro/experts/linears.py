@@ -60,6 +60,11 @@ class ConcatLinear(ExpertLinear):
         views = self.weight.split([self.blocks * width for width in self.widths])
         return list(views) if self.side == "in" else [view.T for view in views]
 
+    def rows_of(self, expert: int) -> slice:
+        """The rows of the weight that are one expert's."""
+        first = sum(self.widths[:expert])
+        return slice(self.blocks * first, self.blocks * (first + self.widths[expert]))
+
     def reindex(self, index: Int[Tensor, "m"], widths: Sequence[int]) -> None:
         old = self.weight.detach().split([self.blocks * width for width in self.widths])
         new = self._fresh(tuple(widths)).to(self.weight).split([self.blocks * width for width in widths])

@@ -52,6 +52,9 @@ class MixedBank(ExpertBank):
         routing = routing.grouped()
         return reduce(torch.add, [bank(x, _part(routing, first, end)) for bank, first, end in self._ranges()])
 
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        return next(bank.weights_of(expert - first) for bank, first, end in self._ranges() if expert < end)
+
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Raises: ValueError where experts would change banks, or stand in another order than their banks."""
         ranges = list(self._ranges())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank
 from moestro.routing import Routing, SparseRouting
@@ -54,6 +54,9 @@ class BankSlice(ExpertBank):
     def _padded(self, offsets: Int[Tensor, "e1"]) -> Int[Tensor, "e1"]:
         """The same rows, none of them for the experts before this slice."""
         return torch.cat([offsets.new_zeros(self.first), offsets])
+
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        return self._whole[0].weights_of(self.first + expert)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         raise ValueError("these experts are shared by several routers: reindex the layer that owns them")

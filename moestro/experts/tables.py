@@ -45,6 +45,9 @@ class TableBank(ExpertBank):
     def row_parameters(self) -> tuple[nn.Parameter, ...]:
         return tuple(self.parameters(recurse=False)) if self.sparse_gradients else ()
 
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        return tuple((table, slice(expert, expert + 1)) for table in self.parameters(recurse=False))
+
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         for name, parameter in self.tables().items():
             table = parameter.detach()

@@ -23,6 +23,9 @@ class CopyBank(ExpertBank):
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
         return z
 
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        return ()
+
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Copies are all alike: only their number changes."""
         self.n_experts = len(index)
@@ -59,6 +62,9 @@ class ConstantBank(ExpertBank):
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
         groups = zip(z.split(offsets.diff().tolist()), self.weight, self.vector, strict=True)
         return torch.cat([_mixed(rows, weight, vector) for rows, weight, vector in groups])
+
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        return tuple((parameter, slice(expert, expert + 1)) for parameter in (self.weight, self.vector))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         kept = (index >= 0)[:, None]

@@ -63,6 +63,7 @@ from moestro.routers import (
     TopK,
     TopP,
 )
+from moestro.train.adaptive_experts import AdaptiveExperts
 from moestro.train.expert_dropout import ExpertDropout
 from moestro.train.gate_sparsity import GateSparsity
 from moestro.train.rules import BiasBalance
@@ -141,6 +142,11 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "gate_balance": GateBalance,
         "gate_efficiency": GateEfficiency,
     },
-    "rules": {"bias_balance": BiasBalance, "expert_dropout": ExpertDropout, "gate_sparsity": GateSparsity},
+    "rules": {
+        "adaptive_experts": AdaptiveExperts,
+        "bias_balance": BiasBalance,
+        "expert_dropout": ExpertDropout,
+        "gate_sparsity": GateSparsity,
+    },
     "schedule": {"constant": Constant, "cosine": Cosine, "wsd": WSD},
 }

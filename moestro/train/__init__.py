@@ -1,5 +1,6 @@
 """Floor 6: the training loop, its optimizer, checkpoints and rules."""
 
+from moestro.train.adaptive_experts import AdaptiveExperts
 from moestro.train.checkpoint import CheckpointError
 from moestro.train.environment import describe_machine
 from moestro.train.folder import RunFolder, RunFolderError
@@ -14,8 +15,8 @@ from moestro.train.step import NonFiniteLoss
 from moestro.train.weights import best_checkpoint, load_weights, newest_checkpoint
 
 __all__ = [
-    "WSD", "Bar", "BiasBalance", "Budget", "CheckpointError", "Constant", "Cosine", "Display", "Lines", "NonFiniteLoss",
-    "OptimSettings", "ParameterGroup", "QueryNormStatistics", "RowAdamW", "Rule", "RunFolder",
-    "RunFolderError", "Schedule", "Silent", "TrainSettings", "TrainingStopped", "best_checkpoint", "describe_machine",
-    "display_on", "load_weights", "newest_checkpoint", "train",
+    "WSD", "AdaptiveExperts", "Bar", "BiasBalance", "Budget", "CheckpointError", "Constant", "Cosine", "Display",
+    "Lines", "NonFiniteLoss", "OptimSettings", "ParameterGroup", "QueryNormStatistics", "RowAdamW", "Rule",
+    "RunFolder", "RunFolderError", "Schedule", "Silent", "TrainSettings", "TrainingStopped", "best_checkpoint",
+    "describe_machine", "display_on", "load_weights", "newest_checkpoint", "train",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Mean and variance of several samples together, on one rank or over all of them."""
+"""Sums, and mean and variance of several samples together, on one rank or over all of them."""
 
 from collections.abc import Sequence
 
@@ -27,6 +27,15 @@ def several_ranks() -> bool:
     """Whether other processes train the same model."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return there and torch.distributed.get_world_size() > 1
+
+
+@torch.no_grad()
+def summed_over_ranks(own: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, the same on each. Every rank must call it."""
+    total = own.clone()
+    if several_ranks():
+        torch.distributed.all_reduce(total)
+    return total
 
 
 @torch.no_grad()

@@ -169,6 +169,24 @@ def test_a_fresh_expert_replaces_an_old_one_and_no_other(router, kind):
     assert all(torch.equal(new[e], old[e]) for e in range(E) if e != 1)
 
 
+@pytest.mark.parametrize("kind", BANKS)
+def test_the_weights_of_an_expert_are_all_its_own(kind):
+    """Changing them changes its output and no other's, and together they are all there is."""
+    experts, x = bank(kind).double(), tokens()
+    before = [one_expert(experts, e, x) for e in range(E)]
+    owned = {parameter: torch.zeros(len(parameter)) for parameter in experts.parameters()}
+    for expert in range(E):
+        for parameter, rows in experts.weights_of(expert):
+            owned[parameter][rows] += 1
+            with torch.no_grad():
+                parameter[rows] *= 2
+        after = [one_expert(experts, e, x) for e in range(E)]
+        changed = [e for e in range(E) if not torch.equal(after[e], before[e])]
+        assert changed == [expert] or (not changed and not sum(r.stop - r.start for _, r in experts.weights_of(expert)))
+        before = after
+    assert all((count == 1).all() for count in owned.values())
+
+
 @pairs
 def test_forward_in_training_changes_no_state(router, kind):
     moe = layer(router, kind).train()
