@@ -74,6 +74,10 @@ class RaggedBank(TableBank):
             x, ids, weight, self.starts, self.up, self.down, self.activation, self.sparse_gradients
         )  # fmt: skip
 
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        first, end = self.starts[expert : expert + 2].tolist()
+        return tuple((table, slice(first, end)) for table in (self.up, self.down))
+
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Move experts; a fresh one (-1) takes the width its position had, or the last expert's beyond the end."""
         last, old = self.n_experts - 1, self.starts
