@@ -168,7 +168,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
             "objectives=[{kind: load_balance, weight: 1}, {kind: load_balance, weight: 2}]",
             "objective 'load_balance' s",
         ),
-        ("hmoe", "rules=[{kind: magic}]", "unknown kind 'magic'; allowed: bias_balance, "),
+        ("hmoe", "rules=[{kind: magic}]", "unknown kind 'magic'; allowed: adaptive_experts, bias_balance, "),
         (
             "hmoe",
             "model.layers={9: {kind: dense, width: 3}}",
