@@ -1,8 +1,18 @@
 """Floor 6: what a trained model is worth, and how it uses its experts."""
 
 from moestro.evaluate.knobs import knobs, quality_curve
+from moestro.evaluate.passes import capacity_report, requested_capacity
 from moestro.evaluate.perplexity import evaluate
 from moestro.evaluate.routing_report import routing_report
 from moestro.evaluate.token_sample import sample_text, token_sample
 
-__all__ = ["evaluate", "knobs", "quality_curve", "routing_report", "sample_text", "token_sample"]
+__all__ = [
+    "capacity_report",
+    "evaluate",
+    "knobs",
+    "quality_curve",
+    "requested_capacity",
+    "routing_report",
+    "sample_text",
+    "token_sample",
+]

@@ -97,6 +97,7 @@ def spending(model: Transformer, batches: Iterable[Batch], *, precision: str = "
     Raises: ValueError where there is nothing to evaluate.
     """
     total = dict.fromkeys(("nats", "params_active", "active_width", "experts", "flops"), 0.0)
+    mixtures = model.n_mixtures()
     tokens = n_bytes = 0
     with evaluating(model):
         for batch in batches:
@@ -107,7 +108,7 @@ def spending(model: Transformer, batches: Iterable[Batch], *, precision: str = "
             total["nats"] += float(losses.double().sum())
             total["params_active"] += n * float(model.active_parameters(traces))
             total["active_width"] += sum(float(trace.active_width().double().sum()) for trace in traces)
-            total["experts"] += sum(float(trace.experts_per_token().sum()) for trace in traces) / max(1, len(traces))
+            total["experts"] += sum(float(trace.experts_per_token().sum()) for trace in traces) / max(1, mixtures)
             total["flops"] += float(model.flops(rows, length, traces).useful)
     if not tokens or not n_bytes:
         raise ValueError(f"nothing to evaluate: the batches hold {tokens} target tokens, {n_bytes} bytes")

@@ -27,6 +27,7 @@ class LayerUsage:
         self.layer = layer
         self.load: Tensor | float = 0.0
         self.gates: Tensor | float = 0.0
+        self.routed = 0
         self.experts: list[np.ndarray] = []
         self.width: list[np.ndarray] = []
 
@@ -35,6 +36,7 @@ class LayerUsage:
         exact = exact_dtype(trace.x.device)
         self.load = self.load + trace.routing.load().to(exact)
         self.gates = self.gates + trace.routing.importance().to(exact)
+        self.routed += trace.routing.n_tokens
         self.experts.append(trace.experts_per_token().float().cpu().numpy())
         self.width.append(trace.active_width().float().cpu().numpy())
 
@@ -46,6 +48,7 @@ class LayerUsage:
         return {
             "n_experts": len(load),
             "tokens": len(experts),
+            "routed": self.routed,
             "widths": expert_widths(self.layer, len(load)) if listed else None,
             "load": load.tolist() if listed else None,
             "load_histogram": None if listed else histogram(load),
@@ -62,7 +65,8 @@ def routing_report(
 ) -> dict[str, dict[str, Any]]:
     """Figures of every mixture layer over all batches, by the layer's name in the model.
 
-    `load`: rows (tokens) each expert computed. `experts_per_token` and `active_width`: mean, p50, p99 over tokens.
+    `load`: rows (tokens) each expert computed. `routed`: tokens that reached this layer, or parts of tokens; `tokens`
+    are the model's. `experts_per_token` and `active_width`: mean, p50, p99 over the model's tokens.
     `unevenness`: KL of the experts' shares of the gates from uniform, in nats; `usage`: share of experts that got any
     gate; both as in PEER (He 2024, arXiv:2407.04153, Table 2) and both dependent on `tokens`, so report it with them.
     `dead`: share of experts without a row. Layers of more than 4096 experts have `load_histogram` in place of `load`

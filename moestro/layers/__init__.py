@@ -4,5 +4,6 @@ from moestro.layers.base import Layer
 from moestro.layers.dense import DenseFFN
 from moestro.layers.moe import MoELayer
 from moestro.layers.peer_pytorch import from_peer_pytorch
+from moestro.layers.stratified import StratifiedLayer
 
-__all__ = ["DenseFFN", "Layer", "MoELayer", "from_peer_pytorch"]
+__all__ = ["DenseFFN", "Layer", "MoELayer", "StratifiedLayer", "from_peer_pytorch"]

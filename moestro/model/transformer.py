@@ -105,6 +105,10 @@ class Transformer(nn.Module):
         """Every MoE layer by its name in the model, in block order."""
         return {name: module for name, module in self.named_modules() if isinstance(module, MoELayer)}
 
+    def n_mixtures(self) -> int:
+        """Blocks whose feed-forward layer has experts, however many MoE layers it is made of."""
+        return len({name.split(".")[1] for name in self.moe_layers()})
+
     def flops(self, batch: int, seq_len: int, traces: Sequence[Trace]) -> Cost:
         """Forward FLOPs on `batch` sequences of what the traces show was used; attention, routers, head counted."""
         untraced = sum(block.ffn.untraced_flops(batch * seq_len) for block in self._blocks())

@@ -51,7 +51,8 @@ class Part:
         # experts first: they tell the router how many they are, and the router tells them how it weights
         for name in sorted(self.keywords, key=lambda name: name != EXPERTS):
             inside = context | (_routing_facts(self.keywords) if name == EXPERTS else _expert_facts(keywords))
-            keywords[name] = built(self.keywords[name], inside)
+            wants_maker = get_origin(parameters(self.make)[name].annotation) is Callable
+            keywords[name] = (maker if wants_maker else built)(self.keywords[name], inside)
         keywords |= {name: context[name] for name in parameters(self.make) if name in context and name not in keywords}
         if absent := sorted(self.missing - keywords.keys()):
             raise self.place.error(f"missing key {absent[0]!r}")
@@ -100,6 +101,12 @@ def built(value: Any, context: Mapping[str, Any]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(built(item, context) for item in value)
     return value
+
+
+def maker(part: Part, context: Mapping[str, Any]) -> Callable[..., Any]:
+    """What a constructor gets that asks for a maker of parts (`Callable[..., Router]`): it says itself how many experts
+    or how wide a model each of them has."""
+    return lambda **told: part.build({**context, **told})
 
 
 class Binder:

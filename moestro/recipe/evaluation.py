@@ -1,6 +1,6 @@
 """A trained run on held-out or other text: figures, and how they look on a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moestro.data import Dataset, Source, TokenData, load_tokenizer, source_for, zlib_bpb
 from moestro.data.sources import MissingField
-from moestro.evaluate import evaluate, routing_report
+from moestro.evaluate import capacity_report, evaluate, routing_report
 from moestro.evaluate.knobs import KNOBS
 from moestro.model import Transformer
 from moestro.recipe.build import build_data, build_model
@@ -83,8 +83,11 @@ def evaluate_run(
     """
     run = opened_run(run_dir, data, device, checkpoint, settings)
     figures = evaluate(run.model, run.dataset.val_batches(run.batch_size, max_tokens), precision=run.precision)
-    batches = run.dataset.val_batches(run.batch_size, max_tokens)
-    return {**about(run), **figures, "layers": routing_report(run.model, batches, precision=run.precision)}
+
+    def reported(report: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        return report(run.model, run.dataset.val_batches(run.batch_size, max_tokens), precision=run.precision)
+
+    return {**about(run), **figures, "layers": reported(routing_report), "passes": reported(capacity_report)}
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -151,7 +154,8 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 def figures_table(figures: Mapping[str, Any]) -> Group:
     """What `evaluate_run` returned, for a terminal."""
     layers = figures["layers"]
-    return Group(figures_head(figures), *([_routing_table(layers), _load_table(layers)] if layers else []))
+    passes = [_passes_table(figures["passes"])] if figures["passes"] else []
+    return Group(figures_head(figures), *([_routing_table(layers), _load_table(layers)] if layers else []), *passes)
 
 
 def figures_head(figures: Mapping[str, Any]) -> Table:
@@ -193,6 +197,15 @@ def _load_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     table = plain_table("load (% of rows, expert by expert)", ("layer", "load"))
     for name, layer in layers.items():
         table.add_row(name, _load_text(layer))
+    return table
+
+
+def _passes_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
+    titles = ("layer", "passes", "share with 1, 2, ...", "rare to frequent")
+    table = plain_table("passes of a token through its strata, and by how frequent its word is in this text", titles)
+    for name, layer in layers.items():
+        shares = " ".join(f"{share:.1%}" for share in layer["passes"])
+        table.add_row(name, f"{layer['mean']:.3f}", shares, " ".join(f"{mean:.3f}" for mean in layer["by_frequency"]))
     return table
 
 

@@ -25,7 +25,7 @@ from moestro.experts import (
     ValueBank,
     widths,
 )
-from moestro.layers import DenseFFN, MoELayer
+from moestro.layers import DenseFFN, MoELayer, StratifiedLayer
 from moestro.objectives import (
     ClusterVariance,
     FirstChoiceBalance,
@@ -56,6 +56,7 @@ from moestro.routers import (
     ProductKeyRouter,
     ReLU,
     ResidualRouter,
+    SampledSecond,
     ScoredRouter,
     SlotRouter,
     Soft,
@@ -89,7 +90,7 @@ BANKS: dict[str, Callable[..., Any]] = {
 
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     # model
-    "ffn": {"dense": DenseFFN, "moe": MoELayer},
+    "ffn": {"dense": DenseFFN, "moe": MoELayer, "stratified": StratifiedLayer},
     "router": {
         "scored": ScoredRouter,
         "biased": BiasedRouter,
@@ -104,6 +105,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "muted_top_k": MutedTopK,
         "top_p": TopP,
         "top_any": TopAny,
+        "sampled_second": SampledSecond,
         "soft": Soft,
         "capacity": Capacity,
         "expert_choice": ExpertChoice,

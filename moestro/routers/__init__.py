@@ -8,6 +8,7 @@ from moestro.routers.groups import GroupLimit
 from moestro.routers.limits import Capacity
 from moestro.routers.product_key import ProductKeyRouter
 from moestro.routers.residual import ResidualRouter
+from moestro.routers.sampling import SampledSecond
 from moestro.routers.scores import CosineScore, LinearScore, LowRankCosineScore, NoisyScore, Score
 from moestro.routers.selects import MutedTopK, Select, Soft, TopK, TopP
 from moestro.routers.slots import SlotRouter
@@ -23,6 +24,7 @@ __all__ = [
     "ProductKeyRouter",
     "ResidualRouter",
     "Router",
+    "SampledSecond",
     "Score",
     "ScoredRouter",
     "Select",

@@ -59,6 +59,10 @@ class Routing:
         """Token and expert of every row; None where rows are mixtures of tokens."""
         return None
 
+    def first_choice(self) -> Int[Tensor, "t"]:
+        """The expert of each token's greatest weight, the lowest such; 0 for a token without experts."""
+        return self.dense().detach().argmax(-1)
+
 
 @dataclass(frozen=True)
 class SparseRouting(Routing):

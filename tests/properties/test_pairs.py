@@ -24,6 +24,7 @@ SELECTS = {
     "muted_top_k": {"top_k": 3, "muted": [2, 5]},
     "top_p": {"threshold": 0.6},
     "top_any": {"n_experts": 9},
+    "sampled_second": {},
     "soft": {},
     "capacity": {"select": TopP(0.9, renormalize=False), "factor": 1.5},
     "expert_choice": {"factor": 2.5},
