@@ -1,9 +1,18 @@
 """Floor 3: feed-forward layers of a block, called alike: x, keep -> y, traces."""
 
 from moestro.layers.base import Layer
+from moestro.layers.composite import InputGatedLayer, SequenceLayer
 from moestro.layers.dense import DenseFFN
 from moestro.layers.moe import MoELayer
 from moestro.layers.peer_pytorch import from_peer_pytorch
 from moestro.layers.stratified import StratifiedLayer
 
-__all__ = ["DenseFFN", "Layer", "MoELayer", "StratifiedLayer", "from_peer_pytorch"]
+__all__ = [
+    "DenseFFN",
+    "InputGatedLayer",
+    "Layer",
+    "MoELayer",
+    "SequenceLayer",
+    "StratifiedLayer",
+    "from_peer_pytorch",
+]

@@ -17,6 +17,8 @@ SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str:
 # Keywords that a constructor's parts inherit from it, and the slot whose parts know the number of experts.
 SHARED = frozenset({"d_model"})
 EXPERTS = "branches"
+# The decoder's keyword for experts that several layers hold.
+SHARED_BANKS = "shared_banks"
 # What experts are told about the router that weights them.
 ROUTING_FACTS = frozenset({"heads", "top_k", "gate"})
 # What errors say of a value: `top_k=9 > 8 experts`, `train seed=-1: must not be negative`.

@@ -10,6 +10,7 @@ from moestro.model import Block, Transformer
 from moestro.ops.tables import tables_in
 from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.resolve import Place
+from moestro.recipe.shared_banks import SharedBanks
 from moestro.recipe.sources import PlacedSource
 from moestro.recipe.syntax import RecipeError
 from moestro.train.folder import RunFolder, require_writable, unwritable
@@ -36,7 +37,8 @@ def build_model(recipe: Recipe, vocab_size: int, device: str | torch.device = "c
 
 def _assemble(recipe: Recipe, vocab_size: int) -> Transformer:
     plan = recipe.model
-    context = {"d_model": plan.d_model}
+    context: dict[str, Any] = {"d_model": plan.d_model}
+    context["shared_banks"] = SharedBanks(plan.shared_banks, {"d_model": plan.d_model})
     blocks = [
         Block(plan.d_model, plan.attention.build(context), plan.layers.get(i, plan.ffn).build(context), plan.norm_eps)
         for i in range(plan.n_layers)

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from moestro.recipe.bind import EXPERTS, NO_DEFAULT, ROUTING_FACTS, SHARED, Binder, Part, parameters
+from moestro.recipe.bind import EXPERTS, NO_DEFAULT, ROUTING_FACTS, SHARED, SHARED_BANKS, Binder, Part, parameters
 from moestro.recipe.resolve import ONE_OF
 
 PLAIN = (bool, int, float, str, type(None))
@@ -52,9 +52,9 @@ def plain(value: Any, binder: Binder, inherited: frozenset[str] = SHARED, slot: 
 
 def _told(make: Callable[..., Any], name: str, inherited: frozenset[str]) -> frozenset[str]:
     """What the parts in the keyword `name` inherit."""
-    if EXPERTS not in parameters(make):
-        return inherited
-    return inherited | (ROUTING_FACTS if name == EXPERTS else {"n_experts"})
+    if name in (EXPERTS, SHARED_BANKS):
+        return inherited | ROUTING_FACTS
+    return inherited | {"n_experts"} if EXPERTS in parameters(make) else inherited
 
 
 def _default(part: Part, name: str, binder: Binder, inherited: frozenset[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from moestro.recipe.bind import Binder, Part, describe
 from moestro.recipe.complete import completed
 from moestro.recipe.parts import PARTS
 from moestro.recipe.resolve import Origin, Place, read_tree
+from moestro.recipe.shared_banks import check_names
 from moestro.recipe.syntax import RecipeError, dump_yaml
 from moestro.train.durable import write_text
 from moestro.train.settings import OptimSettings, TrainSettings
@@ -32,13 +33,15 @@ class Paper:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The `model` section: `ffn` in every block but those that `layers` names by index."""
+    """The `model` section: `ffn` in every block but those that `layers` names by index. `shared_banks` are banks of
+    experts by name, which several layers may have as a branch `{kind: shared_bank, name: ...}`."""
 
     d_model: int
     n_layers: int
     attention: Any
     ffn: Any
     layers: dict = field(default_factory=dict)
+    shared_banks: dict = field(default_factory=dict)
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
     allow_non_causal: bool = False
@@ -84,21 +87,27 @@ class Recipe:
 
     @cached_property
     def model(self) -> Decoder:
-        """The decoder's keywords; `attention`, `ffn` and the values of `layers` are parts."""
+        """The decoder's keywords; `attention`, `ffn` and the values of `layers` and `shared_banks` are parts."""
         node, place = self._section("model")
-        plan = Decoder(**BINDER.bind(Decoder, node, place).keywords)
+        plan = Decoder(**BINDER.bind(Decoder, node, place, given=("shared_banks",)).keywords)
         for name in ("d_model", "n_layers"):
             if getattr(plan, name) < 1:
                 raise (place / name).error(f"{name}={getattr(plan, name)}, allowed: at least 1")
         attention = BINDER.bind(Attention, plan.attention, place / "attention", given=("d_model",))
         layers = {key: self._layer(key, node, plan.n_layers) for key, node in plan.layers.items()}
-        return Decoder(**{**vars(plan), "attention": attention, "layers": layers})
+        shared = {name: self._shared_bank(name, node) for name, node in plan.shared_banks.items()}
+        check_names(shared, [plan.ffn, *layers.values()], place / "shared_banks")
+        return Decoder(**{**vars(plan), "attention": attention, "layers": layers, "shared_banks": shared})
 
     def _layer(self, key: Any, node: Any, n_layers: int) -> Part:
         place = Place(self.origin, ("model", "layers", key))
         if key not in range(n_layers):
             raise place.error(f"layer {key!r}, allowed: 0 to {n_layers - 1} (n_layers={n_layers})")
-        return BINDER.part("ffn", _mapping(node, place), place, given=("d_model",))
+        return BINDER.part("ffn", _mapping(node, place), place, given=("d_model", "shared_banks"))
+
+    def _shared_bank(self, name: str, node: Any) -> Part:
+        place = Place(self.origin, ("model", "shared_banks", name))
+        return BINDER.part("banks", _mapping(node, place), place, given=("d_model",))
 
     @cached_property
     def data(self) -> Part:

@@ -25,7 +25,7 @@ from moestro.experts import (
     ValueBank,
     widths,
 )
-from moestro.layers import DenseFFN, MoELayer, StratifiedLayer
+from moestro.layers import DenseFFN, InputGatedLayer, MoELayer, SequenceLayer, StratifiedLayer
 from moestro.objectives import (
     ClusterVariance,
     FirstChoiceBalance,
@@ -43,6 +43,7 @@ from moestro.objectives import (
     RouterZLoss,
     WeightedBalance,
 )
+from moestro.recipe.shared_banks import shared_bank
 from moestro.routers import (
     BiasedRouter,
     Capacity,
@@ -88,9 +89,19 @@ BANKS: dict[str, Callable[..., Any]] = {
     "constant": ConstantBank,
 }
 
+LAYERS: dict[str, Callable[..., Any]] = {
+    "dense": DenseFFN,
+    "moe": MoELayer,
+    "sequence": SequenceLayer,
+    "input_gated": InputGatedLayer,
+    "stratified": StratifiedLayer,
+}
+
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     # model
-    "ffn": {"dense": DenseFFN, "moe": MoELayer, "stratified": StratifiedLayer},
+    "ffn": LAYERS,
+    "sublayers": LAYERS,
+    "layer": LAYERS,
     "router": {
         "scored": ScoredRouter,
         "biased": BiasedRouter,
@@ -111,7 +122,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "expert_choice": ExpertChoice,
         "relu": ReLU,
     },
-    "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert},
+    "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert, "shared_bank": shared_bank},
     "banks": BANKS,
     "widths": {
         "equal": widths.equal,

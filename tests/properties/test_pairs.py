@@ -42,13 +42,15 @@ BANKS = {
     "mixed": lambda make: make([FFNBank(D, [3, 5, 0, 8]), CopyBank(), ConstantBank(D, 2), SingletonBank(D, 2)]),
 }
 SHARED = {"shared": {"width": 5}}
+# a bank that stands elsewhere in the recipe
+NAMED = {"shared_bank"}
 
 
 def test_every_registered_part_has_an_example():
     assert set(PARTS["score"]) == set(SCORES)
     assert set(PARTS["select"]) == set(SELECTS)
     assert set(PARTS["router"]) == set(ROUTERS) | {"scored", "biased", "residual", "grouped"}
-    assert set(PARTS["branches"]) == set(BANKS) | set(SHARED)
+    assert set(PARTS["branches"]) == set(BANKS) | set(SHARED) | NAMED
     assert set(PARTS["banks"]) == set(BANKS) - {"mixed"}
 
 
