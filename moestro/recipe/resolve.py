@@ -11,6 +11,9 @@ Key = str | int
 Keys = tuple[Key, ...]
 # Mappings of which exactly one key is meant: a new one replaces the old one instead of standing beside it.
 ONE_OF = frozenset({"budget"})
+# Mappings whose values, where an override sets a part of one that is not there yet, start as another value of the tree:
+# model.layers.2.branches.0.widths=[8, 16] makes block 2 like the other blocks, but for these widths.
+STARTS_AS: dict[Keys, Keys] = {("model", "layers"): ("model", "ffn")}
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,17 @@ class Origin:
         below = [".".join(map(str, override)) for override in self.overrides if keys and override[: len(keys)] == keys]
         if below:
             return f"command line: {', '.join(dict.fromkeys(below))}"
-        if self.base is not None and not has(self.own, keys) and has(self.base, keys):
-            return f"{self.base_path}: {dotted}"
-        return f"{self.path}: {dotted}"
+        written = self._written(keys)
+        in_base = self.base is not None and not has(self.own, written) and has(self.base, written)
+        return f"{self.base_path if in_base else self.path}: {'.'.join(map(str, written)) or 'top level'}"
+
+    def _written(self, keys: Keys) -> Keys:
+        """Where a file says what an override copied."""
+        for above, pattern in STARTS_AS.items():
+            name = len(above) + 1
+            if keys[: len(above)] == above and not any(has(tree, keys[:name]) for tree in (self.own, self.base)):
+                return pattern + keys[name:]
+        return keys
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,10 @@ def read_tree(path: Path, overrides: Iterable[str] = ()) -> tuple[dict, Origin]:
     base_path, base = _base_of(path, own)
     tree = merge(base or {}, {key: value for key, value in own.items() if key != "extends"})
     settings = [_split(text) for text in overrides]
+    # what is given a kind is a part of its own and starts from nothing
+    of_own_kind = {keys[:-1] for keys, _ in settings if keys[-1] == "kind"}
     for keys, value in settings:
-        _set(tree, keys, value)
+        _set(tree, keys, value, of_own_kind)
     return tree, Origin(path, own, base_path, base, tuple(keys for keys, _ in settings))
 
 
@@ -109,17 +122,29 @@ def _split(text: str) -> tuple[Keys, Any]:
     return keys, parse_yaml(value, f"command line: {name}")
 
 
-def _set(tree: dict, keys: Keys, value: Any) -> None:
+def _set(tree: dict, keys: Keys, value: Any, of_own_kind: set[Keys]) -> None:
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
         _check_holds(node, keys, depth)
         if isinstance(node, dict) and node.get(key) is None:
-            node[key] = {}
+            node[key] = {} if keys[: depth + 1] in of_own_kind else _start(tree, keys[:depth])
         node = node[key]
     _check_holds(node, keys, len(keys) - 1)
     if ONE_OF.intersection(keys[-2:-1]):
         node.clear()
     node[keys[-1]] = value
+
+
+def _start(tree: dict, above: Keys) -> Any:
+    """What a value that an override needs below `above` is before it is set in part."""
+    pattern = STARTS_AS.get(above, ())
+    return copy_tree(_at(tree, pattern)) if pattern and has(tree, pattern) else {}
+
+
+def _at(tree: Any, keys: Keys) -> Any:
+    for key in keys:
+        tree = tree[key]
+    return tree
 
 
 def _check_holds(node: Any, keys: Keys, depth: int) -> None:

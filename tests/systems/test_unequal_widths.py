@@ -118,6 +118,36 @@ def test_reports_read_widths_layer_by_layer(uneven: Transformer) -> None:
         assert sum(share["of_work"] for share in shares) == pytest.approx(1.0)
 
 
+def layer_widths(*overrides: str) -> list[list[int]]:
+    model = build_model(load_recipe(RECIPE, ["model.n_layers=3", *overrides]), 16, "meta")
+    return [layer.expert_widths().tolist() for layer in model.moe_layers().values()]  # type: ignore[union-attr]
+
+
+def test_the_command_line_sets_widths_layer_by_layer() -> None:
+    """What is not said of a layer is as in the other layers; a layer given a kind is all its own."""
+    plain = list(range(36, 93, 8))
+    key = "model.layers.1.branches.0.widths"
+    assert layer_widths(f"{key}=[4, 0, 9]") == [plain, [4, 0, 9], plain]
+    assert layer_widths(f"{key}.kind=equal", f"{key}.n_experts=2", f"{key}.total=8") == [plain, [4, 4], plain]
+    assert layer_widths(f"{key}.total=1024") == [plain, [2 * width for width in plain], plain]
+    two = [f"{key}=[4, 4]", "model.layers.2.branches.0.widths=[1, 2, 3]", "model.layers.2.router.select.top_k=1"]
+    assert layer_widths(*two) == [plain, [4, 4], [1, 2, 3]]
+    recipe = load_recipe(RECIPE, two)
+    assert recipe.tree["model"]["ffn"] == load_recipe(RECIPE).tree["model"]["ffn"]
+    assert [recipe.tree["model"]["layers"][i]["router"]["select"]["top_k"] for i in (1, 2)] == [2, 1]
+    for order in (1, -1):
+        dense = ["model.layers.1.kind=dense", "model.layers.1.width=8"][::order]
+        assert layer_widths(*dense) == [plain, plain]
+    with pytest.raises(RecipeError, match=r"top_k=2 > 1 experts \(.*hmoe.yaml: model.ffn.router.select.top_k\)"):
+        layer_widths("model.layers.0.branches.0.widths=[4]")
+
+
+def test_a_layer_set_in_part_is_the_one_written_out() -> None:
+    recipe = load_recipe(RECIPE, ["model.layers.0.branches.0.widths=[4, 5]"])
+    again = load_recipe(RECIPE, [f"model.layers={{0: {ffn([4, 5])}}}"])
+    assert recipe == again
+
+
 def test_a_layer_that_is_not_there_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"layer 7, allowed: 0 to 3 \(n_layers=4\)"):
         load_recipe(RECIPE, ["model.layers={7: {kind: dense, width: 8}}"])
