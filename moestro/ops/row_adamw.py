@@ -6,7 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moestro.ops.backend import runs_native
+from moestro.ops.native import row_adamw
 from moestro.ops.rounding import rounding_key, stochastic_bfloat16
+from moestro.ops.row_gradients import RowGradient, spans
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,33 @@ class RowConstants:
 def adamw_rows(
     table: Float[Tensor, "e d"],
     moments: tuple[Float[Tensor, "e d"], Float[Tensor, "e d"]],
-    ids: Int[Tensor, "n"],
-    gradient: Float[Tensor, "n d"],
+    gradient: RowGradient,
     factors: RowFactors,
     constants: RowConstants,
 ) -> None:
-    """Replace rows `ids` (each once) of a table and of Adam's two moments (Loshchilov 2019, arXiv:1711.05101, Alg. 2).
+    """Replace the rows of a gradient in a table and in Adam's two moments (Loshchilov 2019, arXiv:1711.05101, Alg. 2).
 
-    The operations of `torch.optim.adam._single_tensor_adam`, in its order, in float32 at least; what is kept in
-    bfloat16 is rounded stochastically.
+    In float32 at least; what is kept in bfloat16 is rounded stochastically. With native kernels each row is read and
+    written once, its gradient summed on the way where it is left in factors.
     """
+    if runs_native(table, *moments, *gradient.tensors()) and table.dtype == moments[0].dtype:
+        numbers = (rounding_key(constants.key, 0), rounding_key(constants.key, 1), *constants.betas, constants.eps)
+        row_adamw.adamw_rows(table, moments, gradient.ids, gradient.native(), tuple(vars(factors).values()), numbers)
+        return
+    for start, stop in spans(len(gradient.ids), table.shape[1]):
+        ids, values = gradient.ids[start:stop], gradient.values(start, stop)
+        _adamw_piece(table, moments, ids, values, factors.rows(start, stop), constants)
+
+
+def _adamw_piece(
+    table: Tensor,
+    moments: tuple[Tensor, Tensor],
+    ids: Tensor,
+    gradient: Tensor,
+    factors: RowFactors,
+    constants: RowConstants,
+) -> None:
+    """The operations of `torch.optim.adam._single_tensor_adam`, in its order."""
     (beta1, beta2), wide = constants.betas, torch.promote_types(table.dtype, torch.float32)
     rows, mean, square = (kept.index_select(0, ids).to(wide) for kept in (table, *moments))
     gradient = gradient.to(wide)

@@ -27,6 +27,14 @@ class RowValues:
         """Those of the rows `ids[start:stop]`."""
         return self.all[start:stop]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The floating-point numbers that it is made of."""
+        return (self.all,)
+
+    def native(self) -> tuple[Tensor, ...]:
+        """What the native kernel of AdamW reads."""
+        return (self.all.float().contiguous(),)
+
     def norm(self) -> Float[Tensor, ""]:
         """2-norm of all values."""
         return torch.linalg.vector_norm(self.all)
@@ -60,6 +68,13 @@ class FactoredRows:
         first, last = self.starts[[start, stop]].tolist()
         weight, starts = self.coefficient[self.order[first:last]], self.starts[start:stop] - first
         return F.embedding_bag(self.token[first:last], self.source, starts, per_sample_weights=weight, mode="sum")
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.source, self.coefficient
+
+    def native(self) -> tuple[Tensor, ...]:
+        places = self.order.contiguous(), self.starts, self.token.contiguous()
+        return *places, self.source.float(), self.coefficient.float().contiguous()
 
     def norm(self) -> Float[Tensor, ""]:
         norms = [torch.linalg.vector_norm(self.values(*span)) for span in spans(len(self.ids), self.source.shape[1])]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moestro.ops.rounding import rounding_key
 from moestro.ops.row_adamw import RowConstants, RowFactors, adamw_rows
-from moestro.ops.row_gradients import RowGradient, forget_factors, row_gradient, spans
+from moestro.ops.row_gradients import RowGradient, forget_factors, row_gradient
 from moestro.ops.tables import new_table
 
 SKIPPED = ("keep", "decay")
@@ -19,8 +19,9 @@ class RowAdamW(torch.optim.Optimizer):
 
     A step reads and writes the rows in the gradient and no others. For such a row it does what `torch.optim.AdamW`
     does, in the same arithmetic: where every step has every row, the results are the same. In float32 they are the
-    same to the bit as those of torch's plain and foreach kernels (the fused one rounds elsewhere); in float64 powers of
-    beta, taken for every row, may differ in the last bit. What differs is what becomes of a row while it is skipped:
+    same to the bit as those of torch's plain and foreach kernels (the fused one rounds elsewhere), but for square roots
+    where native kernels run: theirs are correctly rounded, torch's need not be. In float64 powers of beta, taken for
+    every row, may differ in the last bit. What differs is what becomes of a row while it is skipped:
 
     - *Position*: dense AdamW goes on moving it by stale momentum; here it stays where it is.
     - *Weight decay*: none is lost. The product of (1 - lr * weight_decay) over all steps skipped, each with its own
@@ -30,10 +31,13 @@ class RowAdamW(torch.optim.Optimizer):
       it, as if Adam had been run on those steps alone. With `skipped="decay"` they decay by beta for each step skipped
       and bias corrections count all steps: the moments are those of dense AdamW given zero gradients.
 
-    State, beside the parameter: `exp_avg`, `exp_avg_sq` [N, d], in float32 at least, as is all arithmetic; `clock`
-    [N], the steps that touched a row (keep) or the last step that did (decay); `charged` [N], the logarithm of the
-    decay that a row has had; `step` and `log_decay` of the table. A parameter without a gradient skips the step, as in
-    torch.
+    Arithmetic is in float32 at least. Tables in bfloat16 are rounded stochastically (`ops.rounding`) by a hash of step,
+    table, row and column: changes far below the table's precision still count, and a resumed run rounds alike.
+
+    State, beside the parameter, and in files where tables are (`ops.tables`): `exp_avg` [N, d], in bfloat16 where the
+    table is, else in float32 at least; `exp_avg_sq` [N, d], in float32 at least; `clock` [N], the steps that touched a
+    row (keep) or the last step that did (decay); `charged` [N], the logarithm of the decay that a row has had; `step`
+    and `log_decay` of the table. A parameter without a gradient skips the step, as in torch.
 
     Raises: ValueError for impossible values, for a gradient that is not sparse over rows, and for
     lr * weight_decay >= 1.
@@ -107,15 +111,13 @@ class RowAdamW(torch.optim.Optimizer):
         return state
 
     def _update(self, parameter: nn.Parameter, gradient: RowGradient, group: dict[str, Any], number: int) -> None:
-        ids, state = gradient.ids, self._state_of(parameter)
+        state = self._state_of(parameter)
         state["step"] += 1
         wide = state["exp_avg_sq"].dtype
-        factors = self._factors(ids, state, group, wide)
+        factors = self._factors(gradient.ids, state, group, wide)
         constants = RowConstants(group["betas"], group["eps"], rounding_key(int(state["step"]), number))
         moments = state["exp_avg"], state["exp_avg_sq"]
-        for start, stop in spans(len(ids), parameter.shape[1]):
-            values = gradient.values(start, stop)
-            adamw_rows(parameter, moments, ids[start:stop], values, factors.rows(start, stop), constants)
+        adamw_rows(parameter, moments, gradient, factors, constants)
         state["log_decay"] += self._log_factor(group)
 
     def _factors(self, ids: Tensor, state: dict[str, Tensor], group: dict[str, Any], dtype: torch.dtype) -> RowFactors:

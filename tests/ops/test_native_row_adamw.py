@@ -1,0 +1,103 @@
+"""AdamW on rows in one compiled pass: as the plain operations, from values or factors, on any number of threads."""
+
+import pytest
+import torch
+
+from moestro.ops import backend, native
+from moestro.ops.native import row_adamw
+from moestro.ops.row_adamw import RowConstants, RowFactors, adamw_rows
+from moestro.ops.row_gradients import FactoredRows, RowValues
+from tests.ops.test_native import VARIANTS, built
+from tests.tolerances import FLOAT32_LAST_BITS
+
+N, CONSTANTS = 50, RowConstants((0.9, 0.95), 1e-8, key=12345)
+IDS = torch.tensor([0, 3, 4, 17, 31, 49])
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def factored(d: int) -> FactoredRows:
+    """A gradient of rows `IDS` from 9 tokens, with 1 to 6 pairs a row."""
+    counts = torch.tensor([1, 6, 2, 1, 3, 4])
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return FactoredRows(IDS, starts, order, draw(9, d, seed=5), torch.arange(17) % 9, draw(17, seed=6))
+
+
+def factors(skipped: str) -> RowFactors:
+    decay, size, correction, mean, square = (0.1 + 0.9 * draw(6, seed=i).abs().clamp(max=1) for i in range(5))
+    return RowFactors(decay, -size, correction, *((mean, square) if skipped == "decay" else ()))
+
+
+def updated(name: str, gradient, d: int, dtype=torch.float32, skipped="keep"):
+    """A table and its moments after one step on one backend."""
+    table, mean, square = draw(N, d).to(dtype), draw(N, d, seed=1).to(dtype), draw(N, d, seed=2).square()
+    with backend.force(name):
+        adamw_rows(table, (mean, square), gradient, factors(skipped), CONSTANTS)
+    return table, mean, square
+
+
+@built
+@every_variant
+@pytest.mark.parametrize("skipped", ["keep", "decay"])
+@pytest.mark.parametrize("d", [1, 7, 133, 2500])
+def test_one_pass_is_the_plain_operations(variant, skipped, d):
+    values = RowValues(IDS, factored(d).values(0, len(IDS)))
+    before = draw(N, d)
+    with native.variant(variant):
+        for gradient in (values, factored(d)):
+            have = updated("native", gradient, d, skipped=skipped)
+            for mine, want in zip(have, updated("fused", gradient, d, skipped=skipped), strict=True):
+                torch.testing.assert_close(mine, want, **FLOAT32_LAST_BITS)
+            rest = [row for row in range(N) if row not in IDS]
+            assert torch.equal(have[0][rest], before[rest]) and not torch.equal(have[0], before)
+
+
+@built
+@every_variant
+def test_what_is_kept_in_bfloat16_is_rounded_by_the_same_bits(variant):
+    """Where float32 differs in its last bit, the neighbour may be the other one; with other bits, half of them were."""
+    with native.variant(variant):
+        have = updated("native", factored(700), 700, torch.bfloat16)
+    want = updated("fused", factored(700), 700, torch.bfloat16)
+    for mine, other in zip(have[:2], want[:2], strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine[IDS] != other[IDS]).float().mean() < 0.01
+        torch.testing.assert_close(mine, other, rtol=2**-7, atol=0)
+    torch.testing.assert_close(have[2], want[2], **FLOAT32_LAST_BITS)
+
+
+@built
+@pytest.mark.usefixtures("two_threads")
+def test_threads_change_no_bit():
+    many = updated("native", factored(64), 64, torch.bfloat16)
+    torch.set_num_threads(1)
+    one = updated("native", factored(64), 64, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(many, one, strict=True))
+
+
+@built
+def test_no_rows_are_no_work_and_wrong_rows_are_refused():
+    nothing = RowValues(IDS[:0], torch.zeros(0, 4))
+    table = draw(N, 4)
+    empty = RowFactors(*(torch.zeros(0),) * 3)
+    with backend.force("native"):
+        adamw_rows(table, (table.clone(), table.clone()), nothing, empty, CONSTANTS)
+        assert torch.equal(table, draw(N, 4))
+        for ids in ([0, N], [-1, 3], [3, 3], [4, 2]):
+            with pytest.raises(ValueError, match="row ids must ascend within 0 to 49, each once"):
+                row_adamw.adamw_rows(table, (table, table), torch.tensor(ids), (), (), ())
+
+
+@built
+def test_float64_and_mixed_tables_take_the_plain_way(monkeypatch):
+    monkeypatch.setattr(native, "run", None)
+    gradient = RowValues(IDS, draw(6, 4))
+    for dtype in (torch.float64, torch.float32):
+        table = draw(N, 4).to(dtype)
+        mean = torch.zeros(N, 4, dtype=torch.float64 if dtype == torch.float64 else torch.bfloat16)
+        adamw_rows(table, (mean, torch.zeros_like(table)), gradient, factors("keep"), CONSTANTS)
+        assert not torch.equal(table, draw(N, 4).to(dtype))
