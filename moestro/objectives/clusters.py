@@ -17,7 +17,7 @@ class ClusterVariance:
     released code). P_e is the mean probability of expert e, E the number of experts. Variances are unbiased (n - 1), 0
     for a cluster of one expert. 0 if and only if probability is even inside every cluster.
 
-    kind `all`: all experts as one cluster (the code's type 0); `within`: as above (type 1, which it uses); `gap`: times
+    form `all`: all experts as one cluster (the code's type 0); `within`: as above (type 1, which it uses); `gap`: times
     exp(-(C1 - C2)), the two largest cluster means of P (type 2, which takes blocks of sorted experts instead of the
     clusters); `token_gap`, ours: times exp(-gap), gap the mean over tokens of how much more probability a token's best
     cluster has than its second. With one cluster there is no gap.
@@ -26,11 +26,11 @@ class ClusterVariance:
     lambda is about lambda * tokens / E here. Experts that are not available count nowhere.
     """
 
-    kind: Literal["all", "within", "gap", "token_gap"] = "within"
+    form: Literal["all", "within", "gap", "token_gap"] = "within"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("all", "within", "gap", "token_gap"):
-            raise ValueError(f"kind={self.kind!r}, allowed: all, within, gap, token_gap")
+        if self.form not in ("all", "within", "gap", "token_gap"):
+            raise ValueError(f"form={self.form!r}, allowed: all, within, gap, token_gap")
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         """Raises: ValueError where the layer has no clusters."""
@@ -41,11 +41,11 @@ class ClusterVariance:
         there = (logits > -torch.inf).any(0)
         probability = logits.softmax(-1)
         share = probability.sum(0) / max(1, len(logits))
-        variance = _variance(share, torch.zeros_like(cluster) if self.kind == "all" else cluster, there)
+        variance = _variance(share, torch.zeros_like(cluster) if self.form == "all" else cluster, there)
         value = there.sum() ** 2 * variance
-        if self.kind == "gap":
+        if self.form == "gap":
             return value * (-_gap(_means(share, cluster, there)[None])).exp().squeeze(0)
-        if self.kind == "token_gap":
+        if self.form == "token_gap":
             mass = torch.zeros_like(probability).index_add(1, cluster, probability)
             counted = mass.masked_fill(_count(cluster, there) == 0, -torch.inf)
             return value * (-_gap(counted).sum() / max(1, len(logits))).exp()

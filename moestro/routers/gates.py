@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 class Gate(NamedTuple):
-    """`scores(logits)` weigh experts; `shown(logits)` are logits whose softmax is scores / sum of scores, for
-    objectives on probabilities."""
+    """`scores(logits)` weigh experts; objectives on probabilities see `shown(logits)`, whose softmax is scores / sum of
+    scores. Not so for `interpolate`: the sigmoid with which BASE layers (Lewis 2021, arXiv:2103.16716) and MoEC mix an
+    expert with its input, beside softmax probabilities in their losses."""
 
     scores: Callable[[Tensor], Tensor]
     shown: Callable[[Tensor], Tensor]
@@ -18,6 +19,7 @@ class Gate(NamedTuple):
 GATES: dict[str, Gate] = {
     "softmax": Gate(lambda logits: logits.softmax(-1), lambda logits: logits),
     "sigmoid": Gate(lambda logits: logits.sigmoid(), F.logsigmoid),
+    "interpolate": Gate(lambda logits: logits.sigmoid(), lambda logits: logits),
     "sqrt_softplus": Gate(lambda logits: F.softplus(logits).sqrt(), lambda logits: F.softplus(logits).log() / 2),
 }
 

@@ -82,7 +82,7 @@ def test_ties_go_to_the_lower_group() -> None:
     assert busy(TopK(4, limit=GroupLimit(4, 2))(torch.zeros(3, E)).dense()) == [{0, 1, 2, 3}] * 3
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", sorted(GATES.keys() - {"interpolate"}))
 def test_shown_logits_are_those_of_the_normalised_scores(gate: str) -> None:
     logits = random(T, E)
     scores = GATES[gate].scores(logits)
