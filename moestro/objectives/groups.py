@@ -44,16 +44,12 @@ class IntraGroupBalance:
     spreads its rows evenly over its experts, whatever its share of all rows; 0 for a group without rows.
 
     The intra-group loss of MoHGE (arXiv:2604.23108), a load balance inside every group of experts of one width; the
-    equation is ours, as for `GroupPenalty`.
+    equation is ours, as for `GroupPenalty`. Statistics are those of each micro-batch: shares of a part do not add up to
+    those of the whole.
     """
 
-    statistics: Statistics = "micro_batch"
-
-    def __post_init__(self) -> None:
-        check_statistics(self.statistics)
-
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
-        fraction, probability = traffic(trace, "intra_group_balance", self.statistics)
+        fraction, probability = traffic(trace, "intra_group_balance")
         rows, _ = by_width(trace, fraction)
         chances, _ = by_width(trace, probability)
         sizes, _ = by_width(trace, torch.ones_like(fraction))

@@ -23,10 +23,15 @@ def pooled(samples: Sequence[Sample]) -> tuple[Tensor, Tensor] | None:
     return mean, (share * (variances + (means - mean) ** 2)).sum(0)
 
 
+def n_ranks() -> int:
+    """Processes that train the same model."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
 def several_ranks() -> bool:
     """Whether other processes train the same model."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
+    return n_ranks() > 1
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from moestro.data import Batch
 from moestro.evaluate.scoring import exact_dtype, score
 from moestro.objectives import Objective
 from moestro.routing import Trace
+from moestro.train.pooling import n_ranks
 from moestro.train.rules import Rule
 from moestro.train.settings import TrainSettings
 from moestro.train.whole_step import asks_for_step, of_step, step_traffic
@@ -80,7 +81,7 @@ def backward(
     sums: Sums = {}
     parts = [batch.rows(start, start + size) for start in range(0, settings.batch_size, size)]
     foreseen = None
-    if len(parts) > 1 and any(asks_for_step(objective) for _, _, objective in objectives):
+    if len(parts) * n_ranks() > 1 and any(asks_for_step(objective) for _, _, objective in objectives):
         foreseen, costs = step_traffic(model, parts, settings.precision)
         add(sums, device, flops_computed=sum(costs))
     for part in parts:

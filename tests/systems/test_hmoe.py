@@ -10,8 +10,9 @@ Exact checks of arXiv:2408.10681 as our specification numbers them, and where ea
  9 padding                                  here; in the losses: test_hmoe_objectives.py
 10 parameter counts                         test_hmoe_counts.py
 12 state dict, conversion, ties             test_hmoe_identities.py; ties: test_hmoe_selection.py
-Not here: the Triton path of 8 (there is no Triton kernel yet) and the data-parallel statistics of 12 (floors 0-4 know
-nothing of torch.distributed).
+Elsewhere: the compiled and Triton paths of 8, tests/ops/test_native_glu.py and test_triton_ffn*.py (each expert's
+gradients, experts with 0, 1 and all tokens, odd widths, 16 bits); the presets of 10, test_recipes.py; the statistics
+of 12 over micro-batches and ranks (local unless `statistics: step`), tests/train/test_whole_step.py, test_ranks.py.
 """
 
 import pytest

@@ -1,16 +1,19 @@
-"""Query statistics where two processes train the same model."""
+"""Statistics where two processes train the same model: of queries, and of balance losses."""
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from moestro import ParameterPenalty
 from moestro.routers.query_norm import BatchQueryNorm
 from moestro.train import QueryNormStatistics
-from tests.tolerances import FLOAT32
-from tests.train.tiny import WIDTH, peer
+from moestro.train.step import backward
+from tests.tolerances import FLOAT32, FLOAT64
+from tests.train.tiny import WIDTH, Counting, peer, tiny_model, tiny_settings
 
 TOKENS = {0: (7, 20), 1: (5,)}
 
@@ -41,16 +44,59 @@ def train_on(rank: int, meeting_point: Path, output: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_ranks_keep_the_statistics_of_all_their_tokens(tmp_path):
-    outputs = [tmp_path / f"{rank}.safetensors" for rank in (0, 1)]
+def penalty_gradients(rows: slice, statistics: str) -> dict[str, torch.Tensor]:
+    """Router gradients of the penalty alone, of some sequences of a batch of 8, in micro-batches of 2."""
+    batch = Counting().train_batch(0, 8, seed=0).rows(rows.start, rows.stop)
+    model = tiny_model(kinds=("moe", "moe")).double()
+    settings = tiny_settings(batch_size=len(batch.tokens), accumulate=len(batch.tokens) // 2)
+    gradients = []
+    for weight in (0.0, 1.0):
+        model.zero_grad()
+        backward(model, batch, settings, [("it", weight, ParameterPenalty(statistics=statistics))], [])
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if "router" in name})
+    return {name: gradients[1][name] - gradients[0][name] for name in gradients[0]}
+
+
+def balance_on(rank: int, meeting_point: Path, output: Path) -> None:
+    """One process: the penalty's gradients of its half of the batch."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+    saved = {
+        f"{statistics} {name}": gradient
+        for statistics in ("step", "micro_batch")
+        for name, gradient in penalty_gradients(slice(4 * rank, 4 * rank + 4), statistics).items()
+    }
+    save_file(saved, output)
+    dist.destroy_process_group()
+
+
+def on_two_ranks(work: Callable[[int, Path, Path], None], folder: Path) -> list[dict[str, torch.Tensor]]:
+    """What each of two processes wrote."""
+    outputs = [folder / f"{rank}.safetensors" for rank in (0, 1)]
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=train_on, args=(r, tmp_path / "meeting", o)) for r, o in enumerate(outputs)]
+    ranks = [fork.Process(target=work, args=(r, folder / "meeting", o)) for r, o in enumerate(outputs)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(timeout=60)
     assert [process.exitcode for process in ranks] == [0, 0]
-    first, second = (load_file(output) for output in outputs)
+    return [load_file(output) for output in outputs]
+
+
+def test_balance_losses_of_the_step_are_those_of_all_ranks(tmp_path):
+    """HMoE's specification leaves it open: local by default, global with `statistics: step`. Averaged over ranks, the
+    gradients of the latter are those of all sequences as one batch; those of the former are not."""
+    ranks = on_two_ranks(balance_on, tmp_path)
+    whole = penalty_gradients(slice(0, 8), "step")
+    for name, gradient in whole.items():
+        averaged = {
+            kind: (ranks[0][f"{kind} {name}"] + ranks[1][f"{kind} {name}"]) / 2 for kind in ("step", "micro_batch")
+        }
+        torch.testing.assert_close(averaged["step"], gradient, **FLOAT64)
+        assert float((averaged["micro_batch"] - gradient).abs().max()) > 1e-6
+
+
+def test_ranks_keep_the_statistics_of_all_their_tokens(tmp_path):
+    first, second = on_two_ranks(train_on, tmp_path)
     for name in first:
         assert torch.equal(first[name], second[name]), name
     queries = torch.cat([*micro_batches(0), *micro_batches(1)]).double() @ first["query"].double().T

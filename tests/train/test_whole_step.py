@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moestro import LoadBalance, ParameterPenalty
 from moestro.data import Batch
+from moestro.objectives import GroupPenalty, WeightedBalance
 from moestro.recipe.build import build_training
 from moestro.recipe.load import load_recipe
 from moestro.routing import StepTraffic, Trace
@@ -33,7 +34,7 @@ def ragged(batch: Batch) -> Batch:
     return Batch(batch.tokens, targets, batch.documents, torch.where(targets == -100, 0, batch.n_bytes))
 
 
-@pytest.mark.parametrize("make", [LoadBalance, ParameterPenalty])
+@pytest.mark.parametrize("make", [LoadBalance, WeightedBalance, ParameterPenalty, GroupPenalty])
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
 @pytest.mark.parametrize("change", [lambda b: b, ragged], ids=["full", "ragged"])
 def test_accumulation_changes_nothing(make, accumulate, change) -> None:
