@@ -30,6 +30,7 @@ class LayerUsage:
         self.routed = 0
         self.experts: list[np.ndarray] = []
         self.width: list[np.ndarray] = []
+        self.different = 0.0
 
     def add(self, trace: Trace) -> None:
         """Count one trace."""
@@ -37,6 +38,7 @@ class LayerUsage:
         self.load = self.load + trace.routing.load().to(exact)
         self.gates = self.gates + trace.routing.importance().to(exact)
         self.routed += trace.routing.n_tokens
+        self.different += float(trace.different_experts().sum())
         self.experts.append(trace.experts_per_token().float().cpu().numpy())
         self.width.append(trace.active_width().float().cpu().numpy())
 
@@ -53,6 +55,7 @@ class LayerUsage:
             "load": load.tolist() if listed else None,
             "load_histogram": None if listed else histogram(load),
             "experts_per_token": spread(experts),
+            "different_experts": self.different / max(1, len(experts)),
             "active_width": spread(np.concatenate(self.width)),
             "unevenness": unevenness(gates),
             "usage": float((gates > 0).double().mean()),
@@ -66,7 +69,8 @@ def routing_report(
     """Figures of every mixture layer over all batches, by the layer's name in the model.
 
     `load`: rows (tokens) each expert computed. `routed`: tokens that reached this layer, or parts of tokens; `tokens`
-    are the model's. `experts_per_token` and `active_width`: mean, p50, p99 over the model's tokens.
+    are the model's. `experts_per_token` and `active_width`: mean, p50, p99 over the model's tokens;
+    `different_experts`: mean number of different ones among them, where the parts of a token may share experts.
     `unevenness`: KL of the experts' shares of the gates from uniform, in nats; `usage`: share of experts that got any
     gate; both as in PEER (He 2024, arXiv:2407.04153, Table 2) and both dependent on `tokens`, so report it with them.
     `dead`: share of experts without a row. Layers of more than 4096 experts have `load_histogram` in place of `load`

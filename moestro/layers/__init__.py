@@ -4,6 +4,7 @@ from moestro.layers.base import Layer
 from moestro.layers.composite import InputGatedLayer, SequenceLayer
 from moestro.layers.dense import DenseFFN
 from moestro.layers.moe import MoELayer
+from moestro.layers.multi_head import MultiHeadLayer
 from moestro.layers.peer_pytorch import from_peer_pytorch
 from moestro.layers.stratified import StratifiedLayer
 
@@ -12,6 +13,7 @@ __all__ = [
     "InputGatedLayer",
     "Layer",
     "MoELayer",
+    "MultiHeadLayer",
     "SequenceLayer",
     "StratifiedLayer",
     "from_peer_pytorch",

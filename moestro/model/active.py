@@ -30,7 +30,7 @@ def idle_parameters(traces: Sequence[Trace]) -> Float[Tensor, ""] | float:
 def _touched(owner: ExpertBank, met: Sequence[tuple[Trace, ExpertBank]]) -> Tensor | float:
     """Mean number of the bank's parameters that a token of the model touched."""
     once = len(met) == 1 and met[0][0].origin is None
-    pairs = [] if once else [_pairs(trace, bank) for trace, bank in met]
+    pairs = [] if once else [trace.pairs(owner.n_experts, bank.owner()[1]) for trace, bank in met]
     if once or any(pair is None for pair in pairs):
         total = sum((bank.flops(trace.routing).useful for trace, bank in met), 0.0) / 2
     else:
@@ -39,16 +39,6 @@ def _touched(owner: ExpertBank, met: Sequence[tuple[Trace, ExpertBank]]) -> Tens
         each = torch.cat([each.expand(owner.n_experts), each.new_zeros(1)])
         total = each[expert].sum()
     return total / max(1, met[0][0].n_tokens)
-
-
-def _pairs(trace: Trace, bank: ExpertBank) -> Tensor | None:
-    """One number for each (token of the model, expert of the owner), row by row; None where rows mix tokens."""
-    meetings = trace.routing.meetings()
-    if meetings is None:
-        return None
-    (token, expert), (owner, first) = meetings, bank.owner()
-    token = token if trace.origin is None else trace.origin.token[token]
-    return token * owner.n_experts + expert + first
 
 
 def _different(pairs: Tensor, n_experts: int) -> Tensor:

@@ -25,7 +25,8 @@ from moestro.experts import (
     ValueBank,
     widths,
 )
-from moestro.layers import DenseFFN, InputGatedLayer, MoELayer, SequenceLayer, StratifiedLayer
+from moestro.experts.parity import multi_head
+from moestro.layers import DenseFFN, InputGatedLayer, MoELayer, MultiHeadLayer, SequenceLayer, StratifiedLayer
 from moestro.objectives import (
     ClusterVariance,
     FirstChoiceBalance,
@@ -95,6 +96,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "sequence": SequenceLayer,
     "input_gated": InputGatedLayer,
     "stratified": StratifiedLayer,
+    "multi_head": MultiHeadLayer,
 }
 
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -132,6 +134,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "pairs": widths.pairs,
         "groups": widths.groups,
         "ratios": widths.from_ratios,
+        "multi_head": multi_head,
     },
     # data
     "source": SOURCES,

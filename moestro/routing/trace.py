@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -81,6 +82,24 @@ class Trace:
     def active_width(self) -> Float[Tensor, "m"]:
         """Sum of the widths (hidden units) of the routed experts each token of the model used."""
         return self._of_the_model(self.routing.per_token(self.layer.expert_widths()))
+
+    def different_experts(self) -> Float[Tensor, "m"]:
+        """Number of different routed experts each token of the model used; rows that mix tokens count as they are."""
+        pairs = self.pairs(self.routing.n_experts)
+        if pairs is None:
+            return self.experts_per_token()
+        token = pairs.unique() // self.routing.n_experts
+        return torch.bincount(token, minlength=self.n_tokens).to(torch.float32)
+
+    def pairs(self, n_experts: int, first: int = 0) -> Int[Tensor, "n"] | None:
+        """One number, token * n_experts + expert, for every row's token of the model and its expert, counted from
+        `first`; None where rows are mixtures of tokens."""
+        meetings = self.routing.meetings()
+        if meetings is None:
+            return None
+        token, expert = meetings
+        token = token if self.origin is None else self.origin.token[token]
+        return token * n_experts + expert + first
 
     def _of_the_model(self, value: Float[Tensor, "t"]) -> Float[Tensor, "m"]:
         return value if self.origin is None else self.origin.total(value)
