@@ -29,6 +29,7 @@ from bench.hmoe import leaves, output
 from moestro.experts import FFNBank
 from moestro.layers import DenseFFN, MoELayer
 from moestro.ops import backend
+from moestro.ops.few_rows import EXPERTS_PER_ROW
 from moestro.routers.base import Router
 from moestro.routing import SparseRouting
 
@@ -91,12 +92,12 @@ class Given(Router):
 class Forced(nn.Module):
     """A layer that runs on one backend."""
 
-    def __init__(self, moe: MoELayer, name: str) -> None:
+    def __init__(self, moe: MoELayer, name: str, **options: bool) -> None:
         super().__init__()
-        self.moe, self.name = [moe], name
+        self.moe, self.name, self.options = [moe], name, backend.TritonOptions(**options)
 
     def forward(self, x: Tensor) -> Tensor:
-        with backend.force(self.name):
+        with backend.force(self.name, self.options):
             return self.moe[0](x)[0]
 
     def parameters(self, recurse: bool = True):
@@ -108,6 +109,9 @@ def contestants(case: Case, moe: MoELayer) -> tuple[dict[str, nn.Module], list[s
     on_gpu = moe.bank.w_out.weight.is_cuda
     peers, absent = installed(moe) if on_gpu else ({}, [f"{peer}: needs a GPU" for peer in PEERS])
     every: dict[str, nn.Module] = {"ours": Forced(moe, "triton"), OURS_PLAIN: Forced(moe, "fused"), **peers}
+    # layers with so few rows that no expert is expected to have several
+    if EXPERTS_PER_ROW * case.tokens * case.top_k <= len(case.widths):
+        every["ours, without sorting"] = Forced(moe, "triton", few_rows=True)
     if transformers_version():
         every["transformers grouped_mm"] = TransformersExperts(moe, "grouped_mm")
     else:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank, real_device
 from moestro.experts.linears import ConcatLinear
-from moestro.ops import expert_ffn
+from moestro.ops import expert_ffn, few_rows_ffn, skips_sorting
 from moestro.ops.activations import activation as find
 from moestro.routing import Routing, SparseRouting
 
@@ -59,10 +59,12 @@ class FFNBank(ExpertBank):
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         if not isinstance(routing, SparseRouting):
             return super().forward(x, routing)
+        weights = self.w_in.weight, self.w_out.weight
+        if skips_sorting(routing.n_rows, len(x), self.n_experts, x, routing.weight, *weights):
+            r = routing
+            return few_rows_ffn(x, r.token, r.expert, r.weight, *weights, self.widths, self.activation)
         r = routing.grouped()
-        return expert_ffn(
-            x, r.token, r.weight, r.offsets, self.w_in.weight, self.w_out.weight, self.widths, self.activation
-        )
+        return expert_ffn(x, r.token, r.weight, r.offsets, *weights, self.widths, self.activation)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Move experts; a fresh one (-1) takes the width its position had, or the last expert's beyond the end."""

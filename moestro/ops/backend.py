@@ -13,6 +13,8 @@ from moestro.ops import native
 EVERYWHERE = ("fused", "reference")
 BACKENDS = (*EVERYWHERE, "native", "triton")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+# Times the mean number of rows of an expert.
+SPLIT_FROM = 4
 _forced: str | None = None
 
 
@@ -20,10 +22,15 @@ _forced: str | None = None
 class TritonOptions:
     """What the Triton kernels keep. `recompute`: pre-activations are computed again in the backward pass, which adds
     4 d w FLOPs for a row of width w and saves its w or, gated, 2 w numbers. `exact`: hidden rows get the memory that
-    they need, for which the host waits for the device once; else as if every row had the greatest width."""
+    they need, for which the host waits for the device once; else as if every row had the greatest width. `few_rows`:
+    without gradients and with few rows, kernels that need no sorting. `split`: the rows of an expert with more than
+    `SPLIT_FROM` times the mean are summed in parts for its weights' gradients, whose sums are added in a second pass;
+    reserves up to half as many partial gradients in float32 as there are experts. Both are not yet measured."""
 
     recompute: bool = False
     exact: bool = False
+    few_rows: bool = False
+    split: bool = False
 
 
 _triton = TritonOptions()

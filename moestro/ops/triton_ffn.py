@@ -39,8 +39,7 @@ def expert_ffn(
     where Triton is missing.
     """
     find(activation)
-    if x.dtype not in DTYPES:
-        raise ValueError(f"backend 'triton' on {x.dtype}, allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
+    _check_dtype(x)
     options = backend.triton_options()
     padded = [(width + 7) // 8 * 8 for width in widths]
     capacity = len(token) * max(padded)
@@ -51,6 +50,25 @@ def expert_ffn(
         x, token, weight, offsets, _layout(widths, x.device), w_in, w_out,
         capacity, max(widths), activation, differentiable and not options.recompute,
     )[0]  # fmt: skip
+
+
+def few_rows_ffn(
+    x: Float[Tensor, "t d"],
+    token: Int[Tensor, "n"],
+    expert: Int[Tensor, "n"],
+    weight: Float[Tensor, "n"],
+    w_in: Float[Tensor, "gs d"],
+    w_out: Float[Tensor, "s d"],
+    widths: tuple[int, ...],
+    activation: str,
+) -> Float[Tensor, "t d"]:
+    """`ops.few_rows.few_rows_ffn` in three kernels: no sort, no plan, no waiting. No gradients.
+
+    Raises: as `expert_ffn`.
+    """
+    find(activation)
+    _check_dtype(x)
+    return _few_rows(x, token, expert, weight, _layout(widths, x.device), w_in, w_out, max(widths), activation)
 
 
 @torch.compiler.assume_constant_result
@@ -142,17 +160,49 @@ def _autograd(ctx, dy, *_):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+@torch.library.custom_op("moestro::triton_few_rows_ffn", mutates_args=())
+def _few_rows(
+    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor,
+    widest: int, activation: str,
+) -> Tensor:  # fmt: skip
+    _check_device(x)
+    from moestro.ops import triton_ffn_few as kernels
+
+    x, weight, w_in, w_out = (v.contiguous() for v in (x, weight, w_in, w_out))
+    rows = kernels.Rows(token.contiguous(), expert.contiguous(), experts[0], widest)
+    hidden = kernels.up(x, rows, w_in, activation, _gates(w_in, w_out))
+    return kernels.combine(kernels.down(hidden, rows, w_out), rows, weight, x)
+
+
+@_few_rows.register_fake
+def _(x, token, expert, weight, experts, w_in, w_out, widest, activation):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _gates(w_in: Tensor, w_out: Tensor) -> int:
     return max(1, w_in.shape[0] // max(1, w_out.shape[0]))
 
 
 def _blocks(x: Tensor, token: Tensor, offsets: Tensor, widest: int):
-    """Tile sizes for these shapes, the same in both directions; the first question to Triton.
+    """Tile sizes for these shapes, the same in both directions."""
+    _check_device(x)
+    from moestro.ops.triton_ffn_plan import choose_blocks
+
+    return choose_blocks(len(token), len(offsets) - 1, x.shape[1], widest, x.dtype)
+
+
+def _check_dtype(x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"backend 'triton' on {x.dtype}, allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
+
+
+def _check_device(x: Tensor) -> None:
+    """The first question to Triton.
 
     Raises: ImportError where Triton is missing; ValueError where its kernels cannot run on the device of `x`.
     """
     try:
-        from moestro.ops.triton_ffn_plan import choose_blocks, interpreted
+        from moestro.ops.triton_ffn_plan import interpreted
     except ImportError as error:
         raise ImportError("the backend 'triton' needs the package 'triton': pip install 'moestro[triton]'") from error
     if not x.is_cuda and not (x.device.type == "cpu" and interpreted()):
@@ -160,4 +210,3 @@ def _blocks(x: Tensor, token: Tensor, offsets: Tensor, widest: int):
         raise ValueError(f"backend 'triton' on a tensor on {x.device}, allowed: {where}")
     if interpreted() and x.dtype == torch.bfloat16:
         raise ValueError("backend 'triton' on torch.bfloat16 under the interpreter, which computes it wrongly")
-    return choose_blocks(len(token), len(offsets) - 1, x.shape[1], widest, x.dtype)

@@ -24,13 +24,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moestro.ops import triton_ffn_backward as backward, triton_ffn_forward as forward, triton_ffn_plan as plan
+from moestro.ops import triton_ffn_backward as backward, triton_ffn_few as few
+from moestro.ops import triton_ffn_forward as forward, triton_ffn_plan as plan
 
 rows, experts, d, widest, dtype, gates, activation, precision = json.loads('ARGUMENTS')
 blocks = plan.choose_blocks(rows, experts, d, widest, getattr(torch, dtype))
 data = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
-numbers = ("token", "plan", "order", "starts", "offsets", "experts", "busiest_first")
-types = dict.fromkeys(numbers, "*i64") | {"partial": "*fp32", "n_experts": "i32", "n_partial": "i32"}
+numbers = ("token", "plan", "order", "starts", "offsets", "experts", "busiest_first", "expert", "units")
+types = dict.fromkeys(numbers, "*i64") | {"partial": "*fp32", "work": "*fp32"}
+types |= dict.fromkeys(("n_experts", "n_partial", "n_rows", "widest", "parts"), "i32")
 constants = {
     "d": d, "GATES": gates, "ACT": activation, "PRECISION": precision, "GROUP": 8, "SAVE_Z": True, "SAVE_HIDDEN": True,
     "STEPS": plan.search_steps(experts), "WEIGHTED": True, "BM": blocks.rows, "BU": blocks.units, "BD": blocks.model,
@@ -43,9 +45,13 @@ kernels = [
     (plan._plan_kernel, {}), (forward._up_kernel, row), (forward._down_kernel, row), (forward._combine_kernel, {}),
     (backward._hidden_gradients_kernel, row), (backward._weight_gradients_kernel, weight),
 ]
-for kernel, options in kernels:
+size = few.sizes()
+few_constants = constants | {"BU": size.up_units, "BK": size.up_columns, "BD": size.down_columns, "SPLIT": size.split}
+decoding = [few._few_up_kernel, few._few_down_kernel, few._few_combine_kernel]
+for kernel, options in kernels + [(kernel, {}) for kernel in decoding]:
     names = kernel.arg_names
-    used = {name: constants[name] for name in names if name in constants}
+    known = few_constants if kernel in decoding else constants
+    used = {name: known[name] for name in names if name in known}
     signature = {name: "constexpr" if name in used else types.get(name, data) for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=aligned)
@@ -66,6 +72,8 @@ CASES = {
     "float32 as TF32": (131072, 64, 768, 1280, "float32", 2, "none", "tf32"),
     "tiny and odd": (100, 1, 13, 7, "float16", 2, "silu", "ieee"),
 }
+# kernels of products of matrices
+PRODUCTS = ("_up_kernel", "_down_kernel", "_hidden_gradients_kernel", "_weight_gradients_kernel")
 # what one block may use, in bytes: 227 KiB
 SHARED_MEMORY = 232_448
 
@@ -79,10 +87,10 @@ def test_kernels_compile_for_sm90(case, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     made = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(made) == 6 and all(kernel["binary"] for kernel in made)
+    assert len(made) == 9 and all(kernel["binary"] for kernel in made)
     assert not any(kernel["atomics"] for kernel in made)
     assert max(kernel["shared"] for kernel in made) <= SHARED_MEMORY
-    products = [kernel for kernel in made if kernel["kernel"] not in ("_plan_kernel", "_combine_kernel")]
+    products = [kernel for kernel in made if kernel["kernel"] in PRODUCTS]
     # rows of 16-bit numbers start at 16 bytes where d is a multiple of 8, and are fetched in pieces of 16
     if CASES[case][2] % 8 == 0 and CASES[case][4] != "float32":
         assert all(kernel["copies"] for kernel in products)

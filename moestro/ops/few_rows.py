@@ -1,0 +1,80 @@
+"""Feed-forward experts of rows in any order, for so few rows that sorting them costs more than it saves: decoding."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moestro.ops import backend, triton_ffn
+from moestro.ops.activations import activation as find
+from moestro.ops.glu import hidden
+from moestro.ops.precision import compute_dtype
+
+# Triton: at most one row for so many experts, vLLM's rule; beyond it, rows of one expert are worth reading together.
+EXPERTS_PER_ROW = 4
+
+
+def skips_sorting(n_rows: int, n_tokens: int, n_experts: int, *leaves: Tensor) -> bool:
+    """Whether `few_rows_ffn` is the way for these rows, none of which may need a gradient.
+
+    A single token meets an expert once at most, so its rows are sorted as they are. The kernels for few rows of the
+    backend `triton` have to be asked for (`TritonOptions.few_rows`): they are not yet measured.
+    """
+    if torch.is_grad_enabled() and any(v.requires_grad for v in leaves):
+        return False
+    if backend.active() == "triton":
+        return backend.triton_options().few_rows and EXPERTS_PER_ROW * n_rows <= n_experts
+    return n_tokens == 1 and backend.active() != "reference"
+
+
+def few_rows_ffn(
+    x: Float[Tensor, "t d"],
+    token: Int[Tensor, "n"],
+    expert: Int[Tensor, "n"],
+    weight: Float[Tensor, "n"],
+    w_in: Float[Tensor, "gs d"],
+    w_out: Float[Tensor, "s d"],
+    widths: Sequence[int],
+    activation: str,
+) -> Float[Tensor, "t d"]:
+    """`expert_ffn` of row n for token[n] by expert[n], in any order and without gradients. Reads only the weights of
+    the experts that are met, also where autocast lowers them.
+
+    Raises: ValueError for an unknown activation, and what the backend `triton` refuses (`triton_ffn.few_rows_ffn`).
+    """
+    find(activation)
+    dtype = compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if backend.active() == "triton":
+        return triton_ffn.few_rows_ffn(
+            x, token, expert, weight, w_in.to(dtype), w_out.to(dtype), tuple(widths), activation
+        )
+    return _one_after_another(x, token, expert, weight, w_in, w_out, widths, activation)  # type: ignore[call-arg]
+
+
+@torch.compiler.disable
+def _one_after_another(
+    x: Tensor,
+    token: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    widths: Sequence[int],
+    activation: str,
+) -> Tensor:
+    units = [0, *accumulate(widths)]
+    gates = len(w_in) // max(len(w_out), 1)
+    rows = x.new_zeros(len(token), x.shape[1])
+    for n, (t, e) in enumerate(zip(token.tolist(), expert.tolist(), strict=True)):
+        first, last = units[e], units[e + 1]
+        if last > first:
+            z = x[t : t + 1] @ w_in[gates * first : gates * last].to(x.dtype).T
+            middle = hidden(z, z.new_empty(1, last - first), activation)
+            torch.mm(middle, w_out[first:last].to(x.dtype), out=rows[n : n + 1])
+    # in float32 at least, as sums over a token's rows are elsewhere
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weighted = rows.to(wide) * weight[:, None].to(wide)
+    return weighted.new_zeros(x.shape).index_add_(0, token, weighted).to(x.dtype)
