@@ -4,7 +4,8 @@
 
 #include "vector.h"
 
-#define AHEAD 4
+#define AHEAD 4 /* rows: all of it */
+#define FAR 16  /* rows: where it begins, which finds its page */
 #define LINE 64
 
 struct rows {
@@ -19,23 +20,24 @@ static inline const char *row_of(const struct rows *f, int64_t id) {
     return (const char *)f->table + id * f->d * (f->narrow ? 2 : 4);
 }
 
-static inline void prefetch_row(const struct rows *f, int64_t pair) {
-    if (pair >= f->t * f->k)
+static inline void prefetch_rows(const struct rows *f, int64_t pair) {
+    int64_t pairs = f->t * f->k;
+    if (pair + FAR < pairs)
+        __builtin_prefetch(row_of(f, f->ids[pair + FAR]), 0, 1);
+    if (pair + AHEAD >= pairs)
         return;
-    const char *row = row_of(f, f->ids[pair]);
+    const char *row = row_of(f, f->ids[pair + AHEAD]);
     for (int64_t at = 0; at < f->d * (f->narrow ? 2 : 4); at += LINE)
-        __builtin_prefetch(row + at);
+        __builtin_prefetch(row + at, 0, 1);
 }
 
 /* out[t, k] = table[ids[t, k]] . in[t], for tokens begin..end-1; in is [t, d]. */
 KERNEL(rows_dot)(const void *fields, int64_t begin, int64_t end) {
     const struct rows *f = fields;
-    for (int64_t pair = begin * f->k; pair < begin * f->k + AHEAD && pair < end * f->k; pair++)
-        prefetch_row(f, pair);
     for (int64_t t = begin; t < end; t++) {
         const float *x = f->in + t * f->d;
         for (int64_t pair = t * f->k; pair < (t + 1) * f->k; pair++) {
-            prefetch_row(f, pair + AHEAD);
+            prefetch_rows(f, pair);
             const void *row = row_of(f, f->ids[pair]);
             f->out[pair] = f->narrow ? dot_bfloat16(row, x, f->d) : dot_float32(row, x, f->d);
         }
@@ -45,13 +47,11 @@ KERNEL(rows_dot)(const void *fields, int64_t begin, int64_t end) {
 /* out[t] = sum over k of in[t, k] * table[ids[t, k]], for tokens begin..end-1; in is [t, k]. */
 KERNEL(rows_sum)(const void *fields, int64_t begin, int64_t end) {
     const struct rows *f = fields;
-    for (int64_t pair = begin * f->k; pair < begin * f->k + AHEAD && pair < end * f->k; pair++)
-        prefetch_row(f, pair);
     for (int64_t t = begin; t < end; t++) {
         float *y = f->out + t * f->d;
         memset(y, 0, f->d * sizeof *y);
         for (int64_t pair = t * f->k; pair < (t + 1) * f->k; pair++) {
-            prefetch_row(f, pair + AHEAD);
+            prefetch_rows(f, pair);
             const void *row = row_of(f, f->ids[pair]);
             if (f->narrow)
                 add_bfloat16(y, row, f->in[pair], f->d);
