@@ -6,6 +6,7 @@ import torch
 
 from moestro.routers import ReLU
 from moestro.routing import Trace
+from moestro.train.pooling import summed_over_ranks
 from moestro.train.rules import Rule
 
 
@@ -13,8 +14,8 @@ class GateSparsity(Rule):
     """After every optimizer step the pressure on all `ReLU` selections is multiplied by `factor` where gates were less
     sparse than their target, divided by it where not (Wang 2024, ReMoE, arXiv:2412.14711, Eq. 9).
 
-    Sparsity is the share of gates that are zero, averaged over layers, of the step's whole batch; its target is
-    1 - target / N. One pressure for all layers. What it learned is in the model's buffers.
+    Sparsity is the share of gates that are zero, averaged over layers, of the step's whole batch on all ranks; its
+    target is 1 - target / N. One pressure for all layers. What it learned is in the model's buffers.
     """
 
     def __init__(self, factor: float = 1.2) -> None:
@@ -35,7 +36,13 @@ class GateSparsity(Rule):
         """Raises: ValueError where the model has no gates to steer."""
         if not self.seen:
             raise ValueError("gate sparsity found no gates that may be zero; allowed: select: {kind: relu, ...}")
-        excess = [(rows / max(1, tokens) - select.target) / n for select, (rows, tokens, n) in self.seen.items()]
+        pressure = next(iter(self.seen)).pressure
+        own = torch.tensor([figures[:2] for figures in self.seen.values()], dtype=torch.int64, device=pressure.device)
+        rows, tokens = summed_over_ranks(own).cpu().double().unbind(1)
+        target, n_experts = (
+            torch.tensor([(select.target, n) for select, (_, _, n) in self.seen.items()]).double().unbind(1)
+        )
+        excess = ((rows / tokens.clamp(min=1) - target) / n_experts).sum()
         for select in self.seen:
-            select.pressure *= self.factor if sum(excess) > 0 else 1 / self.factor
+            select.pressure *= self.factor if excess > 0 else 1 / self.factor
         self.seen.clear()

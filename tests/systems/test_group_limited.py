@@ -121,3 +121,21 @@ def test_recipes_limit_groups(tmp_path) -> None:
     assert again == recipe and select["limit"] == {"n_groups": 4, "top_groups": 2, "best": 1, "sizes": []}
     default = load_recipe(tiny).resolved["model"]["ffn"]["router"]["select"]["limit"]
     assert default == {"n_groups": 1, "top_groups": 1, "best": 1, "sizes": []}
+
+
+@pytest.mark.parametrize(("name", "layers", "experts"), [("deepseek_v3", 3, 16), ("paper/deepseek-v3", 58, 256)])
+def test_deepseek_recipes(name: str, layers: int, experts: int) -> None:
+    model = build_model(load_recipe(ROOT / "recipes" / f"{name}.yaml"), 16, "meta")
+    mixtures = model.moe_layers()
+    assert len(mixtures) == layers
+    for layer in mixtures.values():
+        router = layer.router
+        assert isinstance(router, BiasedRouter) and router.n_experts == experts
+        assert (router.gate, router.renormalize, router.scale, router.limit.best) == ("sigmoid", True, 2.5, 2)
+        # half of the groups are open to a token
+        assert router.limit.n_groups == 2 * router.limit.top_groups
+    stored = sum(p.numel() for layer in mixtures.values() for p in layer.bank.parameters())
+    width = layer.bank.widths[0]  # type: ignore[union-attr]
+    assert stored == layers * experts * 3 * model.d_model * width
+    if experts == 256:
+        assert round(stored / 1e9) == 654
