@@ -1,4 +1,4 @@
-"""Figures of a finished run whose probes include `routing_history`: what effects are made of."""
+"""Figures of a finished run, of its loss or of what its probes answered: what effects are made of."""
 
 from collections.abc import Callable
 from statistics import fmean
@@ -76,3 +76,28 @@ def difficulty_of(where: str) -> Callable[[Run], float]:
         return run["difficulty"][where]["correlation"]
 
     return correlation
+
+
+def kl(run: Run) -> float:
+    """Unevenness (KL of the experts' shares of the gates from uniform, nats) of the trained model, mean over layers."""
+    return fmean(layer["unevenness"] for layer in run["routing"])
+
+
+def more_even(run: Run, other: Run) -> float:
+    """Share of the second run's unevenness that the first does not have."""
+    return 1 - kl(run) / kl(other)
+
+
+def less_even(run: Run, other: Run) -> float:
+    """Unevenness of the first run, less that of the second."""
+    return kl(run) - kl(other)
+
+
+def diminishing(few: Run, middle: Run, many: Run) -> float:
+    """What the first step gains in bits per byte (as a share) less what the second gains."""
+    return -excess(middle, few) + excess(many, middle)
+
+
+def leanness(run: Run) -> float:
+    """Active width of a token over that of even use of all experts, mean over layers."""
+    return fmean(layer["width"] / (layer["experts"] * layer["mean_width"]) for layer in run["routing"])

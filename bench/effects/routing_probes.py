@@ -39,6 +39,22 @@ def usage(trained: Trained, step: int) -> list[dict[str, Any]]:
     ]
 
 
+def final_routing(trained: Trained) -> list[dict[str, float]]:
+    """Of the trained model, every mixture layer on the text of the final loss: {"unevenness", "usage" (shares as in
+    PEER's Table 2), "tokens", "experts" and "width" (means over tokens), "mean_width" of the layer's experts}."""
+    model = trained.model()
+    report, layers = routing_report(model, trained.held_out()), model.moe_layers()
+    return [
+        {
+            **{key: figures[key] for key in ("unevenness", "usage", "tokens")},
+            "experts": figures["experts_per_token"]["mean"],
+            "width": figures["active_width"]["mean"],
+            "mean_width": float(torch.as_tensor(layers[name].expert_widths(), dtype=torch.float64).mean()),
+        }
+        for name, figures in report.items()
+    ]
+
+
 def difficulty(trained: Trained) -> dict[str, dict[str, float | None]]:
     """How active width (mean over layers) goes with a token's loss, on held-out text.
 

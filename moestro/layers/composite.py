@@ -29,15 +29,18 @@ class SequenceLayer(Layer):
         owning = [layer.owns_residual for layer in sublayers]
         self.norms = nn.ModuleList([nn.Identity() if owns else nn.RMSNorm(d_model, eps=norm_eps) for owns in owning])
 
+    @property
+    def follows(self) -> bool:  # type: ignore[override]
+        return any(layer.follows for layer in self._sublayers())
+
     def forward(
-        self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None
+        self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None, earlier: tuple[Trace, ...] = ()
     ) -> tuple[Float[Tensor, "*b d"], tuple[Trace, ...]]:
-        traces: list[Trace] = []
+        traces: tuple[Trace, ...] = ()
         for norm, layer in zip(self.norms, self._sublayers(), strict=True):
-            y, new = layer(norm(x), keep)
-            x = y if layer.owns_residual else x + y
-            traces.extend(new)
-        return x, tuple(traces)
+            y, new = _run(layer, norm(x), keep, (*earlier, *traces))
+            x, traces = y if layer.owns_residual else x + y, (*traces, *new)
+        return x, traces
 
     def expected_token_flops(self) -> float:
         return sum(layer.expected_token_flops() for layer in self._sublayers())
@@ -69,10 +72,14 @@ class InputGatedLayer(Layer):
         nn.init.normal_(self.w_gate.weight, std=d_model**-0.5)
         nn.init.normal_(self.w_out.weight, std=(d_model * activation("silu").second_moment) ** -0.5)
 
+    @property
+    def follows(self) -> bool:  # type: ignore[override]
+        return self.layer.follows
+
     def forward(
-        self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None
+        self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None, earlier: tuple[Trace, ...] = ()
     ) -> tuple[Float[Tensor, "*b d"], tuple[Trace, ...]]:
-        y, traces = self.layer(x, keep)
+        y, traces = _run(self.layer, x, keep, earlier)
         return self.w_out(y * F.silu(self.w_gate(x))), traces
 
     def expected_token_flops(self) -> float:
@@ -83,3 +90,7 @@ class InputGatedLayer(Layer):
 
     def _gate_flops(self) -> float:
         return 4.0 * self.w_out.weight.numel()
+
+
+def _run(layer: Layer, x: Tensor, keep: Tensor | None, earlier: tuple[Trace, ...]) -> tuple[Tensor, tuple[Trace, ...]]:
+    return layer(x, keep, earlier) if layer.follows else layer(x, keep)

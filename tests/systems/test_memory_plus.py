@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.experts import ValueBank
+from moestro.experts import FFNBank, ValueBank
 from moestro.layers import DenseFFN, InputGatedLayer, Layer, MoELayer, SequenceLayer
 from moestro.model import Attention, Block, Transformer
 from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.syntax import RecipeError
-from moestro.routers import ProductKeyRouter
+from moestro.routers import LinearScore, ProductKeyRouter, ResidualRouter, TopK
 from moestro.train.optim import build_optimizer
 from moestro.train.tensors import load_model, load_optimizer, model_tensors, optimizer_tensors
 from tests.conftest import ROOT
@@ -215,6 +215,24 @@ def test_a_recipe_inserts_a_layer() -> None:
     model = build_model(recipe, 20)
     assert list(model.moe_layers()) == ["blocks.2.ffn.sublayers.1"]
     assert len(model(torch.randint(20, (2, 6))).traces) == 1
+
+
+def test_a_router_follows_the_layer_before_it_in_a_sequence_and_through_a_gate() -> None:
+    def moe() -> MoELayer:
+        return MoELayer(ResidualRouter(LinearScore(D, 4, init_std=1.0), TopK(2)), [FFNBank(D, [2] * 4)])
+
+    first, second, third = moe(), moe(), moe()
+    sequence = SequenceLayer(D, [first, DenseFFN(D, 3), InputGatedLayer(D, second)]).double()
+    third.double()
+    x = random(5, D)
+    assert sequence.follows and not SequenceLayer(D, [DenseFFN(D, 3)]).follows
+    _, (before,) = third(x)
+    for earlier in ((), (before,)):
+        _, (one, two) = sequence(x, None, earlier)
+        want = first.router(one.x, earlier[0].routing) if earlier else first.router(one.x)
+        close(one.routing.logits, want.logits, **FLOAT64)
+        close(two.routing.logits, second.router(two.x, one.routing).logits, **FLOAT64)
+        assert not torch.allclose(two.routing.logits, second.router(two.x).logits)
 
 
 def test_an_empty_sequence_is_refused() -> None:
