@@ -41,7 +41,7 @@ def allowed(model: Transformer, knob: str) -> tuple[float, float]:
         return 0.0, 1.0
     routers = [layer.router for layer in model.moe_layers().values()]
     having = [router for router in routers if hasattr(getattr(router, "select", router), knob)]
-    return 1, min(getattr(router, "side", router.n_experts) for router in having)
+    return 1, min(router.most_experts for router in having)
 
 
 @contextmanager

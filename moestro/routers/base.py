@@ -22,6 +22,11 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "t d"]) -> Routing:
         raise NotImplementedError
 
+    @property
+    def most_experts(self) -> int:
+        """The end of what `top_k` may be set to, where the router has it."""
+        return self.n_experts
+
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""
         raise NotImplementedError
@@ -66,6 +71,10 @@ class ScoredRouter(Router):
     @property
     def causal(self) -> bool:  # type: ignore[override]
         return self.select.causal
+
+    @property
+    def most_experts(self) -> int:
+        return self.select.most_experts(self.n_experts)
 
     def forward(self, x: Float[Tensor, "t d"]) -> Routing:
         absent = ~self.available | self.resting if self.training else ~self.available

@@ -50,6 +50,10 @@ class BiasedRouter(Router):
     def n_experts(self) -> int:  # type: ignore[override]
         return self.score.n_experts
 
+    @property
+    def most_experts(self) -> int:
+        return self.limit.most_experts(self.n_experts)
+
     def forward(self, x: Float[Tensor, "t d"]) -> SparseRouting:
         logits = self.score(x)
         gate = find(self.gate)

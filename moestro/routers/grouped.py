@@ -46,9 +46,16 @@ class GroupedRouter(Router):
         self.register_buffer("group", torch.tensor([g for g, size in enumerate(groups) for _ in range(size)]))
         self._check(groups)
 
+    def _fewest(self, sizes: Sequence[int]) -> int:
+        return sum(sorted(sizes)[: self.top_groups])
+
+    @property
+    def most_experts(self) -> int:
+        return self._fewest(torch.bincount(self.group, minlength=self.group_score.n_experts).tolist())
+
     def _check(self, sizes: Sequence[int]) -> None:
         """Raises: ValueError where some choice of groups has too few experts."""
-        fewest = sum(sorted(sizes)[: self.top_groups])
+        fewest = self._fewest(sizes)
         if not 1 <= self.top_k <= fewest:
             raise ValueError(
                 f"top_k={self.top_k}, allowed: 1 to {fewest}, the experts of the {self.top_groups} smallest groups"

@@ -28,9 +28,13 @@ class GroupLimit:
             raise ValueError(
                 f"top_groups={self.top_groups}, best={self.best}, allowed: 1 to {self.n_groups} groups, best at least 1"
             )
-        sizes = self.group_sizes(n_experts)
-        if self.top_groups < self.n_groups and sum(sorted(sizes)[: self.top_groups]) < top_k:
+        sizes, most = self.group_sizes(n_experts), self.most_experts(n_experts)
+        if self.top_groups < self.n_groups and most < top_k:
             raise ValueError(f"top_k={top_k}, but {self.top_groups} groups of sizes {sizes} may hold fewer experts")
+
+    def most_experts(self, n_experts: int) -> int:
+        """Experts that the smallest groups a token may look in hold."""
+        return sum(sorted(self.group_sizes(n_experts))[: self.top_groups])
 
     def group_sizes(self, n_experts: int) -> list[int]:
         """Experts of every group.

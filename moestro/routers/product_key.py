@@ -53,6 +53,10 @@ class ProductKeyRouter(Router):
         nn.init.normal_(self.query, std=d_model**-0.5)
         nn.init.uniform_(self.keys, -((d_key // 2) ** -0.5), (d_key // 2) ** -0.5)
 
+    @property
+    def most_experts(self) -> int:
+        return self.side
+
     def forward(self, x: Float[Tensor, "t d"]) -> SparseRouting:
         raw = linear_fp32(x, self.query)
         query, stats = self.query_norm(raw)

@@ -31,6 +31,10 @@ class Select(nn.Module):
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """What it knows of new expert j is that of the old expert `index[j]`; -1 makes a fresh one."""
 
+    def most_experts(self, n_experts: int) -> int:
+        """Experts that any token could be given, however many it asks for."""
+        return n_experts
+
     def rows_per_token(self, n_experts: int) -> float:
         """Rows a token costs when all probabilities are equal."""
         raise NotImplementedError
@@ -58,6 +62,9 @@ class TopK(Select):
         if self.top_k > n_experts:
             raise ValueError(f"top_k={self.top_k} > {n_experts} experts")
         self.limit.check(n_experts, self.top_k)
+
+    def most_experts(self, n_experts: int) -> int:
+        return self.limit.most_experts(n_experts)
 
     def forward(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
         # of the logits: probabilities of available experts, too, may round to 0
@@ -88,11 +95,11 @@ class MutedTopK(TopK):
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         self.muted = tuple(new for new, old in enumerate(index.tolist()) if old in self.muted)
 
-    def __call__(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
+    def forward(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
         """Raises: ValueError where a muted expert is none of these."""
         if not all(0 <= muted < logits.shape[1] for muted in self.muted):
             raise ValueError(f"muted={list(self.muted)}, allowed: experts 0 to {logits.shape[1] - 1}")
-        expert, gates = super().__call__(logits).matrix()
+        expert, gates = super().forward(logits).matrix()
         silent = torch.isin(expert, torch.tensor(self.muted, dtype=expert.dtype, device=expert.device))
         gates = gates.masked_fill(silent, 0.0)
         total = gates.sum(-1, keepdim=True)

@@ -1,5 +1,7 @@
 """Knobs turn what a trained model spends, and nothing else; a setting's figures are those of a model built with it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from moestro.evaluate import evaluate, knobs, quality_curve
 from moestro.evaluate.knobs import allowed, ladder, setting, spending, turned
 from moestro.layers import Layer
 from moestro.model import Attention, Block, Transformer
-from moestro.routers import BiasedRouter, Router, Select
+from moestro.routers import BiasedRouter, GroupedRouter, Router, Select
+from moestro.routers.groups import GroupLimit
 from tests.train.tiny import Counting, tiny_model
 
 
@@ -42,6 +45,24 @@ def test_product_keys_go_up_to_one_side() -> None:
     assert allowed(model, "top_k") == (1, 4) and ladder(model, "top_k") == [1, 2, 3, 4]
     with turned(model, "top_k", 4):
         assert spending(model, held_out())["experts"] == 8
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        lambda: GroupedRouter(8, LinearScore(8, 4), [1, 1, 2], top_groups=2, top_k=1),
+        lambda: ScoredRouter(LinearScore(8, 4), TopK(1, limit=GroupLimit(3, 2, sizes=(1, 1, 2)))),
+        lambda: BiasedRouter(LinearScore(8, 4), 1, limit=GroupLimit(3, 2, sizes=(1, 1, 2))),
+    ],
+    ids=["grouped", "limited", "biased"],
+)
+def test_k_goes_up_to_what_the_smallest_groups_hold(router: Callable[[], Router]) -> None:
+    model = decoder(router())
+    assert allowed(model, "top_k") == (1, 2)
+    with turned(model, "top_k", 2):
+        assert spending(model, held_out())["experts"] == 2
+    with pytest.raises(ValueError, match="top_k=3, allowed: whole numbers 1 to 2"), turned(model, "top_k", 3):
+        pass
 
 
 def test_ladders_hold_the_present_setting() -> None:
