@@ -62,6 +62,7 @@ from moestro.routers import (
     ScoredRouter,
     SlotRouter,
     Soft,
+    SteeredTopP,
     TopAny,
     TopK,
     TopP,
@@ -71,6 +72,7 @@ from moestro.train.expert_dropout import ExpertDropout
 from moestro.train.gate_sparsity import GateSparsity
 from moestro.train.rules import BiasBalance
 from moestro.train.schedules import WSD, Constant, Cosine
+from moestro.train.steer_threshold import SteerThreshold
 
 SOURCES: dict[str, Callable[..., Any]] = {
     "stdlib": StdlibSource,
@@ -117,6 +119,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "top_k": TopK,
         "muted_top_k": MutedTopK,
         "top_p": TopP,
+        "steered_top_p": SteeredTopP,
         "top_any": TopAny,
         "sampled_second": SampledSecond,
         "soft": Soft,
@@ -163,6 +166,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "bias_balance": BiasBalance,
         "expert_dropout": ExpertDropout,
         "gate_sparsity": GateSparsity,
+        "steer_threshold": SteerThreshold,
     },
     "schedule": {"constant": Constant, "cosine": Cosine, "wsd": WSD},
 }

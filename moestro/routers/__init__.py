@@ -12,6 +12,7 @@ from moestro.routers.sampling import SampledSecond
 from moestro.routers.scores import CosineScore, LinearScore, LowRankCosineScore, NoisyScore, Score
 from moestro.routers.selects import MutedTopK, Select, Soft, TopK, TopP
 from moestro.routers.slots import SlotRouter
+from moestro.routers.steered import SteeredTopP
 from moestro.routers.top_any import TopAny
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Select",
     "SlotRouter",
     "Soft",
+    "SteeredTopP",
     "TopAny",
     "TopK",
     "TopP",

@@ -11,12 +11,13 @@ from moestro.train.rules import BiasBalance, QueryNormStatistics, Rule
 from moestro.train.schedules import WSD, Constant, Cosine, Schedule
 from moestro.train.settings import Budget, OptimSettings, ParameterGroup, TrainSettings
 from moestro.train.signals import TrainingStopped
+from moestro.train.steer_threshold import SteerThreshold
 from moestro.train.step import NonFiniteLoss
 from moestro.train.weights import best_checkpoint, load_weights, newest_checkpoint
 
 __all__ = [
     "WSD", "AdaptiveExperts", "Bar", "BiasBalance", "Budget", "CheckpointError", "Constant", "Cosine", "Display",
     "Lines", "NonFiniteLoss", "OptimSettings", "ParameterGroup", "QueryNormStatistics", "RowAdamW", "Rule",
-    "RunFolder", "RunFolderError", "Schedule", "Silent", "TrainSettings", "TrainingStopped", "best_checkpoint",
-    "describe_machine", "display_on", "load_weights", "newest_checkpoint", "train",
+    "RunFolder", "RunFolderError", "Schedule", "Silent", "SteerThreshold", "TrainSettings", "TrainingStopped",
+    "best_checkpoint", "describe_machine", "display_on", "load_weights", "newest_checkpoint", "train",
 ]  # fmt: skip

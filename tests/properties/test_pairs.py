@@ -23,6 +23,7 @@ SELECTS = {
     "top_k": {"top_k": 3},
     "muted_top_k": {"top_k": 3, "muted": [2, 5]},
     "top_p": {"threshold": 0.6},
+    "steered_top_p": {"start": 0.6},
     "top_any": {"n_experts": 9},
     "sampled_second": {},
     "soft": {},
