@@ -22,8 +22,11 @@ from moestro.experts import FFNBank
 from moestro.layers import MoELayer
 from moestro.model import Attention, Block, Cache, Transformer
 from moestro.objectives import LoadBalance, RouterEntropy
+from moestro.recipe.build import build_model
+from moestro.recipe.load import load_recipe
 from moestro.routers import LinearScore, ScoredRouter, TopP
 from moestro.routing import Trace
+from tests.conftest import ROOT
 from tests.reference import dynamic_routing as reference
 from tests.reference import hmoe
 from tests.systems.hmoe_layers import assert_same_experts, bank_of, leaves, random, router_weight
@@ -204,3 +207,14 @@ def test_decoding_token_by_token_equals_the_whole_forward() -> None:
     whole, cache = model(tokens).logits, Cache()
     steps = [model(tokens[:, i : i + 1], cache=cache).logits for i in range(9)]
     close(torch.cat(steps, 1), whole, **FLOAT64)
+
+
+def test_the_papers_model_has_3_49_billion_parameters() -> None:
+    """24 layers of 16 experts of width 2816 (the paper's 3.5B); with two of them 582 million are active."""
+    recipe = load_recipe(ROOT / "recipes" / "paper" / "dynamic-routing-3.5b.yaml")
+    model = build_model(recipe, 32_000, "meta")
+    experts = sum(p.numel() for moe in model.moe_layers().values() for p in moe.bank.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert round(total / 1e9, 2) == 3.49 and round((total - experts * 14 / 16) / 1e6) == 582
+    assert experts == 24 * 16 * 3 * 1024 * 2816
+    assert next(iter(model.moe_layers().values())).router.rows_per_token() == 7

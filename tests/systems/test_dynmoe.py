@@ -17,7 +17,10 @@ import pytest
 import torch
 
 from moestro.objectives import GateBalance, GateEfficiency, RouterDiversity, RouterSimplicity
+from moestro.recipe.build import build_model
+from moestro.recipe.load import load_recipe
 from moestro.routers import CosineScore, LinearScore, ScoredRouter, TopAny, TopK
+from tests.conftest import ROOT
 from tests.reference import dynmoe
 from tests.systems.hmoe_layers import make_layer, random
 from tests.systems.top_any_layers import MASK, WIDTHS, D, Twin, router_of, select_of, set_thresholds, top_any_layer
@@ -283,3 +286,13 @@ def test_values_are_checked() -> None:
         GateBalance()(trace)
     with pytest.raises(ValueError, match=r"router_diversity needs router: \{kind: scored, \.\.\.\}, got Linear"):
         RouterDiversity()(type("T", (), {"layer": type("L", (), {"router": torch.nn.Linear(1, 1)})()})())
+
+
+def test_the_papers_model_has_2_9_billion_parameters() -> None:
+    """StableLM-2-1.6B with up to 4 experts in every other layer, 2 of them at the start."""
+    recipe = load_recipe(ROOT / "recipes" / "paper" / "dynmoe-stablelm.yaml")
+    model = build_model(recipe, 100_352, "meta")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 1) == 2.9
+    layers = model.moe_layers()
+    assert list(layers) == [f"blocks.{i}.ffn" for i in range(0, 24, 2)]
+    assert all(layer.bank.widths == (5632,) * 4 and layer.router.rows_per_token() == 1 for layer in layers.values())
