@@ -4,6 +4,7 @@ from moestro.experts.base import ExpertBank
 from moestro.experts.ffn import FFNBank
 from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.mixed import MixedBank
+from moestro.experts.quantized import QuantizedBank, quantize_banks, quantized
 from moestro.experts.ragged import RaggedBank
 from moestro.experts.shared import SharedExpert
 from moestro.experts.singleton import GLUSingletonBank, SingletonBank
@@ -23,10 +24,13 @@ __all__ = [
     "FFNBank",
     "GLUSingletonBank",
     "MixedBank",
+    "QuantizedBank",
     "RaggedBank",
     "SharedExpert",
     "SingletonBank",
     "TableBank",
     "ValueBank",
+    "quantize_banks",
+    "quantized",
     "split_ffn",
 ]

@@ -3,14 +3,14 @@ its chunk, and every sum runs in a fixed order. `native.table_rows` has the same
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 # Rows gathered at a time: small enough to stay in a core's cache, large enough to amortise the calls.
 _ROWS = 1024
 
 
-def dots(table: Float[Tensor, "e d"], ids: Int[Tensor, "t k"], x: Float[Tensor, "t d"]) -> Float[Tensor, "t k"]:
+def dots(table: Shaped[Tensor, "e d"], ids: Int[Tensor, "t k"], x: Float[Tensor, "t d"]) -> Float[Tensor, "t k"]:
     """out_tk = table[ids_tk] . x_t."""
     t, k = ids.shape
     d = x.shape[1]
@@ -26,7 +26,7 @@ def dots(table: Float[Tensor, "e d"], ids: Int[Tensor, "t k"], x: Float[Tensor, 
 
 
 def weighted_rows(
-    table: Float[Tensor, "e d"], ids: Int[Tensor, "t k"], coefficient: Float[Tensor, "t k"]
+    table: Shaped[Tensor, "e d"], ids: Int[Tensor, "t k"], coefficient: Float[Tensor, "t k"]
 ) -> Float[Tensor, "t d"]:
     """out_t = sum_k coefficient_tk * table[ids_tk]."""
     if ids.numel() == 0:

@@ -19,6 +19,7 @@ from moestro.experts import (
     FFNBank,
     GLUSingletonBank,
     MixedBank,
+    QuantizedBank,
     RaggedBank,
     SharedExpert,
     SingletonBank,
@@ -88,6 +89,7 @@ BANKS: dict[str, Callable[..., Any]] = {
     "glu_singleton": GLUSingletonBank,
     "value": ValueBank,
     "ragged": RaggedBank,
+    "quantized_singleton": QuantizedBank,
     "copy": CopyBank,
     "constant": ConstantBank,
 }

@@ -4,7 +4,7 @@ registered one cannot skip: the pairs come from the registry."""
 import pytest
 import torch
 
-from moestro.experts import ConstantBank, CopyBank, ExpertBank, FFNBank, SingletonBank
+from moestro.experts import ConstantBank, CopyBank, ExpertBank, FFNBank, SingletonBank, quantized
 from moestro.layers import MoELayer
 from moestro.ops import backend
 from moestro.recipe.parts import PARTS
@@ -38,6 +38,7 @@ BANKS = {
     "glu_singleton": lambda make: make(D, E),
     "value": lambda make: make(D, E),
     "ragged": lambda make: make(D, [1, 2, 4, 1, 1, 3, 2, 1, 8]),
+    "quantized_singleton": lambda make: quantized(SingletonBank(D, E)),
     "copy": lambda make: make(E),
     "constant": lambda make: make(D, E),
     "mixed": lambda make: make([FFNBank(D, [3, 5, 0, 8]), CopyBank(), ConstantBank(D, 2), SingletonBank(D, 2)]),
