@@ -1,5 +1,6 @@
 """Floor 6: what a trained model is worth, and how it uses its experts."""
 
+from moestro.evaluate.generalization_report import generalization_report
 from moestro.evaluate.knobs import knobs, quality_curve
 from moestro.evaluate.passes import capacity_report, requested_capacity
 from moestro.evaluate.perplexity import evaluate
@@ -9,6 +10,7 @@ from moestro.evaluate.token_sample import sample_text, token_sample
 __all__ = [
     "capacity_report",
     "evaluate",
+    "generalization_report",
     "knobs",
     "quality_curve",
     "requested_capacity",

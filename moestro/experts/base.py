@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.cost import Cost
+from moestro.experts.norms import ExpertNorms
 from moestro.routing import Routing
 
 
@@ -38,6 +39,10 @@ class ExpertBank(nn.Module):
     def row_parameters(self) -> tuple[nn.Parameter, ...]:
         """Parameters whose gradients are sparse: rows of experts, for an optimizer that updates rows."""
         return ()
+
+    def norms(self) -> ExpertNorms | None:
+        """Norms of every expert's matrices; None where the experts are no feed-forward networks."""
+        return None
 
     def row_flops(self) -> Float[Tensor, "e"] | float:
         """Forward FLOPs of one row, for every expert, or one number where all are equal."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank, real_device
 from moestro.experts.linears import ConcatLinear
+from moestro.experts.norms import ExpertNorms, activation_remarks, norms_of
 from moestro.ops import expert_ffn, few_rows_ffn, skips_sorting
 from moestro.ops.activations import activation as find
 from moestro.routing import Routing, SparseRouting
@@ -75,6 +76,10 @@ class FFNBank(ExpertBank):
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
         return tuple((linear.weight, linear.rows_of(expert)) for linear in (self.w_in, self.w_out))
+
+    def norms(self) -> ExpertNorms:
+        pairs = zip(self.w_in.matrices(), self.w_out.matrices(), strict=True)
+        return norms_of(list(pairs), activation_remarks(self.activation, self.glu))
 
     def row_flops(self) -> Float[Tensor, "e"]:
         return self.row_widths() * (2.0 * self.w_out.d_model * (3 if self.glu else 2))

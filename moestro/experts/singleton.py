@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moestro.experts.norms import ExpertNorms, activation_remarks
 from moestro.experts.tables import Gate, TableBank, output_rows_std
 from moestro.ops import singleton_experts
 from moestro.ops.activations import activation as find
@@ -55,6 +56,13 @@ class SingletonBank(TableBank):
         return singleton_experts(
             x, ids, weight, self.up, self.down, self.activation, self.sparse_gradients, tables.get("gate")
         )
+
+    def norms(self) -> ExpertNorms:
+        """Each matrix is one row; a gated neuron's two of the input count as one matrix of their joint norm."""
+        inner = [table.detach() for name, table in self.tables().items() if name != "down"]
+        rows = torch.cat(inner, dim=1).norm(dim=1), self.tables()["down"].detach().norm(dim=1)
+        remarks = activation_remarks(self.activation, glu=len(inner) > 1)
+        return ExpertNorms(torch.stack(rows, dim=1), torch.stack(rows, dim=1), remarks)
 
     def row_flops(self) -> float:
         return 2.0 * len(self.tables()) * self.up.shape[1]

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank
+from moestro.experts.norms import ExpertNorms
 from moestro.routing import Routing, SparseRouting
 
 
@@ -57,6 +58,12 @@ class BankSlice(ExpertBank):
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
         return self._whole[0].weights_of(self.first + expert)
+
+    def norms(self) -> ExpertNorms | None:
+        whole = self._whole[0].norms()
+        if whole is None:
+            return None
+        return replace(whole, frobenius=whole.frobenius[self.first :], spectral=whole.spectral[self.first :])
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         raise ValueError("these experts are shared by several routers: reindex the layer that owns them")

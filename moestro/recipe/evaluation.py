@@ -25,6 +25,8 @@ from moestro.train.checkpoint import step_of
 
 # Most experts whose loads are shown one by one.
 LISTED = 64
+# Columns of words.
+LEFT = ("layer", "load", "remark", "m counts")
 CHECKPOINTS = {"newest": newest_checkpoint, "best": best_checkpoint}
 
 
@@ -223,5 +225,5 @@ def plain_table(title: str, titles: tuple[str, ...]) -> Table:
     """An empty table; layers and loads stand left, numbers right."""
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
     for name in titles:
-        table.add_column(name, justify="left" if name in ("layer", "load") else "right", no_wrap=name == "layer")
+        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=name == "layer")
     return table

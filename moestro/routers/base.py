@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moestro.routers.family import SelectionFamily, size_of
 from moestro.routers.scores import Score
 from moestro.routers.selects import Select
 from moestro.routing import Routing
@@ -38,6 +39,12 @@ class Router(nn.Module):
     def rows_per_token(self) -> float:
         """Rows a token is expected to cost before anything is learned (equal probabilities)."""
         raise NotImplementedError
+
+    def selection_family(self) -> SelectionFamily:
+        """The selections that its parameters can express: where no more is known, any set of experts, with as many
+        dimensions as parameters."""
+        unknown = f"{type(self).__name__}: any set of experts, as many dimensions as parameters"
+        return SelectionFamily(self.n_experts, self.n_experts, None, False, size_of(self), (unknown,), self.causal)
 
 
 class ScoredRouter(Router):
@@ -112,6 +119,17 @@ class ScoredRouter(Router):
         self.score.reindex(index)
         self.select.reindex(index)
         self.available, self.resting = available, resting
+
+    def selection_family(self) -> SelectionFamily:
+        """The largest sums of k linear scores are multiclass predictions linear in the T d weights, whose Natarajan
+        dimension is at most their number (Shalev-Shwartz and Ben-David 2014, Theorem 29.7)."""
+        present = int(self.available.sum())
+        most, fixed, remarks = self.select.choices(present)
+        if not self.score.linear:
+            remarks = (*remarks, f"{type(self.score).__name__} is not linear: its parameters are counted")
+        if self.follows:
+            remarks = (*remarks, "the layer before has a part in the scores")
+        return SelectionFamily(present, self.n_experts, most, fixed, size_of(self), remarks, self.causal)
 
     def flops(self, n_tokens: int) -> float:
         return self.score.flops(n_tokens)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moestro.ops.precision import at_least_fp32
 from moestro.routers.base import Router
+from moestro.routers.family import SelectionFamily, size_of
 from moestro.routers.gates import gate as find
 from moestro.routers.groups import EVERYWHERE, GroupLimit
 from moestro.routers.scores import Score
@@ -74,6 +75,11 @@ class BiasedRouter(Router):
         self.limit.check(len(index), self.top_k)
         self.score.reindex(index)
         self.bias = torch.where(index >= 0, self.bias[index.clamp(min=0)], self.bias.mean())
+
+    def selection_family(self) -> SelectionFamily:
+        remarks = ("scores are biased, so the best ones are not those of a linear map: parameters are counted",)
+        size = size_of(self) + self.n_experts
+        return SelectionFamily(self.n_experts, self.n_experts, self.top_k, True, size, remarks)
 
     def flops(self, n_tokens: int) -> float:
         return self.score.flops(n_tokens)

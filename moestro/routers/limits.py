@@ -57,3 +57,6 @@ class Capacity(Select):
 
     def rows_per_token(self, n_experts: int) -> float:
         return min(self.factor, self.select.rows_per_token(n_experts))
+
+    def choices(self, n_experts: int) -> tuple[int | None, bool, tuple[str, ...]]:
+        return self.select.choices(n_experts)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moestro.ops import linear_fp32, product_key_topk
 from moestro.ops.precision import without_autocast
 from moestro.routers.base import Router
+from moestro.routers.family import SelectionFamily, size_of
 from moestro.routers.query_norm import QUERY_NORMS
 from moestro.routing import SparseRouting
 
@@ -68,6 +69,11 @@ class ProductKeyRouter(Router):
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Product keys have no key of a single expert, so experts cannot be moved one by one."""
         raise ValueError("experts behind product keys cannot be reindexed: expert i*n+j is named by its pair of keys")
+
+    def selection_family(self) -> SelectionFamily:
+        remarks = ("product keys: each head is linear in pairs of keys, parameters are counted",)
+        most = min(self.n_experts, self.heads * self.top_k)
+        return SelectionFamily(self.n_experts, self.n_experts, most, False, size_of(self), remarks)
 
     def flops(self, n_tokens: int) -> float:
         """Query and sub-key products; comparisons and the k*k candidate sums are not multiplied."""

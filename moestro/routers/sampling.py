@@ -43,6 +43,9 @@ class SampledSecond(Select):
     def rows_per_token(self, n_experts: int) -> float:
         return 2
 
+    def choices(self, n_experts: int) -> tuple[int | None, bool, tuple[str, ...]]:
+        return 2, True, ("the second expert is drawn, not chosen",)
+
 
 def gumbel(rows: Float[Tensor, "t e"], seed: int) -> Float[Tensor, "t e"]:
     """Standard Gumbel noise, one for each entry: a function of the whole row (in bfloat16), the column and `seed`."""

@@ -35,6 +35,8 @@ class Score(nn.Module):
         """Number of logits."""
         return len(self.weight)
 
+    linear: bool = False
+
     def forward(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t e"]:
         raise NotImplementedError
 
@@ -52,6 +54,8 @@ class Score(nn.Module):
 
 class LinearScore(Score):
     """logit_te = w_e . x_t (Wang 2024, arXiv:2408.10681, Eq. 7)."""
+
+    linear = True
 
     def forward(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t e"]:
         return linear_fp32(x, self.weight)

@@ -39,6 +39,11 @@ class Select(nn.Module):
         """Rows a token costs when all probabilities are equal."""
         raise NotImplementedError
 
+    def choices(self, n_experts: int) -> tuple[int | None, bool, tuple[str, ...]]:
+        """Most experts a token can get (None: no limit), whether it always gets so many, and what makes the choice
+        another than that of the best set of linear scores (`routers.family`)."""
+        return None, False, (f"{type(self).__name__} does not choose a set of best scores",)
+
 
 class TopK(Select):
     """The k experts of largest logits; gates are their probabilities, renormalised to sum to 1 unless told otherwise.
@@ -79,6 +84,9 @@ class TopK(Select):
 
     def rows_per_token(self, n_experts: int) -> float:
         return self.top_k
+
+    def choices(self, n_experts: int) -> tuple[int | None, bool, tuple[str, ...]]:
+        return self.top_k, True, () if self.limit is EVERYWHERE else ("experts are limited to groups",)
 
 
 class MutedTopK(TopK):
@@ -153,3 +161,6 @@ class Soft(Select):
 
     def rows_per_token(self, n_experts: int) -> float:
         return n_experts
+
+    def choices(self, n_experts: int) -> tuple[int | None, bool, tuple[str, ...]]:
+        return n_experts, True, ()

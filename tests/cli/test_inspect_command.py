@@ -138,6 +138,26 @@ def test_headlines_follow_the_figures(found: dict) -> None:
     assert "have neither a threshold nor a k that could be turned" in bare
 
 
+def test_generalization_says_every_term_and_what_is_heuristic(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["inspect", str(run), "--generalization", "--tokens", "512"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for word in (
+        "no choice",
+        "tokens",
+        "sequences",
+        "exact",
+        "heuristic",
+        "ln N",
+        "does not choose a set of best scores",
+    ):
+        assert word in shown
+    assert main(["inspect", str(run), "--generalization", "--tokens", "512", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    read = json.loads((run / "done.json").read_text())["tokens"]
+    assert found["units"]["tokens"] <= read and found["bounds"]["tokens"]["exact"]["total"] > 0
+    assert found["layers"] and found["heuristic"]
+
+
 def test_knobs_are_turned_without_training(run: Path, found: dict, capsys: pytest.CaptureFixture) -> None:
     words = ["eval", str(run), "--tokens", "512", "--json", "--set"]
     figures = []

@@ -1,0 +1,187 @@
+"""Every term of the generalization bound for a model's mixture layers, from its weights and what it does on text."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moestro.data import Batch
+from moestro.evaluate.generalization import (
+    expert_term,
+    log_choices,
+    rademacher,
+    router_term,
+    sparse_factor,
+)
+from moestro.evaluate.perplexity import evaluating
+from moestro.evaluate.scoring import score
+from moestro.layers import MoELayer
+from moestro.model import Transformer
+from moestro.routers.family import SelectionFamily
+from moestro.routing import SparseRouting, Trace
+
+COUNTS = ("paper", "exact")
+# What stands beside every number of a language model.
+GENERAL = (
+    "the theorem is about binary classification with a bounded loss: a language model's is clipped, or its 0/1 error",
+    "tokens of a text are not independent samples: sequences are the cautious unit",
+)
+STACKED = (
+    "several routers: their selections multiply, though later ones see what earlier layers made",
+    "several layers: the expert term is that of the layer where it is greatest",
+)
+
+
+class Observed:
+    """What traces show of one layer: greatest norm of its inputs, greatest sum of a token's gates, experts a token and
+    parts of a token."""
+
+    def __init__(self) -> None:
+        self.input_norm = self.mass = 0.0
+        self.rows = self.routed = self.tokens = 0
+
+    def add(self, trace: Trace) -> None:
+        """Count one trace."""
+        routing = trace.routing
+        self.rows, self.routed = self.rows + routing.n_rows, self.routed + routing.n_tokens
+        self.tokens += trace.n_tokens
+        if routing.n_tokens:
+            self.input_norm = max(self.input_norm, float(trace.x.double().norm(dim=-1).max()))
+            self.mass = max(self.mass, float(_mass(routing).max()))
+
+
+def _mass(routing: Any) -> torch.Tensor:
+    """Sum of the absolute gates of every token."""
+    if isinstance(routing, SparseRouting):
+        zeros = routing.weight.new_zeros(routing.n_tokens)
+        return zeros.index_add(0, routing.token, routing.weight.abs())
+    return routing.dense().abs().sum(-1)
+
+
+def generalization_report(
+    model: Transformer,
+    batches: Iterable[Batch],
+    units: Mapping[str, int],
+    *,
+    delta: float = 0.05,
+    lipschitz: float = 1.0,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Terms of the bound (`moestro.evaluate.generalization`), as JSON values.
+
+    `units` are numbers of training samples by what is counted as one ({"tokens": ..., "sequences": ...}). `layers`: by
+    name, what the bound is made of, and under `heuristic` what of it no theorem covers; `bounds`: for every unit and
+    count the terms and their total, for all layers together. A layer whose selections depend on other tokens is listed,
+    and the bounds are empty: they would say nothing.
+
+    Raises: ValueError for impossible units or delta, or where the model has no mixture layers.
+    """
+    layers = model.moe_layers()
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no mixture layers: the bound is about what routers select")
+    seen = {name: Observed() for name in layers}
+    names = {id(layer): name for name, layer in layers.items()}
+    with evaluating(model):
+        for batch in batches:
+            for trace in score(model, batch, precision)[0].traces:
+                seen[names[id(trace.layer)]].add(trace)
+    families = {name: layer.router.selection_family() for name, layer in layers.items()}
+    entries = {name: _layer(layer, families[name], seen[name], units) for name, layer in layers.items()}
+    counted = {**units, **_parts(seen.values(), units)}
+    heuristic = [*GENERAL, *(STACKED if len(layers) > 1 else ())]
+    applicable = all(family.applicable for family in families.values())
+    bounds = {
+        unit: {count: _terms(list(families.values()), entries, m, delta, lipschitz, count) for count in COUNTS}
+        for unit, m in counted.items()
+        if applicable
+    }
+    return {
+        "delta": delta,
+        "lipschitz": lipschitz,
+        "units": counted,
+        "layers": entries,
+        "bounds": bounds,
+        "heuristic": heuristic,
+    }
+
+
+def _parts(seen: Iterable[Observed], units: Mapping[str, int]) -> dict[str, int]:
+    """The parts of tokens as a unit, where layers route several of each."""
+    most = max((each.routed / max(1, each.tokens) for each in seen), default=1.0)
+    return {"parts of tokens (dependent)": round(units["tokens"] * most)} if most > 1 and "tokens" in units else {}
+
+
+def _layer(layer: MoELayer, family: SelectionFamily, seen: Observed, units: Mapping[str, int]) -> dict[str, Any]:
+    norms = [(bank, bank.norms()) for bank in layer.banks()]
+    mean_k = seen.rows / max(1, seen.routed)
+    remarks = list(family.heuristic)
+    products = {"frobenius": 0.0, "spectral": 0.0}
+    for bank, each in norms:
+        if each is None:
+            remarks.append(f"{type(bank).__name__} has no norms: no expert term")
+            continue
+        remarks += [*each.heuristic, "experts have vector outputs: the complexity is that of a scalar network"]
+        for kind in products:
+            products[kind] = max(products[kind], float(getattr(each, kind).double().prod(-1).max()))
+    return {
+        "n_experts": family.n_experts,
+        "pool": family.pool,
+        "most": family.most,
+        "mean_k": mean_k,
+        "dimension": family.dimension,
+        "patterns": {
+            **{count: log_choices(family.n_experts, family.most, family.fixed, count) for count in COUNTS},
+            "mean k": sparse_factor(family.n_experts, mean_k, 1) ** 2 if 0 < mean_k <= family.n_experts else None,
+            "pool": log_choices(family.pool, family.most, family.fixed),
+        },
+        "sparse_factor": {unit: _factor(family, m) for unit, m in units.items()},
+        "mixture_mass": seen.mass,
+        "input_norm": seen.input_norm,
+        "norm_product": products if any(each is not None for _, each in norms) else None,
+        "parts_per_token": seen.routed / max(1, seen.tokens),
+        "applicable": family.applicable,
+        "heuristic": list(dict.fromkeys(remarks)),
+    }
+
+
+def _factor(family: SelectionFamily, m: int) -> float:
+    return sparse_factor(family.n_experts, family.most or family.n_experts, m)
+
+
+def _terms(
+    families: Sequence[SelectionFamily],
+    layers: Mapping[str, Mapping[str, Any]],
+    m: int,
+    delta: float,
+    lipschitz: float,
+    count: Any,
+) -> dict[str, float | None]:
+    """The terms for m samples: the router's, and what of it is there without any choice of experts (d_N ln(2m) and
+    delta); the experts' by Frobenius norms, and by spectral ones (a Lipschitz constant, which no theorem lets stand
+    there); the total."""
+    router = router_term(families, m, delta, count)
+    experts = {kind: _expert_term(layers, kind, m, lipschitz) for kind in ("frobenius", "spectral")}
+    frobenius = experts["frobenius"]
+    return {
+        "router": router,
+        "router_without_patterns": router_term([_no_choice(family) for family in families], m, delta, "exact"),
+        "experts": frobenius,
+        "experts_spectral": experts["spectral"],
+        "total": None if frobenius is None else router + frobenius,
+    }
+
+
+def _no_choice(family: SelectionFamily) -> SelectionFamily:
+    """One expert in place of all: ln N is 0 in the exact count; what is left is d_N ln(2m)."""
+    return SelectionFamily(1, 1, 1, True, family.dimension)
+
+
+def _expert_term(layers: Mapping[str, Mapping[str, Any]], kind: str, m: int, lipschitz: float) -> float | None:
+    """The greatest of the layers' 4 C R_m, R_m times the greatest sum of a token's gates where that is above 1."""
+    found = []
+    for layer in layers.values():
+        if layer["norm_product"] is not None:
+            # two matrices, of which the product is that of the worst expert
+            complexity = rademacher([layer["norm_product"][kind], 1.0], layer["input_norm"], m)
+            found.append(expert_term(complexity * max(1.0, layer["mixture_mass"]), lipschitz))
+    return max(found, default=None)

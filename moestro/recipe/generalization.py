@@ -1,0 +1,95 @@
+"""`moestro inspect --generalization`: the terms of the generalization bound of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from moestro.evaluate import generalization_report
+from moestro.recipe.evaluation import about, opened_run, plain_table
+from moestro.recipe.inspection import TOKENS
+from moestro.recipe.syntax import RecipeError
+from moestro.train.checkpoint import read_state
+
+BOUND = "O(4 C R + 2 sqrt((sum of 2 d ln N + d ln 2m + ln(4/delta)) / 2m)), arXiv:2403.17404"
+
+
+def generalization_of_run(
+    run_dir: str | Path,
+    data: str | None = None,
+    device: str | torch.device = "cpu",
+    max_tokens: int | None = TOKENS,
+    checkpoint: str = "newest",
+    settings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What `generalization_report` finds for a run, as JSON values: samples are the training tokens that it read, each
+    once, or windows of them. Gates and inputs are measured on held-out or other text; arguments as for `inspect_run`.
+
+    Raises: RecipeError where `run_dir` is no run, or its model has no mixture layers; CheckpointError without an intact
+    checkpoint.
+    """
+    run = opened_run(run_dir, data, device, checkpoint, settings)
+    if not run.model.moe_layers():
+        raise RecipeError(f"{run.folder}: its model has no mixture layers, and the bound is about what routers select")
+    read = int(read_state(run.checkpoint)["counters"]["tokens"])
+    tokens = read if data is not None else min(read, run.dataset.n_train_tokens)
+    units = {"tokens": tokens, "sequences": max(1, tokens // run.dataset.seq_len)}
+    batches = run.dataset.val_batches(run.batch_size, max_tokens)
+    return {**about(run), **generalization_report(run.model, batches, units, precision=run.precision)}
+
+
+def generalization_table(found: Mapping[str, Any]) -> Group:
+    """What `generalization_of_run` returned, for a terminal."""
+    return Group(_bounds(found), _layers(found["layers"]), _remarks(found))
+
+
+def _bounds(found: Mapping[str, Any]) -> Table:
+    title = f"{found['run']}, step {found['step']:,}: {BOUND}; C = {found['lipschitz']:g}, delta = {found['delta']:g}"
+    titles = ("m counts", "m", "ln N", "router", "no choice", "experts", "spectral *", "total *")
+    table = plain_table(title, titles)
+    for unit, counts in found["bounds"].items():
+        for count, terms in counts.items():
+            keys = ("router", "router_without_patterns", "experts", "experts_spectral", "total")
+            table.add_row(unit, f"{found['units'][unit]:,}", count, *(_number(terms[key]) for key in keys))
+    return table
+
+
+def _layers(layers: Mapping[str, Mapping[str, Any]]) -> Table:
+    titles = ("layer", "T", "k", "mean k", "d", "ln N paper", "ln N exact", "s", "gates", "input", "norms")
+    table = plain_table("layers (gates, input: greatest sum and norm seen; s: sparse factor by tokens)", titles)
+    for name, layer in layers.items():
+        patterns, norms = layer["patterns"], layer["norm_product"]
+        pool = f" of {layer['pool']:,}" if layer["pool"] != layer["n_experts"] else ""
+        table.add_row(
+            name,
+            f"{layer['n_experts']:,}{pool}",
+            "any" if layer["most"] is None else f"{layer['most']:,}",
+            f"{layer['mean_k']:.2f}",
+            f"{layer['dimension']:,}",
+            _number(patterns["paper"]),
+            _number(patterns["exact"]),
+            _number(layer["sparse_factor"].get("tokens")),
+            _number(layer["mixture_mass"]),
+            _number(layer["input_norm"]),
+            _number(None if norms is None else norms["frobenius"]),
+        )
+    return table
+
+
+def _remarks(found: Mapping[str, Any]) -> Table:
+    table = plain_table("* heuristic: what no theorem covers", ("layer", "remark"))
+    for remark in found["heuristic"]:
+        table.add_row("all", remark)
+    for name, layer in found["layers"].items():
+        for remark in layer["heuristic"]:
+            table.add_row(name, remark)
+        if not layer["applicable"]:
+            table.add_row(name, "selections depend on other tokens: there is no bound")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
