@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moestro.experts import FFNBank, GLUSingletonBank, SharedExpert, SingletonBank, ValueBank
-    from moestro.layers import DenseFFN, MoELayer
+    from moestro.experts import FFNBank, GLUSingletonBank, RaggedBank, SharedExpert, SingletonBank, ValueBank
+    from moestro.layers import DenseFFN, InputGatedLayer, MoELayer, SequenceLayer
     from moestro.model import Transformer
-    from moestro.objectives import LoadBalance, ParameterPenalty, RouterEntropy, RouterZLoss
+    from moestro.objectives import LoadBalance, ParameterPenalty, RetrievedParameterPenalty, RouterEntropy, RouterZLoss
     from moestro.routers import CosineScore, LinearScore, ProductKeyRouter, ScoredRouter, Soft, TopK, TopP
     from moestro.routing import Routing, SlotRouting, SoftRouting, SparseRouting, Trace
 
@@ -18,15 +18,19 @@ __all__ = [
     "DenseFFN",
     "FFNBank",
     "GLUSingletonBank",
+    "InputGatedLayer",
     "LinearScore",
     "LoadBalance",
     "MoELayer",
     "ParameterPenalty",
     "ProductKeyRouter",
+    "RaggedBank",
+    "RetrievedParameterPenalty",
     "RouterEntropy",
     "RouterZLoss",
     "Routing",
     "ScoredRouter",
+    "SequenceLayer",
     "SharedExpert",
     "SlotRouting",
     "SingletonBank",

@@ -1,6 +1,7 @@
 """One table of values in several layers, gated by the input (Memory+), and layers one after another: against the
 equations, in float64; the table held, counted, trained and saved once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,12 @@ from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.syntax import RecipeError
 from moestro.routers import LinearScore, ProductKeyRouter, ResidualRouter, TopK
-from moestro.train.optim import build_optimizer
+from moestro.train.optim import build_optimizer, clip_gradients
 from moestro.train.tensors import load_model, load_optimizer, model_tensors, optimizer_tensors
 from tests.conftest import ROOT
 from tests.reference import hmoe, peer, transformer
 from tests.systems.peer_layers import D, copy, random
-from tests.tolerances import FLOAT64
+from tests.tolerances import FLOAT32, FLOAT64
 
 close = torch.testing.assert_close
 HEADS, K, N = 2, 3, 16
@@ -133,6 +134,22 @@ def test_the_optimizer_trains_and_checkpoints_the_table_once(sparse: str) -> Non
     load_optimizer(other, fresh, optimizer_tensors(model, optimizer))
     assert torch.equal(tables(other)[1].values, table.values)
     assert torch.equal(fresh.state[tables(other)[0].values]["exp_avg"], optimizer.state[table.values]["exp_avg"])
+
+
+def test_rows_without_a_gradient_tensor_are_those_with_one() -> None:
+    """`fused_rows`: both layers leave their factors beside the one table, which moves by their sum."""
+    ends, override = [], "model.shared_banks.memory.sparse_gradients=true"
+    for fused in (False, True):
+        model = shared_model(override)
+        optimizer = build_optimizer(model, replace(build_training(load_recipe(RECIPE))[0].optim, fused_rows=fused))
+        tokens = torch.randint(20, (2, 6), generator=torch.Generator().manual_seed(1))
+        model(tokens).logits.square().mean().backward()
+        assert (tables(model)[0].values.grad is None) is fused
+        clip_gradients(model, 1.0)
+        optimizer.step()
+        ends.append(tables(model)[1].values.detach())
+    close(ends[1], ends[0], **FLOAT32)
+    assert (ends[0] != tables(shared_model(override))[0].values).any()
 
 
 def test_active_parameters_count_the_table_once() -> None:
