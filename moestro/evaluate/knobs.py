@@ -18,8 +18,7 @@ KNOBS = ("threshold", "top_k")
 
 def knobs(model: Transformer) -> dict[str, list[Any]]:
     """The parts (selections or routers) that have each knob, in layer order; knobs that none has are left out."""
-    routers = [layer.router for layer in model.moe_layers().values()]
-    parts = [getattr(router, "select", router) for router in routers]
+    parts = [turnable(layer.router) for layer in model.moe_layers().values()]
     found = {knob: [part for part in parts if hasattr(part, knob)] for knob in KNOBS}
     return {knob: having for knob, having in found.items() if having}
 
@@ -40,8 +39,12 @@ def allowed(model: Transformer, knob: str) -> tuple[float, float]:
     if knob == "threshold":
         return 0.0, 1.0
     routers = [layer.router for layer in model.moe_layers().values()]
-    having = [router for router in routers if hasattr(getattr(router, "select", router), knob)]
-    return 1, min(router.most_experts for router in having)
+    return 1, min(router.most_experts for router in routers if hasattr(turnable(router), knob))
+
+
+def turnable(part: Any) -> Any:
+    """What has the knobs: the innermost selection of a router, or the router where it has none."""
+    return turnable(part.select) if hasattr(part, "select") else part
 
 
 @contextmanager

@@ -55,6 +55,9 @@ class Capacity(Select):
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         self.select.reindex(index)
 
+    def most_experts(self, n_experts: int) -> int:
+        return self.select.most_experts(n_experts)
+
     def rows_per_token(self, n_experts: int) -> float:
         return min(self.factor, self.select.rows_per_token(n_experts))
 

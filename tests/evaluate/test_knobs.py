@@ -10,7 +10,7 @@ from moestro.evaluate import evaluate, knobs, quality_curve
 from moestro.evaluate.knobs import allowed, ladder, setting, spending, turned
 from moestro.layers import Layer
 from moestro.model import Attention, Block, Transformer
-from moestro.routers import BiasedRouter, GroupedRouter, Router, Select
+from moestro.routers import BiasedRouter, Capacity, GroupedRouter, Router, Select
 from moestro.routers.groups import GroupLimit
 from tests.train.tiny import Counting, tiny_model
 
@@ -63,6 +63,15 @@ def test_k_goes_up_to_what_the_smallest_groups_hold(router: Callable[[], Router]
         assert spending(model, held_out())["experts"] == 2
     with pytest.raises(ValueError, match="top_k=3, allowed: whole numbers 1 to 2"), turned(model, "top_k", 3):
         pass
+
+
+def test_a_wrapped_selection_has_its_knobs() -> None:
+    chosen, likely = Capacity(TopK(1, limit=GroupLimit(4, 2)), 2.0), Capacity(TopP(0.5), 2.0)
+    model = decoder(scored(chosen), scored(likely))
+    assert allowed(model, "top_k") == (1, 2) and ladder(model, "top_k") == [1, 2]
+    assert setting(model, "threshold") == 0.5
+    with turned(model, "threshold", 0.0), turned(model, "top_k", 2):
+        assert spending(model, held_out())["experts"] == 1.5
 
 
 def test_ladders_hold_the_present_setting() -> None:

@@ -1,0 +1,86 @@
+"""What the study of routing systems trains, and its probe of clusters on layers made by hand."""
+
+import json
+
+import pytest
+import torch
+
+from bench.effects.cluster_probes import cosines, same_cluster, summary
+from bench.effects.routing import EFFECTS, STUDY, SYSTEMS, alikeness, evener, gains_more, stand_in
+from bench.harness import ROOT
+from moestro.experts import FFNBank
+from moestro.layers import MoELayer
+from moestro.recipe.build import build_model, build_training
+from moestro.recipe.load import load_recipe
+from moestro.routers import LinearScore, ScoredRouter, TopK
+
+
+def model(arm: str):
+    chosen = STUDY.arms[arm]
+    keys = {**STUDY.common, **chosen.settings}
+    recipe = load_recipe(ROOT / "recipes" / chosen.recipe, [f"{k}={json.dumps(v)}" for k, v in keys.items()])
+    return build_model(recipe, 512, "meta"), build_training(recipe)
+
+
+def layer(copies: int = 1) -> MoELayer:
+    torch.manual_seed(0)
+    bank = FFNBank(6, [4] * 6)
+    with torch.no_grad():
+        for weight, rows in ((bank.w_in.weight, 8), (bank.w_out.weight, 4)):
+            for e in range(6):
+                weight[e * rows : (e + 1) * rows] = weight[e // copies * copies * rows :][:rows]
+    return MoELayer(ScoredRouter(LinearScore(6, 6, init_std=1.0), TopK(1)), [bank], clusters=3)
+
+
+def test_effects_speak_of_arms_that_are_trained() -> None:
+    assert sum(len(system.arms) for system in SYSTEMS) == len(STUDY.arms)
+    assert {arm for effect in EFFECTS for arm in effect.arms} <= set(STUDY.arms)
+    assert len({effect.id for effect in EFFECTS}) == len(EFFECTS)
+
+
+def test_fine_and_coarse_experts_have_as_many_parameters() -> None:
+    stored = {
+        sum(p.numel() for moe in model(arm)[0].moe_layers().values() for p in moe.bank.parameters())
+        for arm in STUDY.arms
+        if arm.startswith("xmoe")
+    }
+    assert stored == {3 * 2 * 64 * 1024}
+
+
+@pytest.mark.parametrize("n", [16, 64])
+def test_plain_arms_are_without_cluster_loss_and_dropout(n: int) -> None:
+    (with_clusters, training), (plain, other) = model(f"moec-{n}"), model(f"moec-plain-{n}")
+    assert sum(p.numel() for p in with_clusters.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert [name for name, _, _ in training[1]] == ["load_balance", "cluster_variance"] and len(training[2]) == 1
+    assert [name for name, _, _ in other[1]] == ["load_balance"] and not other[2]
+
+
+def test_second_choices_are_compared_with_first() -> None:
+    moe = layer()
+    _, (trace,) = moe(torch.randn(40, 6))
+    order = trace.routing.logits.argsort(dim=-1, descending=True)[:, :2] // 2
+    assert same_cluster(trace, moe.cluster).tolist() == (order[:, 0] == order[:, 1]).tolist()
+    found = summary([trace, trace])
+    assert found["second_choice"] == pytest.approx(float((order[:, 0] == order[:, 1]).double().mean()))
+    assert found["chance"] == pytest.approx(1 / 5)
+
+
+def test_siblings_that_are_copies_are_alike() -> None:
+    x = torch.randn(30, 6)
+    alike = cosines(layer(copies=2).bank, x)
+    same = torch.arange(6)[:, None] // 2 == torch.arange(6)[None] // 2
+    torch.testing.assert_close(alike[same], torch.ones(12, dtype=torch.float64))
+    assert alike[~same].abs().max() < 0.9
+    _, (trace,) = layer(copies=2)(x)
+    found = summary([trace])
+    assert found["siblings"] == pytest.approx(1) and found["strangers"] < 0.9
+
+
+def test_figures_are_differences() -> None:
+    def run(bpb: float, **relatives: float) -> dict:
+        return {"final": {"bpb": bpb}, "relatives": relatives}
+
+    assert gains_more(run(2.0), run(4.0), run(3.0), run(4.0)) == pytest.approx(-0.25)
+    assert evener(run(1, variance=0.25), run(1, variance=1.0)) == -0.75
+    assert stand_in(run(1, second_choice=0.5, chance=0.25)) == 0.25
+    assert alikeness(run(1, siblings=0.5, strangers=-0.25)) == 0.75
