@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moestro.ops import native
-from moestro.ops.huge_pages import request_huge_pages
 
 
 def dots(table: Float[Tensor, "e d"], ids: Int[Tensor, "t k"], x: Float[Tensor, "t d"]) -> Float[Tensor, "t k"]:
@@ -63,8 +62,6 @@ class Segments:
         (`token_of[order]`), `coefficient` is not."""
         shape = (self.n_rows, source.shape[1])
         out = torch.empty(len(self.rows), shape[1]) if self.sparse else torch.zeros(shape)
-        # zeros of this size are not written yet either: to make pages is half of the work, and huge ones are fewer
-        request_huge_pages(out)
         where = torch.arange(len(self.rows)) if self.sparse else self.rows
         factors = source.contiguous().float(), token.contiguous(), coefficient.contiguous().float()
         bounds = native.even_parts(len(self.rows))
