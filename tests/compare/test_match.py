@@ -9,6 +9,7 @@ from moestro.compare.plan import load_comparison
 from moestro.recipe.build import build_model
 from moestro.recipe.syntax import RecipeError
 from tests.compare.comparisons import COMPARISON, write_comparison
+from tests.conftest import ROOT
 
 VOCABULARY = 257
 
@@ -35,6 +36,14 @@ def test_sizes_buy_the_asked_tokens_a_parameter(tmp_path):
 
         neighbours = [d_model for d_model in (size.d_model - 8, size.d_model + 8) if d_model]
         assert all(distance(size.d_model) < distance(d_model) for d_model in neighbours)
+
+
+def test_memories_and_experts_behind_product_keys_cost_what_the_dense_model_costs():
+    plan = load_comparison(ROOT / "recipes" / "compare" / "memories.yaml")
+    found = sizes(plan, plan.budgets[0], 2048)
+    assert len(found) == 2 and len(plan.arms) == 5
+    for size in found:
+        assert all(abs(match(plan, arm, size, 2048).error) < 0.02 for arm in plan.arms)
 
 
 def test_ratios_that_fall_together_are_refused(tmp_path):
