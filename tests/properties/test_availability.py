@@ -68,7 +68,9 @@ def test_objectives_stay_finite_and_teach_them_nothing(select, objective):
     try:
         value = PARTS["objectives"][objective]()(moe(x)[1][0])
     except ValueError as error:
-        pytest.skip(f"does not go with {select}: {error}")
+        # it needs another selection or layer, and says which
+        assert str(error).startswith(f"{objective} ")
+        return
     names = dict(moe.router.named_parameters())
     found = torch.autograd.grad(value, [x, *names.values()], allow_unused=True)
     assert torch.isfinite(value)
