@@ -58,7 +58,7 @@ STUDY = Study(
         ),
     },
     probes={"history": routing_history, "difficulty": difficulty},
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2, 3),
 )
 
 
