@@ -43,8 +43,8 @@ def summary(traces: list[Trace]) -> dict[str, float]:
         "variance": variance,
         "second_choice": second,
         "chance": float(same[off].double().mean()),
-        "siblings": float(alike[same & off].mean()),
-        "strangers": float(alike[~same].mean()),
+        "siblings": alike[same & off].mean().item(),
+        "strangers": alike[~same].mean().item(),
     }
 
 

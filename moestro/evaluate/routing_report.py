@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.cost import NOTHING
 from moestro.data import Batch
 from moestro.evaluate.perplexity import evaluating
 from moestro.evaluate.scoring import exact_dtype, score
@@ -31,6 +32,8 @@ class LayerUsage:
         self.experts: list[np.ndarray] = []
         self.width: list[np.ndarray] = []
         self.different = 0.0
+        self.rows = self.wanted = 0
+        self.flops = NOTHING
 
     def add(self, trace: Trace) -> None:
         """Count one trace."""
@@ -38,6 +41,10 @@ class LayerUsage:
         self.load = self.load + trace.routing.load().to(exact)
         self.gates = self.gates + trace.routing.importance().to(exact)
         self.routed += trace.routing.n_tokens
+        wanted = getattr(trace.routing, "wanted", None)
+        self.rows += trace.routing.n_rows
+        self.wanted += trace.routing.n_rows if wanted is None else int(wanted.sum())
+        self.flops = self.flops + trace.layer.flops(trace.routing).item()
         self.different += float(trace.different_experts().sum())
         self.experts.append(trace.experts_per_token().float().cpu().numpy())
         self.width.append(trace.active_width().float().cpu().numpy())
@@ -54,6 +61,8 @@ class LayerUsage:
             "widths": expert_widths(self.layer, len(load)) if listed else None,
             "load": load.tolist() if listed else None,
             "load_histogram": None if listed else histogram(load),
+            "rows": {"wanted": self.wanted, "useful": self.rows},
+            "flops": {"useful": self.flops.useful, "computed": self.flops.computed},
             "experts_per_token": spread(experts),
             "different_experts": self.different / max(1, len(experts)),
             "active_width": spread(np.concatenate(self.width)),
@@ -69,7 +78,8 @@ def routing_report(
     """Figures of every mixture layer over all batches, by the layer's name in the model.
 
     `load`: rows (tokens) each expert computed. `routed`: tokens that reached this layer, or parts of tokens; `tokens`
-    are the model's. `experts_per_token` and `active_width`: mean, p50, p99 over the model's tokens;
+    are the model's. `rows`: what tokens asked for, and what is left where a capacity drops some; `flops`: forward FLOPs
+    of the layer, useful and computed. `experts_per_token` and `active_width`: mean, p50, p99 over the model's tokens;
     `different_experts`: mean number of different ones among them, where the parts of a token may share experts.
     `unevenness`: KL of the experts' shares of the gates from uniform, in nats; `usage`: share of experts that got any
     gate; both as in PEER (He 2024, arXiv:2407.04153, Table 2) and both dependent on `tokens`, so report it with them.

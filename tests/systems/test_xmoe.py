@@ -10,8 +10,10 @@
 import pytest
 import torch
 
+from moestro.evaluate import routing_report
 from moestro.experts import FFNBank
 from moestro.layers import MoELayer
+from moestro.model import Attention, Block, Transformer
 from moestro.objectives import FirstChoiceBalance
 from moestro.ops import backend
 from moestro.recipe.build import build_model, build_training
@@ -22,6 +24,7 @@ from moestro.routing.capacity import limited, row_usage, rows_allowed
 from tests.conftest import ROOT
 from tests.reference import xmoe as reference
 from tests.tolerances import FLOAT64
+from tests.train.tiny import VOCABULARY, WIDTH, Counting
 
 D, E, W, T = 6, 10, 3, 40
 RECIPES = ROOT / "recipes"
@@ -219,6 +222,21 @@ def test_rows_are_counted_as_wanted_useful_and_of_fixed_shape() -> None:
     assert moe.flops(trace.routing).item().useful == 2 * T * D * E + usage.useful * 4 * D * W
     dropless = layer(factor=None)(x)[1][0].routing
     assert row_usage(dropless, T).wanted == dropless.n_rows and row_usage(dropless, T).starved == 0
+
+
+def test_reports_show_rows_wanted_and_useful_and_flops_of_both_kinds() -> None:
+    torch.manual_seed(0)
+    select = Capacity(TopP(0.9), 1.0, eval_factor=1.0)
+    moe = MoELayer(ScoredRouter(LinearScore(WIDTH, 6, init_std=1.0), select), [FFNBank(WIDTH, [3] * 6)])
+    block = Block(WIDTH, Attention(WIDTH, n_heads=2), moe)
+    model = Transformer(VOCABULARY, WIDTH, [block], allow_non_causal=True)
+    (figures,) = routing_report(model, Counting().val_batches(4)).values()
+    assert figures["rows"]["useful"] == sum(figures["load"]) < figures["rows"]["wanted"]
+    useful = figures["rows"]["useful"] * 6 * WIDTH * 3 + figures["tokens"] * 2 * WIDTH * 6
+    assert figures["flops"] == {"useful": useful, "computed": useful}
+    select.eval_factor = None
+    (figures,) = routing_report(model, Counting().val_batches(4)).values()
+    assert figures["rows"]["useful"] == figures["rows"]["wanted"]
 
 
 def test_values_are_checked() -> None:
