@@ -46,8 +46,8 @@ def options() -> argparse.Namespace:
     return parsed
 
 
-def command(asked: argparse.Namespace, out: Path) -> list[str]:
-    """Train, or go on training, in `out`."""
+def command(asked: argparse.Namespace, out: Path, save_every: int) -> list[str]:
+    """Train, or go on training, in `out`; every run is saved at its end."""
     texts = {
         f"data.{key}": f"{{kind: text, split: heading, paths: {asked.text.resolve() / name}.txt}}"
         for key, name in (("source", "train"), ("val_source", "valid"))
@@ -55,8 +55,9 @@ def command(asked: argparse.Namespace, out: Path) -> list[str]:
     settings = {
         **texts,
         "train.budget": f"{{steps: {asked.steps}}}",
-        "train.save_every": asked.steps // 2,
-        "train.eval_every": asked.steps // 2,
+        "train.save_every": save_every,
+        "train.eval_every": 0,
+        "train.eval_tokens": 16_384,
         "train.seed": asked.seed,
         "train.tensorboard": "false",
     }
@@ -64,10 +65,10 @@ def command(asked: argparse.Namespace, out: Path) -> list[str]:
     return [sys.executable, "-m", "moestro", "train", RECIPE, *words, *asked.overrides, "--out", str(out)]
 
 
-def trained(asked: argparse.Namespace, out: Path, kill_at: int | None = None) -> float:
+def trained(asked: argparse.Namespace, out: Path, save_every: int = 0, kill_at: int | None = None) -> float:
     """Run the command to its end, or until step `kill_at` is done; returns the largest resident memory in GiB."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command(asked, out), cwd=ROOT, env=environment)
+    process = subprocess.Popen(command(asked, out, save_every), cwd=ROOT, env=environment)
     if kill_at is not None:
         while len(step_lines(out)) < kill_at:
             time.sleep(0.02)
@@ -123,7 +124,7 @@ def main() -> None:
     shutil.rmtree(asked.folder, ignore_errors=True)
     whole, killed = asked.folder / "whole", asked.folder / "killed"
     kill_at = asked.steps // 2 + max(1, asked.steps // 20)
-    memory = [trained(asked, whole), trained(asked, killed, kill_at)]
+    memory = [trained(asked, whole), trained(asked, killed, asked.steps // 2, kill_at)]
     if not list_checkpoints(killed / "checkpoints"):
         sys.exit("the second run was killed before its first checkpoint")
     memory.append(trained(asked, killed))
