@@ -41,13 +41,15 @@ class Row:
     spread: tuple[float, float]
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The options that every script under bench/ has."""
+def arguments(description: str, **flags: str) -> argparse.Namespace:
+    """The options that every script under bench/ has, and switches of its own: name and help."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="smaller shapes, under a minute on 2 cores")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each side")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     torch.manual_seed(parsed.seed)

@@ -7,7 +7,7 @@ experts and torch's grouped product (padded to the widest), our own plain torch 
 the upper bound. The routing is given; every side sorts it for itself. Rates stand beside those of a product of 8192^3
 and a copy, measured in the same rounds; caches are flushed before every call. First calls have rows of their own.
 
-    python -m bench.hmoe_gpu [--quick] [--json PATH]
+    python -m bench.hmoe_gpu [--quick] [--tune] [--json PATH]
 
 Without a GPU, with TRITON_INTERPRET=1 set, it runs tiny layers in Triton's interpreter and checks that all agree; the
 times of an interpreter mean nothing and are not written.
@@ -203,6 +203,23 @@ def measure(
     ), absent
 
 
+def tune_for(case: Case, device: torch.device, dtype: torch.dtype) -> None:
+    """Choose tile sizes for one case by measuring forward + backward."""
+    from triton.testing import do_bench
+
+    from moestro.ops.triton_ffn_tuning import candidates, choose_blocks, kind, tune
+
+    moe = layer(case, device, dtype)
+    x = torch.randn(case.tokens, case.d, device=device, dtype=dtype, requires_grad=True)
+    ours = Forced(moe, "triton")
+    shape = case.tokens * case.top_k, len(case.widths), case.d, max(case.widths), dtype
+    this = kind(*shape, torch.cuda.get_device_name(device))
+    best = tune(
+        this, gradients(partial(answer, ours, x), [x, *ours.parameters()]), candidates(choose_blocks(*shape)), do_bench
+    )
+    print(f"{case.name}: {best}", file=sys.stderr)
+
+
 def leaves_of(module: nn.Module) -> list[Tensor]:
     return list(module.parameters()) if isinstance(module, Forced | DenseFFN) else leaves(module)
 
@@ -215,16 +232,19 @@ def busy_share(moe: MoELayer) -> float:
 
 
 def main() -> None:
-    options: argparse.Namespace = arguments(__doc__.splitlines()[0])
+    tuning = "first measure the tile sizes worth trying for each case, and keep the best on disk"
+    options: argparse.Namespace = arguments(__doc__.splitlines()[0], tune=tuning)
     gpu = torch.cuda.is_available()
-    if not gpu and options.json:
-        sys.exit("no GPU: the times of Triton's interpreter mean nothing and are not written; leave out --json")
+    if not gpu and (options.json or options.tune):
+        sys.exit("no GPU: the times of Triton's interpreter mean nothing; leave out --json and --tune")
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
     rounds = (10 if options.quick else 50) if gpu else 2
     large, small = cases(gpu, options.quick)
     rows: list[Row] = []
     absent: list[str] = []
     for case, decode in [(case, False) for case in large] + [(case, True) for case in small]:
+        if options.tune:
+            tune_for(case, device, dtype)
         more, missing = measure(case, device, dtype, rounds, decode)
         rows += more
         absent += [line for line in missing if line not in absent]

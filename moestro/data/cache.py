@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -11,11 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ABANDONED_AFTER = 6 * 3600  # seconds without a write
-
-
-def cache_root() -> Path:
-    """$MOESTRO_CACHE, or ~/.cache/moestro."""
-    return Path(os.environ.get("MOESTRO_CACHE") or Path.home() / ".cache" / "moestro")
 
 
 def digest(*parts: object) -> str:

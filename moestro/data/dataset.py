@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moestro.data.batches import Batch, Windows
-from moestro.data.cache import appearing, cache_root, digest
+from moestro.data.cache import appearing, digest
 from moestro.data.corpus import Corpus
 from moestro.data.progress import progress_bar
 from moestro.data.shards import FORMAT, open_shard, read_meta, write_shards
 from moestro.data.sources import Source
 from moestro.data.tokenizers import BPETokenizer, Tokenizer, load_tokenizer
+from moestro.ops.cache_folder import cache_root
 
 
 class TokenData:

@@ -16,7 +16,7 @@ from moestro.ops.activations import activation as find
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Rows of the plan that `triton_ffn_plan` writes; known here too, so that shapes need no Triton.
-_PLAN_ROWS = 8
+_PLAN_ROWS = 9
 
 
 def expert_ffn(
@@ -46,9 +46,11 @@ def expert_ffn(
     if options.exact:
         capacity = int((offsets.diff() * torch.tensor(padded, device=offsets.device)).sum())
     differentiable = any(v.requires_grad for v in (x, weight, w_in, w_out)) and torch.is_grad_enabled()
+    # an expert's mean number of rows times so much; with few experts no expert can have more
+    split = backend.SPLIT_FROM * -(-len(token) // len(widths)) if options.split else 0
     return _forward(
         x, token, weight, offsets, _layout(widths, x.device), w_in, w_out,
-        capacity, max(widths), activation, differentiable and not options.recompute,
+        capacity, max(widths), activation, differentiable and not options.recompute, split,
     )[0]  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def _cached_layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
 @torch.library.custom_op("moestro::triton_expert_ffn", mutates_args=())
 def _forward(
     x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor,
-    capacity: int, widest: int, activation: str, save_z: bool,
+    capacity: int, widest: int, activation: str, save_z: bool, split: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y; z where it is to be saved, else empty; rows by token and where each token's begin; the plan."""
     blocks = _blocks(x, token, offsets, widest)
@@ -97,7 +99,7 @@ def _forward(
     gates = _gates(w_in, w_out)
     sorted_token, order = token.sort(stable=True)
     starts = torch.searchsorted(sorted_token, torch.arange(len(x) + 1, device=x.device))
-    plan = make_plan(offsets, experts, x.shape[1], blocks)
+    plan = make_plan(offsets, experts, x.shape[1], blocks, split)
     z = x.new_empty(capacity * gates if save_z else 0)
     hidden, rows = x.new_empty(capacity), x.new_empty(len(token), x.shape[1])
     kernels.up(x, token, w_in, plan, z if save_z else None, hidden, activation, gates, blocks)
@@ -106,7 +108,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, token, weight, offsets, experts, w_in, w_out, capacity, widest, activation, save_z):
+def _(x, token, weight, offsets, experts, w_in, w_out, capacity, widest, activation, save_z, split):
     gates = _gates(w_in, w_out)
     plan = offsets.new_empty(_PLAN_ROWS, offsets.shape[0], dtype=torch.int64)
     order, starts = (token.new_empty(n, dtype=torch.int64) for n in (token.shape[0], x.shape[0] + 1))
@@ -117,7 +119,7 @@ def _(x, token, weight, offsets, experts, w_in, w_out, capacity, widest, activat
 @torch.library.custom_op("moestro::triton_expert_ffn_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor, w_in: Tensor, w_out: Tensor, z: Tensor,
-    order: Tensor, starts: Tensor, plan: Tensor, capacity: int, widest: int, activation: str,
+    order: Tensor, starts: Tensor, plan: Tensor, capacity: int, widest: int, activation: str, split: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, w_in and w_out."""
     from moestro.ops import triton_ffn_backward as backward
@@ -133,19 +135,21 @@ def _backward(
     partial = x.new_zeros(len(token), -(-widest // blocks.units), dtype=torch.float32)
     backward.hidden_gradients(dy, token, weight, w_out, plan, z, dz, scaled, partial, activation, gates, blocks)
     dw_in, dw_out, dx_rows = torch.empty_like(w_in), torch.empty_like(w_out), x.new_empty(len(token), x.shape[1])
-    backward.weight_gradients(scaled, dy, token, plan, dw_out, 1, blocks)
-    backward.weight_gradients(dz, x, token, plan, dw_in, gates, blocks)
+    units = backward.part_units(len(token), widest, split)
+    work = x.new_empty(units * gates * x.shape[1], dtype=torch.float32) if units else None
+    backward.weight_gradients(scaled, dy, token, plan, dw_out, 1, blocks, split, work)
+    backward.weight_gradients(dz, x, token, plan, dw_in, gates, blocks, split, work)
     forward.down(dz, w_in, plan, dx_rows, gates, blocks)
     return forward.combine(dx_rows, None, order, starts), partial.sum(1).to(weight.dtype), dw_in, dw_out
 
 
 @_backward.register_fake
-def _(dy, x, token, weight, offsets, w_in, w_out, z, order, starts, plan, capacity, widest, activation):
+def _(dy, x, token, weight, offsets, w_in, w_out, z, order, starts, plan, capacity, widest, activation, split):
     return tuple(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, weight, w_in, w_out))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, token, weight, offsets, _, w_in, w_out, ctx.capacity, ctx.widest, ctx.activation, _ = inputs
+    x, token, weight, offsets, _, w_in, w_out, ctx.capacity, ctx.widest, ctx.activation, _, ctx.split = inputs
     _, *rest = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*rest)
@@ -153,8 +157,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dy, *_):
-    dx, dweight, dw_in, dw_out = _backward(dy, *ctx.saved_tensors, ctx.capacity, ctx.widest, ctx.activation)
-    return dx, None, dweight, None, None, dw_in, dw_out, None, None, None, None
+    known = ctx.capacity, ctx.widest, ctx.activation, ctx.split
+    dx, dweight, dw_in, dw_out = _backward(dy, *ctx.saved_tensors, *known)
+    return dx, None, dweight, None, None, dw_in, dw_out, *[None] * 5
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -186,9 +191,9 @@ def _gates(w_in: Tensor, w_out: Tensor) -> int:
 def _blocks(x: Tensor, token: Tensor, offsets: Tensor, widest: int):
     """Tile sizes for these shapes, the same in both directions."""
     _check_device(x)
-    from moestro.ops.triton_ffn_plan import choose_blocks
+    from moestro.ops.triton_ffn_tuning import blocks_for
 
-    return choose_blocks(len(token), len(offsets) - 1, x.shape[1], widest, x.dtype)
+    return blocks_for(len(token), len(offsets) - 1, x.shape[1], widest, x.dtype, x.device)
 
 
 def _check_dtype(x: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from moestro.ops.triton_ffn_forward import _act, precision
 from moestro.ops.triton_ffn_plan import (
     _GROUP,
+    _PARTS,
     _UP,
     _WEIGHT,
     _WEIGHT_ORDER,
@@ -19,6 +20,7 @@ from moestro.ops.triton_ffn_plan import (
     _expert,
     _owner,
     _padded,
+    _parts,
     _place,
     launch,
     programs,
@@ -42,18 +44,33 @@ def hidden_gradients(
 
 
 def weight_gradients(
-    left: Tensor, source: Tensor, token: Tensor, plan: Tensor, out: Tensor, gates: int, blocks: Blocks
-) -> None:
+    left: Tensor, source: Tensor, token: Tensor, plan: Tensor, out: Tensor, gates: int, blocks: Blocks,
+    split: int, work: Tensor | None,
+) -> None:  # fmt: skip
     """Sum over an expert's rows n of left_n^T source_token[n]: B2 with (weight * hidden, dy), B4 with (dz, x).
 
-    Experts without rows get zeros.
+    Experts without rows get zeros. Experts with more than `split` rows are summed in parts to `work` (float32, room as
+    `part_units` says), which a second pass adds up, always in the same order; without `work` nothing is split.
     """
-    n_experts = plan.shape[1] - 1
+    n_experts, d = plan.shape[1] - 1, out.shape[1]
+    split = 0 if work is None else split
     launch(
-        _weight_gradients_kernel, programs(out.device), left, source, token, plan, out, out.shape[1], n_experts,
+        _weight_gradients_kernel, programs(out.device), left, source, token, plan, out, out if work is None else work,
+        d, n_experts, split,
         GATES=gates, PRECISION=precision(), BU=blocks.units, BD=blocks.model, BK=blocks.inner, GROUP=_GROUP,
-        STEPS=search_steps(n_experts), **blocks.weight_options(),
+        SPLITS=work is not None, STEPS=search_steps(n_experts), **blocks.weight_options(),
     )  # fmt: skip
+    if work is not None:
+        launch(
+            _sum_parts_kernel, programs(out.device), work, plan, out, d, n_experts, split,
+            GATES=gates, BU=blocks.units, BD=blocks.model,
+        )  # fmt: skip
+
+
+def part_units(n_rows: int, widest: int, split: int) -> int:
+    """Units of all partial weight gradients, at most: an expert with more than `split` rows has one part for each that
+    is full, and one more."""
+    return 2 * (n_rows // split) * widest if split else 0
 
 
 @triton.jit
@@ -135,32 +152,73 @@ def _through_hidden(g, gate, z, dz, scaled, first, column, n, w, GATES: tl.const
 
 @triton.jit
 @no_type_check
-def _weight_gradients_kernel(left, source, token, plan, out, d: tl.constexpr, n_experts,
+def _weight_gradients_kernel(left, source, token, plan, out, work, d: tl.constexpr, n_experts, split,
                              GATES: tl.constexpr, PRECISION: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr,
-                             BK: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+                             BK: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+                             STEPS: tl.constexpr):  # fmt: skip
     stride = n_experts + 1
     prefix = plan + _WEIGHT * stride
     for tile in range(tl.program_id(0), tl.load(prefix + n_experts).to(tl.int32), tl.num_programs(0)):
         slot = _owner(prefix, n_experts, tile, STEPS)
-        row, n, unit, w, start = _expert(plan, stride, tl.load(plan + _WEIGHT_ORDER * stride + slot))
+        e = tl.load(plan + _WEIGHT_ORDER * stride + slot)
+        row, n, unit, w, start = _expert(plan, stride, e)
         local = tile - tl.load(prefix + slot).to(tl.int32)
+        first = 0
+        last = n
+        if SPLITS:
+            parts = _parts(n, split)
+            part = local % parts
+            local = local // parts
+            first = part * split
+            last = tl.where(parts > 1, tl.minimum(n, first + split), n)
         i, j = _place(local, tl.cdiv(w, BU), tl.cdiv(d, BD), GROUP)
         u = i * BU + tl.arange(0, BU)
         c = j * BD + tl.arange(0, BD)
         w8 = _padded(w)
         gate = tl.zeros((BU, BD), tl.float32)
         value = tl.zeros((BU, BD), tl.float32)
-        for k in range(0, n, BK):
+        for k in range(first, last, BK):
             r = k + tl.arange(0, BK)
-            t = tl.load(token + row + r, mask=r < n, other=0).to(tl.int64)
-            b = tl.load(source + (t * d)[:, None] + c[None, :], mask=(r < n)[:, None] & (c < d)[None, :], other=0.0)
+            t = tl.load(token + row + r, mask=r < last, other=0).to(tl.int64)
+            b_ok = (r < last)[:, None] & (c < d)[None, :]
+            b = tl.load(source + (t * d)[:, None] + c[None, :], mask=b_ok, other=0.0)
             a_at = left + ((start + r.to(tl.int64) * w8) * GATES)[None, :] + u[:, None]
-            a_ok = (u < w8)[:, None] & (r < n)[None, :]
+            a_ok = (u < w8)[:, None] & (r < last)[None, :]
             gate = tl.dot(tl.load(a_at, mask=a_ok, other=0.0), b, gate, input_precision=PRECISION)
             if GATES == 2:
                 value = tl.dot(tl.load(a_at + w8, mask=a_ok, other=0.0), b, value, input_precision=PRECISION)
-        at = out + ((unit * GATES + u) * d)[:, None] + c[None, :]
         ok = (u < w)[:, None] & (c < d)[None, :]
+        at = out + ((unit * GATES + u) * d)[:, None] + c[None, :]
+        if SPLITS:
+            ok_here = ok & (parts == 1)
+            before = tl.load(plan + _PARTS * stride + e) + part.to(tl.int64) * w
+            work_at = work + ((before * GATES + u) * d)[:, None] + c[None, :]
+            tl.store(work_at, gate, mask=ok & (parts > 1))
+            if GATES == 2:
+                tl.store(work_at + w.to(tl.int64) * d, value, mask=ok & (parts > 1))
+            ok = ok_here
         tl.store(at, gate.to(out.dtype.element_ty), mask=ok)
         if GATES == 2:
             tl.store(at + w.to(tl.int64) * d, value.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+@no_type_check
+def _sum_parts_kernel(work, plan, out, d: tl.constexpr, n_experts, split, GATES: tl.constexpr, BU: tl.constexpr,
+                      BD: tl.constexpr):  # fmt: skip
+    columns = tl.cdiv(d, BD)
+    for e in range(0, n_experts):
+        row, n, unit, w, start = _expert(plan, n_experts + 1, e)
+        parts = _parts(n, split)
+        if parts > 1:
+            size = w.to(tl.int64) * GATES
+            before = tl.load(plan + _PARTS * (n_experts + 1) + e) * GATES
+            for tile in range(tl.program_id(0), tl.cdiv(w * GATES, BU) * columns, tl.num_programs(0)):
+                u = tile // columns * BU + tl.arange(0, BU)
+                c = tile % columns * BD + tl.arange(0, BD)
+                ok = (u < size)[:, None] & (c < d)[None, :]
+                total = tl.zeros((BU, BD), tl.float32)
+                for part in range(0, parts):
+                    total += tl.load(work + ((before + part * size + u) * d)[:, None] + c[None, :], mask=ok, other=0.0)
+                at = out + ((unit * GATES + u) * d)[:, None] + c[None, :]
+                tl.store(at, total.to(out.dtype.element_ty), mask=ok)

@@ -55,7 +55,7 @@ def up(x: Tensor, rows: Rows, w_in: Tensor, activation: str, gates: int) -> Tens
 def down(hidden: Tensor, rows: Rows, w_out: Tensor) -> Tensor:
     """Parts of hidden_n W_out,e for every row, [n, parts, d] in float32; parts that an expert lacks are not written."""
     n, d, size = len(rows.token), w_out.shape[1], sizes()
-    parts = triton.cdiv(rows.widest, size.split)
+    parts = -(-rows.widest // size.split)
     partial = hidden.new_empty(n, parts, d, dtype=torch.float32)
     if partial.numel():
         _few_down_kernel[(n, triton.cdiv(d, size.down_columns), parts)](

@@ -1,6 +1,6 @@
 """Which program computes which tile of which expert: a table built on the device, and how kernels read it.
 
-The plan is int64 [8, n_experts + 1]. Kernels are persistent: program p computes tiles p, p + programs, ... and finds
+The plan is int64 [9, n_experts + 1]. Kernels are persistent: program p computes tiles p, p + programs, ... and finds
 the expert of a tile by binary search, so that nothing about the routing is ever known on the host.
 """
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction  # pyright: ignore[reportMissingImports]
 
 # Rows of the plan: first row and first unit of each expert, where its hidden rows start; tiles before each expert of
-# the three kinds; which expert comes how many-th among the tiles of the last two kinds.
+# the three kinds; which expert comes how many-th among the tiles of the last two kinds; units before each expert's
+# partial weight gradients, which experts with more rows than `split` have.
 _ROWS = tl.constexpr(0)
 _UNITS = tl.constexpr(1)
 _START = tl.constexpr(2)
@@ -23,7 +24,8 @@ _DOWN = tl.constexpr(4)
 _WEIGHT = tl.constexpr(5)
 _DOWN_ORDER = tl.constexpr(6)
 _WEIGHT_ORDER = tl.constexpr(7)
-N_PLAN_ROWS = 8
+_PARTS = tl.constexpr(8)
+N_PLAN_ROWS = 9
 
 # Programs under the interpreter: more than one, so that each skips tiles.
 _INTERPRETED_PROGRAMS = 3
@@ -97,10 +99,10 @@ def launch(kernel: Any, n_programs: int, *arguments: Any, **constants: Any) -> N
     kernel[(n_programs,)](*arguments, **constants)
 
 
-def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks) -> Tensor:
+def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks, split: int) -> Tensor:
     """The plan of a routing with row bounds `offsets` for experts laid out as `experts` (int64
     [2, n_experts + 1]: first units; the experts in the order of their tiles), without host
-    synchronisation.
+    synchronisation. Weight gradients are summed in parts of `split` rows where an expert has more; 0: never.
 
     Tiles of one kind cost what their expert's width (rows x width products) or number of rows (weight gradients)
     makes them cost; the dearest come first, which evens out when programs finish.
@@ -109,7 +111,7 @@ def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks) ->
     plan = offsets.new_empty(N_PLAN_ROWS, n_experts + 1)
     busiest_first = offsets.diff().argsort(descending=True, stable=True)
     launch(
-        _plan_kernel, 1, offsets, experts, busiest_first, plan, d_model, n_experts,
+        _plan_kernel, 1, offsets, experts, busiest_first, plan, d_model, n_experts, split,
         BM=blocks.rows, BU=blocks.units, BD=blocks.model, BLOCK=triton.next_power_of_2(n_experts + 1),
     )  # fmt: skip
     return plan
@@ -117,7 +119,7 @@ def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks) ->
 
 @triton.jit
 @no_type_check
-def _plan_kernel(offsets, experts, busiest_first, plan, d, n_experts,
+def _plan_kernel(offsets, experts, busiest_first, plan, d, n_experts, split,
                  BM: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     i = tl.arange(0, BLOCK)
     inside = i < n_experts
@@ -131,6 +133,8 @@ def _plan_kernel(offsets, experts, busiest_first, plan, d, n_experts,
     tl.store(plan + _UNITS * stride + i, unit, mask=here)
     _store_before(plan + _START * stride + i, n * _padded(w), here)
     _store_before(plan + _UP * stride + i, tl.cdiv(n, BM) * tl.cdiv(w, BU), here)
+    parts = _parts(n, split)
+    _store_before(plan + _PARTS * stride + i, tl.where(parts > 1, parts * w, 0), here)
     columns = tl.cdiv(d, BD)
     e = tl.load(experts + stride + i, mask=inside, other=0)
     n = tl.where(inside, tl.load(offsets + e + 1) - tl.load(offsets + e), 0)
@@ -138,7 +142,8 @@ def _plan_kernel(offsets, experts, busiest_first, plan, d, n_experts,
     tl.store(plan + _DOWN_ORDER * stride + i, e, mask=here)
     e = tl.load(busiest_first + i, mask=inside, other=0)
     w = tl.where(inside, tl.load(experts + e + 1) - tl.load(experts + e), 0)
-    _store_before(plan + _WEIGHT * stride + i, tl.cdiv(w, BU) * columns, here)
+    parts = _parts(tl.load(offsets + e + 1) - tl.load(offsets + e), split)
+    _store_before(plan + _WEIGHT * stride + i, tl.cdiv(w, BU) * columns * parts, here)
     tl.store(plan + _WEIGHT_ORDER * stride + i, e, mask=here)
 
 
@@ -147,6 +152,13 @@ def _plan_kernel(offsets, experts, busiest_first, plan, d, n_experts,
 def _store_before(at, count, mask):
     """Sum of the counts before each."""
     tl.store(at, tl.cumsum(count, 0) - count, mask=mask)
+
+
+@triton.jit
+@no_type_check
+def _parts(n, split):
+    """Parts in which n rows are summed for a weight's gradient: one, or as many as have `split` rows."""
+    return tl.where((split > 0) & (n > split), (n + split - 1) // tl.maximum(split, 1), 1)
 
 
 @triton.jit

@@ -25,9 +25,9 @@ from moestro.data import (
     TokenData,
     zlib_bpb,
 )
-from moestro.data import cache as cache_module
 from moestro.data import shards as shards_module
 from moestro.data.corpus import Corpus, is_held_out
+from moestro.ops.cache_folder import cache_root
 from tests.data.build import build, jsonl, only
 from tests.data.tokenizer_files import metaspace
 
@@ -93,7 +93,7 @@ def test_the_cache_folder_is_the_environments(stories: Path, tmp_path: Path, mon
     monkeypatch.setenv("MOESTRO_CACHE", str(tmp_path / "mine"))
     assert build(stories, None).folder.parent == tmp_path / "mine" / "tokens"
     monkeypatch.delenv("MOESTRO_CACHE")
-    assert cache_module.cache_root() == Path.home() / ".cache" / "moestro"
+    assert cache_root() == Path.home() / ".cache" / "moestro"
 
 
 def test_a_validation_source_of_its_own(stories: Path, tmp_path: Path):

@@ -32,9 +32,10 @@ blocks = plan.choose_blocks(rows, experts, d, widest, getattr(torch, dtype))
 data = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
 numbers = ("token", "plan", "order", "starts", "offsets", "experts", "busiest_first", "expert", "units")
 types = dict.fromkeys(numbers, "*i64") | {"partial": "*fp32", "work": "*fp32"}
-types |= dict.fromkeys(("n_experts", "n_partial", "n_rows", "widest", "parts"), "i32")
+types |= dict.fromkeys(("n_experts", "n_partial", "n_rows", "widest", "parts", "split"), "i32")
 constants = {
     "d": d, "GATES": gates, "ACT": activation, "PRECISION": precision, "GROUP": 8, "SAVE_Z": True, "SAVE_HIDDEN": True,
+    "SPLITS": True,
     "STEPS": plan.search_steps(experts), "WEIGHTED": True, "BM": blocks.rows, "BU": blocks.units, "BD": blocks.model,
     "BK": blocks.inner, "BLOCK": triton.next_power_of_2(experts + 1),
 }
@@ -44,6 +45,7 @@ row, weight = blocks.row_options(), blocks.weight_options()
 kernels = [
     (plan._plan_kernel, {}), (forward._up_kernel, row), (forward._down_kernel, row), (forward._combine_kernel, {}),
     (backward._hidden_gradients_kernel, row), (backward._weight_gradients_kernel, weight),
+    (backward._sum_parts_kernel, {}),
 ]
 size = few.sizes()
 few_constants = constants | {"BU": size.up_units, "BK": size.up_columns, "BD": size.down_columns, "SPLIT": size.split}
@@ -87,7 +89,7 @@ def test_kernels_compile_for_sm90(case, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     made = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(made) == 9 and all(kernel["binary"] for kernel in made)
+    assert len(made) == 10 and all(kernel["binary"] for kernel in made)
     assert not any(kernel["atomics"] for kernel in made)
     assert max(kernel["shared"] for kernel in made) <= SHARED_MEMORY
     products = [kernel for kernel in made if kernel["kernel"] in PRODUCTS]
