@@ -188,18 +188,22 @@ def _weight_gradients_kernel(left, source, token, plan, out, work, d: tl.constex
             if GATES == 2:
                 value = tl.dot(tl.load(a_at + w8, mask=a_ok, other=0.0), b, value, input_precision=PRECISION)
         ok = (u < w)[:, None] & (c < d)[None, :]
-        at = out + ((unit * GATES + u) * d)[:, None] + c[None, :]
         if SPLITS:
-            ok_here = ok & (parts == 1)
             before = tl.load(plan + _PARTS * stride + e) + part.to(tl.int64) * w
-            work_at = work + ((before * GATES + u) * d)[:, None] + c[None, :]
-            tl.store(work_at, gate, mask=ok & (parts > 1))
-            if GATES == 2:
-                tl.store(work_at + w.to(tl.int64) * d, value, mask=ok & (parts > 1))
-            ok = ok_here
-        tl.store(at, gate.to(out.dtype.element_ty), mask=ok)
-        if GATES == 2:
-            tl.store(at + w.to(tl.int64) * d, value.to(out.dtype.element_ty), mask=ok)
+            at = work + ((before * GATES + u) * d)[:, None] + c[None, :]
+            _store_gradients(at, gate, value, w, d, ok & (parts > 1), GATES)
+            ok = ok & (parts == 1)
+        at = out + ((unit * GATES + u) * d)[:, None] + c[None, :]
+        _store_gradients(at, gate, value, w, d, ok, GATES)
+
+
+@triton.jit
+@no_type_check
+def _store_gradients(at, gate, value, w, d: tl.constexpr, ok, GATES: tl.constexpr):
+    """Store a tile of an expert's gate rows at `at`, and that of its up rows w rows further on."""
+    tl.store(at, gate.to(at.dtype.element_ty), mask=ok)
+    if GATES == 2:
+        tl.store(at + w.to(tl.int64) * d, value.to(at.dtype.element_ty), mask=ok)
 
 
 @triton.jit
