@@ -99,7 +99,7 @@ def _with(blocks: Blocks):
 
 
 def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return getattr(torch.get_device_module(device).get_device_properties(device), "name", device.type)
 
 
 def _file() -> Path:
