@@ -99,8 +99,11 @@ def routing_report(
 
 
 def unevenness(gates: Float[Tensor, "e"]) -> float:
-    """log N + sum_i z_i log z_i, z the experts' shares of all gates: 0 when even, log N when one expert has all."""
+    """log N + sum_i z_i log z_i, z the experts' shares of all gates: 0 when even, log N when one expert has all. Where
+    all gates are 0, as those of ReLU may be, nobody has more than another: 0."""
     gates = gates.double()
+    if not gates.any():
+        return 0.0
     shares = gates / gates.sum()
     return math.log(len(shares)) + float(torch.special.xlogy(shares, shares).sum())
 

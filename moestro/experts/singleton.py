@@ -73,7 +73,7 @@ class SingletonBank(TableBank):
 
 class GLUSingletonBank(SingletonBank):
     """Experts e_i(x) = act(g_i . x) (u_i . x) v_i: the gated unit that PEER's paper suggests with a third table and
-    does not evaluate (He 2024, arXiv:2407.04153, section 2.3; Shazeer 2020, arXiv:2002.05202).
+    does not evaluate (He 2024, arXiv:2407.04153; Shazeer 2020, arXiv:2002.05202).
 
     It is `FFNBank(widths=[1] * N, glu=True)` fetched by id; g starts like u. A gated neuron has half again the
     parameters and FLOPs of a plain one.

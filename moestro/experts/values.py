@@ -12,10 +12,10 @@ from moestro.routing import Routing, SparseRouting
 
 class ValueBank(TableBank):
     """Experts e_i(x) = v_i, a row of one [N, d] table, whatever x is: the layer's output is the sum of the values met,
-    each times its gate (Lample 2019, product-key memories, arXiv:1907.05242, Eq. 2; with any router).
+    each times its gate (Lample 2019, product-key memories, arXiv:1907.05242; with any router).
 
-    Of N values a product-key memory reads h k rows, where PEER's experts read twice as many. The paper starts values
-    with standard deviation d^-0.5; where `heads`, `top_k` and `gate` are given, they start as `TableBank` says.
+    Of N values a product-key memory reads h k rows, where PEER's experts read twice as many. The authors' code starts
+    values with standard deviation d^-0.5; where `heads`, `top_k` and `gate` are given, they start as `TableBank` says.
     Width 0, for a value has no hidden unit; 2 d FLOPs a row.
     """
 

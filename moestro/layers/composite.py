@@ -54,7 +54,7 @@ class SequenceLayer(Layer):
 
 class InputGatedLayer(Layer):
     """y = W_out (layer(x) * silu(W_gate x)): what a memory returns, gated by what asked for it (Berges 2024, Memory
-    Layers at Scale, arXiv:2412.09764, Eq. 2, "Memory+").
+    Layers at Scale, arXiv:2412.09764, "Memory+").
 
     W_gate starts with standard deviation d_model^-0.5 and W_out with that divided by E[silu(z)^2]^0.5, so that the
     output starts at the scale of `layer`'s own. No biases.

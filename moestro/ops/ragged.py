@@ -25,10 +25,9 @@ def ragged_experts(
     """y_t = sum_k weight_tk * sum_j act(up_j . x_t) * down_j over the neurons j of expert e = ids_tk, which own the
     rows starts[e], ..., starts[e + 1] - 1 of both tables.
 
-    An expert of w neurons is w experts of one neuron with the same gate (Liu 2023, arXiv:2305.14705 calls them micro
-    experts), so each pair (t, k) becomes w rows of the operation that PEER has, without a loop over experts and without
-    padding: time and memory are those of the neurons met. Saves x and one number a neuron met. Dtypes and
-    `sparse_gradients` as in `singleton_experts`.
+    An expert of w neurons is w experts of one neuron with the same gate, so each pair (t, k) becomes w rows of the
+    operation that PEER has, without a loop over experts and without padding: time and memory are those of the neurons
+    met. Saves x and one number a neuron met. Dtypes and `sparse_gradients` as in `singleton_experts`.
     """
     outside = compute_dtype(x)
     inside = torch.promote_types(up.dtype, torch.float32) if sparse_gradients else outside

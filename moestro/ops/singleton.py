@@ -56,7 +56,7 @@ def value_rows(
     values: Float[Tensor, "e d"],
     sparse_gradients: bool = False,
 ) -> Float[Tensor, "t d"]:
-    """y_t = sum_k weight_tk * values[ids_tk]: a product-key memory's reading (Lample 2019, arXiv:1907.05242, Eq. 2).
+    """y_t = sum_k weight_tk * values[ids_tk]: a product-key memory's reading (Lample 2019, arXiv:1907.05242).
 
     Memory, dtypes and gradients as in `singleton_experts`; the dtype outside is autocast's, else that of `values`.
     """

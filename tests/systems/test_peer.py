@@ -13,6 +13,8 @@ Exact checks of arXiv:2407.04153 as our specification numbers them, and where ea
 11 parameters and FLOPs                     test_peer_counts.py
 12 output scale at initialisation           test_peer_counts.py
 13 bfloat16, ties, state dict               test_peer_edges.py; ties: test_peer_retrieval.py
+Gated neurons, plain values, dense branches beside them: test_peer_modes.py; shared values and inserted layers:
+test_memory_plus.py; experts of several widths: test_peer_uneven.py; weights of a public package: test_peer_pytorch.py.
 Not here: row-sparse gradients and lazy Adam (9, in tests/train and tests/ops), expert-grouped and Triton paths (7),
 resharding of a state dict by d or by N (13; nothing is sharded yet). Queries have no bias: the paper gives none.
 """

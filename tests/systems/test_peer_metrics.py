@@ -61,3 +61,9 @@ def test_experts_without_gates_count_for_nothing() -> None:
     assert math.isclose(unevenness(torch.tensor([1.0, 1.0, 0.0, 0.0])), math.log(2), rel_tol=1e-9)
     figures = report(torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]]))
     assert figures["usage"] == 1 / 16 and figures["dead"] == 14 / 16
+
+
+def test_closed_gates_are_no_use_and_not_uneven() -> None:
+    """ReLU gates may all be 0."""
+    figures = report(torch.tensor([[0, 1]]), torch.zeros(1, 2))
+    assert figures["unevenness"] == 0.0 and figures["usage"] == 0.0 and figures["dead"] == 14 / 16
