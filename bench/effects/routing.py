@@ -8,13 +8,15 @@ and what a lower threshold does. MoEC: evenness inside clusters, siblings as sub
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from bench.effects import figures as f
 from bench.effects.cluster_probes import relatives
 from bench.effects.command import main
 from bench.effects.effect import Effect, Figure, Run
-from bench.effects.routing_probes import routing_history
+from bench.effects.pool_probes import pool
+from bench.effects.routing_probes import difficulty, routing_history
 from bench.effects.study import Arm, Study
 
 MARGIN = 0.01
@@ -97,6 +99,68 @@ def moec() -> System:
     )
 
 
+def dynmoe() -> System:
+    """Up to 8 experts of width 64, 4 at the start, against fixed k of 8, and without one part or another."""
+    widths = {"kind": "equal", "n_experts": 8, "total": 512}
+    process = {"kind": "adaptive_experts", "every": 40, "window": 20, "new_experts": "mean"}
+    names = ("router_diversity", "router_simplicity", "gate_balance", "gate_efficiency")
+
+    def arm(without: str = "", adapts: bool = True) -> Arm:
+        objectives = [{"kind": name, "weight": 0.03} for name in names if name != without]
+        rules = [process] if adapts else []
+        return Arm("dynmoe.yaml", {"model.ffn.branches.0.widths": widths, "objectives": objectives, "rules": rules})
+
+    arms = {"dynmoe": arm(), "dynmoe-wasteful": arm("gate_efficiency"), "dynmoe-alike": arm("router_diversity")}
+    arms["dynmoe-static"] = arm(adapts=False)
+    fixed = [f"dynmoe-top-{k}" for k in (1, 2, 4)]
+    for name, k in zip(fixed, (1, 2, 4), strict=True):
+        arms[name] = Arm("moe.yaml", {"model.ffn.branches.0.widths": widths, "model.ffn.router.select.top_k": k})
+    paper, best, both = "2405.14297", " ".join(["dynmoe", *fixed]), "dynmoe dynmoe-static"
+    rows, none = "mean absolute cosine of router rows", "share of tokens without expert"
+    return System(
+        arms,
+        (
+            expect("D1", "fewer experts in time", paper, f"{EACH}, end less quarter", "dynmoe", f.growth, high=0),
+            expect("D2", "efficiency: fewer", paper, EACH, "dynmoe dynmoe-wasteful", f.fewer, high=0),
+            expect("D3", "adding: fewer unserved", paper, none, both, less("unserved"), high=0),
+            expect("D4", "layers differ in experts", paper, "most less fewest", "dynmoe", pool_range, low=1),
+            expect("D5", "matches the best fixed k", paper, LOSS, best, over_best, high=MARGIN),
+            expect("D6", "diversity: less alike", paper, rows, "dynmoe dynmoe-alike", less("cosine"), high=0),
+        ),
+    )
+
+
+def dynamic_routing() -> System:
+    """16 experts of width 64 under thresholds and weights of the entropy, against top-2."""
+    widths = {"kind": "equal", "n_experts": 16, "total": 1024}
+
+    def arm(threshold: float = 0.4, beta: float = 1e-4) -> Arm:
+        objectives = [{"kind": "load_balance", "weight": 0.01}]
+        if beta:
+            objectives.append({"kind": "router_entropy", "weight": beta})
+        settings = {"model.ffn.branches.0.widths": widths, "objectives": objectives}
+        return Arm("dynamic_routing.yaml", {**settings, "model.ffn.router.select.threshold": threshold})
+
+    arms = {f"top-p-{p}": arm(p) for p in (0.2, 0.4, 0.6)}
+    arms |= {"top-p-beta-0": arm(beta=0), "top-p-beta-0.01": arm(beta=0.01)}
+    arms["top-p-top-2"] = Arm("moe.yaml", {"model.ffn.branches.0.widths": widths})
+    paper, hard = "2403.07652", "correlation of loss and active width"
+    return System(
+        arms,
+        (
+            expect("T1", "7 of 16 at the start", paper, EACH, "top-p-0.4", at_start, low=6, high=8),
+            expect("T2", "fewer in time", paper, f"{EACH}, end less start", "top-p-0.4", since_start, high=0),
+            expect("T3", "entropy loss: fewer", paper, EACH, "top-p-0.4 top-p-beta-0", f.fewer, high=0),
+            expect("T4", "heavier: fewer still", paper, EACH, "top-p-beta-0.01 top-p-0.4", f.fewer, high=0),
+            expect("T5", "lower threshold: fewer", paper, EACH, "top-p-0.2 top-p-0.4", f.fewer, high=0),
+            expect("T6", "higher threshold: more", paper, EACH, "top-p-0.6 top-p-0.4", f.fewer, low=0),
+            expect("T7", "harder tokens: more", paper, hard, "top-p-0.4", f.difficulty_of("predicting"), low=0),
+            expect("T8", "early layers: more", paper, f"{EACH}, first less last", "top-p-0.4", earlier, low=0),
+            expect("T9", "no worse than top-2", paper, LOSS, "top-p-0.4 top-p-top-2", f.excess, high=MARGIN),
+        ),
+    )
+
+
 def gains_more(more: Run, few: Run, plain_more: Run, plain_few: Run) -> float:
     """What more experts do to the loss with clusters, less what they do without."""
     return f.excess(more, few) - f.excess(plain_more, plain_few)
@@ -117,7 +181,43 @@ def alikeness(run: Run) -> float:
     return run["relatives"]["siblings"] - run["relatives"]["strangers"]
 
 
-SYSTEMS = (xmoe(), moec())
+def less(what: str) -> Figure:
+    """The mean over layers of what the probe `pool` says of the first run, less that of the second."""
+
+    def difference(run: Run, other: Run) -> float:
+        return fmean(layer[what] for layer in run["pool"]) - fmean(layer[what] for layer in other["pool"])
+
+    return difference
+
+
+def pool_range(run: Run) -> float:
+    """Experts of the layer that has most, less those of the layer that has fewest."""
+    sizes = [layer["available"] for layer in run["pool"]]
+    return max(sizes) - min(sizes)
+
+
+def over_best(run: Run, *others: Run) -> float:
+    """How far the first run's bits per byte lie above the best of the others', as a share of these."""
+    return max(f.excess(run, other) for other in others)
+
+
+def at_start(run: Run) -> float:
+    """Experts a token in the untrained model."""
+    return f.experts(run, 0)
+
+
+def since_start(run: Run) -> float:
+    """Experts a token at the end, less those of the untrained model."""
+    return f.experts(run) - f.experts(run, 0)
+
+
+def earlier(run: Run) -> float:
+    """Experts a token in the first layer, less those in the last."""
+    layers = run["history"][-1]["layers"]
+    return layers[0]["experts"] - layers[-1]["experts"]
+
+
+SYSTEMS = (xmoe(), moec(), dynmoe(), dynamic_routing())
 EFFECTS = tuple(effect for system in SYSTEMS for effect in system.effects)
 STUDY = Study(
     name="routing",
@@ -130,7 +230,7 @@ STUDY = Study(
         "optim.lr": 0.01,
     },
     arms={name: arm for system in SYSTEMS for name, arm in system.arms.items()},
-    probes={"history": routing_history, "relatives": relatives},
+    probes={"history": routing_history, "relatives": relatives, "difficulty": difficulty, "pool": pool},
 )
 
 if __name__ == "__main__":
