@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moestro.ops import backend
-from moestro.ops.native.row_gradients import segment_values
+from moestro.ops.native.row_gradients import segment_norm, segment_values
 
 # Numbers of a table that are worked on at a time: few enough to stay in a core's cache.
 CHUNK = 2**17
@@ -77,6 +77,8 @@ class FactoredRows:
         return *places, self.source.float(), self.coefficient.float().contiguous()
 
     def norm(self) -> Float[Tensor, ""]:
+        if backend.runs_native(self.source, self.coefficient):
+            return segment_norm(self.order, self.starts, self.source, self.token, self.coefficient)
         norms = [torch.linalg.vector_norm(self.values(*span)) for span in spans(len(self.ids), self.source.shape[1])]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else self.source.new_zeros(())
 

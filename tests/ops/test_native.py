@@ -9,6 +9,7 @@ import torch
 from moestro import ops
 from moestro.ops import backend, native
 from moestro.ops.native import build
+from moestro.ops.row_gradients import collect_factors, row_gradient
 from tests.ops.test_singleton_experts import CASES, inputs
 from tests.tolerances import BFLOAT16_NORM, FLOAT32
 
@@ -92,6 +93,20 @@ def test_singletons_are_the_same_to_the_bit_on_two_threads_and_again(sparse, two
     for other in runs[1:]:
         for mine, theirs in zip(runs[0], other, strict=True):
             assert torch.equal(mine.to_dense(), theirs.to_dense())
+
+
+@built
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_norm_of_factors_is_that_of_their_values(variant):
+    x, ids, weight, up, down = inputs(40, 5, 64, 37, torch.float32)
+    tables = [up.requires_grad_(), down.requires_grad_()]
+    collect_factors(tables)
+    with native.variant(variant), backend.force("native"):
+        ops.singleton_experts(x, ids, weight, *tables, "gelu", True).square().sum().backward()
+        for table in tables:
+            gradient = row_gradient(table)
+            values = gradient.values(0, len(gradient.ids))
+            torch.testing.assert_close(gradient.norm().double(), values.double().norm(), **FLOAT32)
 
 
 @built

@@ -1,4 +1,4 @@
-"""Values of a table's gradient from its factors, on the kernel that sums segments (`table_rows.c`)."""
+"""Values of a table's gradient, or their norm, from its factors, on the kernels that sum segments (`table_rows.c`)."""
 
 import torch
 from jaxtyping import Float, Int
@@ -22,3 +22,20 @@ def segment_values(
         "segment_sums", native.even_parts(n), order.contiguous(), starts, torch.arange(n), *factors, out, out.shape[1]
     )
     return out
+
+
+def segment_norm(
+    order: Int[Tensor, "p"],
+    starts: Int[Tensor, "n1"],
+    source: Float[Tensor, "t d"],
+    token: Int[Tensor, "p"],
+    coefficient: Float[Tensor, "p"],
+) -> Float[Tensor, ""]:
+    """2-norm of all `segment_values`, which are not written down; the squares of the rows are added in float64."""
+    n = len(starts) - 1
+    squares = torch.empty(n)
+    factors = source.contiguous().float(), token.contiguous(), coefficient.contiguous().float()
+    native.run(
+        "segment_squares", native.even_parts(n), order.contiguous(), starts, 0, *factors, squares, source.shape[1]
+    )
+    return squares.sum(dtype=torch.float64).sqrt().float()

@@ -2,6 +2,8 @@
 
    No gathered row is written anywhere: it is used while it passes. Rows wanted soon are asked of the memory ahead. */
 
+#include <stdlib.h>
+
 #include "vector.h"
 
 #define AHEAD 4 /* rows: all of it */
@@ -73,20 +75,35 @@ struct segments {
     int64_t d;
 };
 
+static inline void sum_segment(const struct segments *f, int64_t s, float *y) {
+    const float *x = f->in + f->token[f->starts[s]] * f->d;
+    float scale = f->scale[f->order[f->starts[s]]];
+    int64_t i = 0;
+    for (; i + WIDTH <= f->d; i += WIDTH)
+        store(y + i, load(x + i) * scale);
+    for (; i < f->d; i++)
+        y[i] = x[i] * scale;
+    for (int64_t at = f->starts[s] + 1; at < f->starts[s + 1]; at++)
+        add_float32(y, f->in + f->token[at] * f->d, f->scale[f->order[at]], f->d);
+}
+
 KERNEL(segment_sums)(const void *fields, int64_t begin, int64_t end) {
     const struct segments *f = fields;
+    for (int64_t s = begin; s < end; s++)
+        sum_segment(f, s, f->out + f->rows[s] * f->d);
+}
+
+/* out[s] = the square of the 2-norm of the row of segment s; rows is not read. */
+KERNEL(segment_squares)(const void *fields, int64_t begin, int64_t end) {
+    const struct segments *f = fields;
+    float *y = malloc((f->d + 1) * sizeof *y);
+    if (!y)
+        abort();
     for (int64_t s = begin; s < end; s++) {
-        float *y = f->out + f->rows[s] * f->d;
-        const float *x = f->in + f->token[f->starts[s]] * f->d;
-        float scale = f->scale[f->order[f->starts[s]]];
-        int64_t i = 0;
-        for (; i + WIDTH <= f->d; i += WIDTH)
-            store(y + i, load(x + i) * scale);
-        for (; i < f->d; i++)
-            y[i] = x[i] * scale;
-        for (int64_t at = f->starts[s] + 1; at < f->starts[s + 1]; at++)
-            add_float32(y, f->in + f->token[at] * f->d, f->scale[f->order[at]], f->d);
+        sum_segment(f, s, y);
+        f->out[s] = dot_float32(y, y, f->d);
     }
+    free(y);
 }
 
 /* The places in the order of their ids, ties in their own order, and the segments of equal ids: a radix sort. */
