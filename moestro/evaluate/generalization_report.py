@@ -69,7 +69,8 @@ def generalization_report(
 ) -> dict[str, Any]:
     """Terms of the bound (`moestro.evaluate.generalization`), as JSON values.
 
-    `units` are numbers of training samples by what is counted as one ({"tokens": ..., "sequences": ...}). `layers`: by
+    `units` are numbers of training samples by what is counted as one ({"tokens": ..., "sequences": ...}); where layers
+    route `parts` of tokens these are a unit more, though they depend on each other. `layers`: by
     name, what the bound is made of, and under `heuristic` what of it no theorem covers; `bounds`: for every unit and
     count the terms and their total, for all layers together. A layer whose selections depend on other tokens is listed,
     and the bounds are empty: they would say nothing.
@@ -108,7 +109,7 @@ def generalization_report(
 def _parts(seen: Iterable[Observed], units: Mapping[str, int]) -> dict[str, int]:
     """The parts of tokens as a unit, where layers route several of each."""
     most = max((each.routed / max(1, each.tokens) for each in seen), default=1.0)
-    return {"parts of tokens (dependent)": round(units["tokens"] * most)} if most > 1 and "tokens" in units else {}
+    return {"parts": round(units["tokens"] * most)} if most > 1 and "tokens" in units else {}
 
 
 def _layer(layer: MoELayer, family: SelectionFamily, seen: Observed, units: Mapping[str, int]) -> dict[str, Any]:

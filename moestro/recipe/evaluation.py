@@ -25,8 +25,9 @@ from moestro.train.checkpoint import step_of
 
 # Most experts whose loads are shown one by one.
 LISTED = 64
+NAME_WIDTH = 16
 # Columns of words.
-LEFT = ("layer", "load", "remark", "m counts")
+LEFT = ("layer", "load", "remark", "unit")
 CHECKPOINTS = {"newest": newest_checkpoint, "best": best_checkpoint}
 
 
@@ -182,7 +183,7 @@ def _routing_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, layer in layers.items():
         experts, width = layer["experts_per_token"], layer["active_width"]
         table.add_row(
-            name,
+            short(name),
             f"{layer['n_experts']:,}",
             f"{experts['mean']:.2f}",
             f"{experts['p99']:.0f}",
@@ -198,7 +199,7 @@ def _routing_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
 def _load_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     table = plain_table("load (% of rows, expert by expert)", ("layer", "load"))
     for name, layer in layers.items():
-        table.add_row(name, _load_text(layer))
+        table.add_row(short(name), _load_text(layer))
     return table
 
 
@@ -207,7 +208,9 @@ def _passes_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     table = plain_table("passes of a token through its strata, and by how frequent its word is in this text", titles)
     for name, layer in layers.items():
         shares = " ".join(f"{share:.1%}" for share in layer["passes"])
-        table.add_row(name, f"{layer['mean']:.3f}", shares, " ".join(f"{mean:.3f}" for mean in layer["by_frequency"]))
+        table.add_row(
+            short(name), f"{layer['mean']:.3f}", shares, " ".join(f"{mean:.3f}" for mean in layer["by_frequency"])
+        )
     return table
 
 
@@ -219,6 +222,11 @@ def _load_text(layer: Mapping[str, Any]) -> str:
     if len(load) <= LISTED:
         return " ".join(f"{100 * rows / max(1.0, sum(load)):.1f}" for rows in load)
     return f"{min(load):,.0f} to {max(load):,.0f} rows an expert"
+
+
+def short(layer: str) -> str:
+    """A layer's name as tables have it: those inside other layers leave out `blocks.`, so that numbers keep room."""
+    return layer if len(layer) <= NAME_WIDTH else layer.removeprefix("blocks.")
 
 
 def plain_table(title: str, titles: tuple[str, ...]) -> Table:

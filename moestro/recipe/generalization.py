@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from moestro.evaluate import generalization_report
-from moestro.recipe.evaluation import about, opened_run, plain_table
+from moestro.recipe.evaluation import about, opened_run, plain_table, short
 from moestro.recipe.inspection import TOKENS
 from moestro.recipe.syntax import RecipeError
 from moestro.train.checkpoint import read_state
@@ -43,12 +43,13 @@ def generalization_of_run(
 
 def generalization_table(found: Mapping[str, Any]) -> Group:
     """What `generalization_of_run` returned, for a terminal."""
-    return Group(_bounds(found), _layers(found["layers"]), _remarks(found))
+    layers = found["layers"]
+    return Group(_bounds(found), _selections(layers), _experts(layers), _remarks(found))
 
 
 def _bounds(found: Mapping[str, Any]) -> Table:
     title = f"{found['run']}, step {found['step']:,}: {BOUND}; C = {found['lipschitz']:g}, delta = {found['delta']:g}"
-    titles = ("m counts", "m", "ln N", "router", "no choice", "experts", "spectral *", "total *")
+    titles = ("unit", "m", "ln N", "router", "no choice", "experts", "spectral*", "total*")
     table = plain_table(title, titles)
     for unit, counts in found["bounds"].items():
         for count, terms in counts.items():
@@ -57,37 +58,46 @@ def _bounds(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _layers(layers: Mapping[str, Mapping[str, Any]]) -> Table:
-    titles = ("layer", "T", "k", "mean k", "d", "ln N paper", "ln N exact", "s", "gates", "input", "norms")
-    table = plain_table("layers (gates, input: greatest sum and norm seen; s: sparse factor by tokens)", titles)
+def _selections(layers: Mapping[str, Mapping[str, Any]]) -> Table:
+    titles = ("layer", "T", "k", "mean k", "d", "ln N paper", "ln N exact", "s (tokens)")
+    table = plain_table("what routers select (s: sparse factor)", titles)
     for name, layer in layers.items():
-        patterns, norms = layer["patterns"], layer["norm_product"]
         pool = f" of {layer['pool']:,}" if layer["pool"] != layer["n_experts"] else ""
         table.add_row(
-            name,
+            short(name),
             f"{layer['n_experts']:,}{pool}",
             "any" if layer["most"] is None else f"{layer['most']:,}",
             f"{layer['mean_k']:.2f}",
             f"{layer['dimension']:,}",
-            _number(patterns["paper"]),
-            _number(patterns["exact"]),
+            _number(layer["patterns"]["paper"]),
+            _number(layer["patterns"]["exact"]),
             _number(layer["sparse_factor"].get("tokens")),
-            _number(layer["mixture_mass"]),
-            _number(layer["input_norm"]),
-            _number(None if norms is None else norms["frobenius"]),
         )
     return table
 
 
+def _experts(layers: Mapping[str, Mapping[str, Any]]) -> Table:
+    titles = ("layer", "sum of gates", "input norm", "Frobenius", "spectral", "parts a token")
+    table = plain_table("what experts are (greatest that were seen; norms: product over an expert's matrices)", titles)
+    for name, layer in layers.items():
+        norms = layer["norm_product"] or {"frobenius": None, "spectral": None}
+        found = (layer["mixture_mass"], layer["input_norm"], norms["frobenius"], norms["spectral"])
+        table.add_row(short(name), *map(_number, found), f"{layer['parts_per_token']:.2f}")
+    return table
+
+
 def _remarks(found: Mapping[str, Any]) -> Table:
-    table = plain_table("* heuristic: what no theorem covers", ("layer", "remark"))
-    for remark in found["heuristic"]:
-        table.add_row("all", remark)
+    """Every remark once, with the layers that it is about."""
+    table = plain_table("* heuristic: what no theorem covers", ("remark", "layers"))
+    about_layers: dict[str, list[str]] = {}
     for name, layer in found["layers"].items():
-        for remark in layer["heuristic"]:
-            table.add_row(name, remark)
-        if not layer["applicable"]:
-            table.add_row(name, "selections depend on other tokens: there is no bound")
+        unbounded = () if layer["applicable"] else ("selections depend on other tokens: there is no bound",)
+        for remark in (*layer["heuristic"], *unbounded):
+            about_layers.setdefault(remark, []).append(short(name))
+    for remark in found["heuristic"]:
+        table.add_row(remark, "all")
+    for remark, names in about_layers.items():
+        table.add_row(remark, "all" if len(names) == len(found["layers"]) else ", ".join(names))
     return table
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moestro.evaluate import evaluate, knobs, quality_curve, routing_report, sample_text, token_sample
 from moestro.evaluate.knobs import spending
-from moestro.recipe.evaluation import LISTED, about, figures_head, opened_run, plain_table
+from moestro.recipe.evaluation import LISTED, about, figures_head, opened_run, plain_table, short
 from moestro.recipe.syntax import RecipeError
 
 # Held-out tokens that are looked at where the user does not say; every setting of a knob sees them again.
@@ -88,7 +88,7 @@ def _width_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, layer in layers.items():
         own, twin = layer["active_width"], layer["twin"]["active_width"]
         table.add_row(
-            name,
+            short(name),
             f"{layer['n_experts']:,}",
             f"{layer['experts_per_token']['mean']:.2f}",
             f"{own['mean']:.1f}",
@@ -110,7 +110,7 @@ def _expert_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
         for e, (width, load) in enumerate(zip(layer["widths"], layer["load"], strict=True)):
             shares = f"{100 * load / rows:.1f}", f"{width * load:,.0f}", f"{100 * width * load / work:.1f}"
             even = f"{100 / layer['n_experts']:.1f}"
-            table.add_row("" if e else name, f"{e}", f"{width:,}", f"{load:,.0f}", *shares, even)
+            table.add_row("" if e else short(name), f"{e}", f"{width:,}", f"{load:,.0f}", *shares, even)
         table.add_section()
     return table
 

@@ -22,6 +22,11 @@ class GroupLimit:
     best: int = 1
     sizes: tuple[int, ...] = ()
 
+    @property
+    def limits(self) -> bool:
+        """Whether there are groups in which a token does not look."""
+        return self.top_groups < self.n_groups
+
     def check(self, n_experts: int, top_k: int) -> None:
         """Raises: ValueError where `n_experts` do not make these groups, or the groups do not hold `top_k` experts."""
         if not 1 <= self.top_groups <= self.n_groups or self.best < 1:
@@ -29,7 +34,7 @@ class GroupLimit:
                 f"top_groups={self.top_groups}, best={self.best}, allowed: 1 to {self.n_groups} groups, best at least 1"
             )
         sizes, most = self.group_sizes(n_experts), self.most_experts(n_experts)
-        if self.top_groups < self.n_groups and most < top_k:
+        if self.limits and most < top_k:
             raise ValueError(f"top_k={top_k}, but {self.top_groups} groups of sizes {sizes} may hold fewer experts")
 
     def most_experts(self, n_experts: int) -> int:

@@ -86,7 +86,7 @@ class TopK(Select):
         return self.top_k
 
     def choices(self, n_experts: int) -> tuple[int | None, bool, tuple[str, ...]]:
-        return self.top_k, True, () if self.limit is EVERYWHERE else ("experts are limited to groups",)
+        return self.top_k, True, ("experts are limited to groups",) if self.limit.limits else ()
 
 
 class MutedTopK(TopK):

@@ -20,6 +20,7 @@ from moestro.model import Attention, Block, Transformer
 from moestro.recipe.parts import PARTS
 from moestro.routers import BiasedRouter, CosineScore, ProductKeyRouter, Router, SampledSecond, SlotRouter
 from moestro.routers.family import SelectionFamily
+from moestro.routers.groups import GroupLimit
 from tests.train.tiny import Counting
 
 D = 8
@@ -114,6 +115,8 @@ def scored(select, n: int = 6) -> ScoredRouter:
 def test_families_of_routers() -> None:
     assert scored(TopK(2)).selection_family() == SelectionFamily(6, 6, 2, True, 48)
     assert scored(Soft()).selection_family() == SelectionFamily(6, 6, 6, True, 48)
+    assert scored(TopK(2, limit=GroupLimit(n_groups=1))).selection_family().heuristic == ()
+    assert scored(TopK(2, limit=GroupLimit(n_groups=3, top_groups=2))).selection_family().heuristic != ()
     resting = scored(TopK(2))
     resting.set_available(torch.arange(6) < 4)
     assert resting.selection_family() == SelectionFamily(4, 6, 2, True, 48)
@@ -218,7 +221,7 @@ def test_passes_and_parts_are_routers_of_their_own() -> None:
     found = report(model(MultiHeadLayer(D, 2, inner)))
     (layer,) = found["layers"].values()
     assert layer["dimension"] == 6 * D // 2 and layer["parts_per_token"] == 2
-    assert found["units"]["parts of tokens (dependent)"] == 2 * 10**6
+    assert found["units"]["parts"] == 2 * 10**6
 
 
 def test_without_norms_there_is_no_expert_term_and_without_a_bound_none_is_given() -> None:
