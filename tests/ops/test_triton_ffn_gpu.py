@@ -134,3 +134,32 @@ def test_more_elements_than_int32_counts():
     last = slice(n_tokens - 100, n_tokens)
     for key in ("y", "dx"):
         assert (have[key][last] - want[key][last]).float().norm() <= BFLOAT16_NORM * want[key][last].float().norm()
+
+
+def test_a_crowded_expert_in_parts():
+    p = of_any_width(64, 512, 3000, 2.5, torch.bfloat16)
+    assert p.offsets.diff().max() > 4 * len(p.token) / 64
+    have = outputs_and_gradients("triton", p, "silu", options=TritonOptions(split=True))
+    assert_close(have, outputs_and_gradients("reference", p, "silu", torch.float64), p, BFLOAT16_NORM)
+
+
+def test_few_rows_in_a_cuda_graph():
+    p = of_any_width(64, 512, 4, 0.0, torch.bfloat16)
+    expert = torch.repeat_interleave(torch.arange(64, device="cuda"), p.offsets.diff())
+    arguments = (p.x, p.token, expert, p.weight, p.w_in, p.w_out, p.widths, "silu")
+
+    def run() -> torch.Tensor:
+        with torch.no_grad(), backend.force("triton", TritonOptions(few_rows=True)):
+            return ops.few_rows_ffn(*arguments)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        first = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    graph.replay()
+    want = outputs_and_gradients("reference", p, "silu", torch.float64)[0]
+    assert torch.equal(y, first) and (y.double() - want).norm() <= BFLOAT16_NORM * want.norm()
