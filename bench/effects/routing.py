@@ -4,6 +4,8 @@
 
 XMoE: many narrow experts under a threshold against few wide ones of as many parameters; how the number chosen falls,
 and what a lower threshold does. MoEC: evenness inside clusters, siblings as substitutes, more experts.
+DynMoE: fewer experts a token in time, what each of its parts does, against fixed k. Dynamic routing: what threshold and
+entropy loss do, who gets more experts, against top-2.
 """
 
 from collections.abc import Mapping
