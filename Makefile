@@ -62,7 +62,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.hmoe $(BENCH_ARGS)
-	$(BIN)/python -m bench.layers $(BENCH_ARGS)
+	$(BIN)/python -m bench.peer $(BENCH_ARGS)
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -56,11 +56,6 @@ def arguments(description: str, **flags: str) -> argparse.Namespace:
     return parsed
 
 
-def race(case: str, what: str, ours: Callable, peers: dict[str, Callable], rounds: int) -> list[Row]:
-    """Milliseconds of `ours` beside every peer, in interleaved rounds after one warm-up; ratios round by round."""
-    return compare(case, what, clock({"ours": ours, **peers}, rounds))
-
-
 def clock(
     contestants: dict[str, Callable], rounds: int, timed: Callable[[Callable], float] | None = None, warm_up: int = 1
 ) -> Times:

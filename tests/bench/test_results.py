@@ -41,13 +41,15 @@ def test_effects_are_of_several_seeds_and_two_corpora_at_equal_compute(path):
     assert result["study"]["budget"] <= min(flops) and max(flops) < 1.02 * result["study"]["budget"]
 
 
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_every_result_is_quoted_exactly_by_its_page(path):
+    page = PAGES["effects" if path in EFFECTS else "performance"]
+    assert f"bench/results/{path.name}" in page
+    assert summary(path) in page, f"the table of {path.name} is not what python -m bench.summary prints"
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_quote_results_exactly(page):
-    quoted = re.findall(r"`python -m bench.summary (bench/results/[\w.-]+\.json)`", PAGES[page])
-    assert quoted
-    for name in quoted:
-        assert summary(ROOT / name) in PAGES[page], f"the table of {name} is not what the command prints"
-
-
-def test_every_study_is_quoted():
-    assert all(f"bench/results/{path.name}" in PAGES["effects"] for path in EFFECTS)
+def test_pages_quote_committed_results_alone(page):
+    quoted = set(re.findall(r"`(bench/[\w/]+\.py)` at commit `(\w+)`", PAGES[page]))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS]
+    assert quoted <= {(result["script"], result["commit"][:12]) for result in results}
