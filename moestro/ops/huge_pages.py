@@ -17,7 +17,7 @@ _SMALLEST = 2**20
 def huge_pages() -> str:
     """Whether memory can lie in transparent huge pages here: Linux's own `always`, `madvise` (where asked for, as
     `request_huge_pages` does) or `never`; `unavailable` where the system knows none."""
-    if platform.system() != "Linux" or not _SWITCH.exists():
+    if platform.system() != "Linux" or not (_SWITCH.exists() and _SIZE_FILE.exists()):
         return "unavailable"
     return _SWITCH.read_text().split("[")[1].split("]")[0]
 

@@ -23,10 +23,9 @@ def product_key_topk(
     Equal scores: the definition and native kernels put the better left key first, then the better right one, equal keys
     in their order; plain torch, `fused`, keeps no order among equals.
 
-    Raises: ValueError where k > n: then the k best of a side do not exist.
+    Raises: ValueError where k > n: then the k best of a side do not exist; for k < 1; for shapes that do not fit.
     """
-    if k > keys.shape[2]:
-        raise ValueError(f"top_k={k} > {keys.shape[2]} sub-keys a side, so retrieval would not be exact")
+    _check(query.shape, keys.shape, k)
     if backend.active() == "reference":
         return reference.product_key_topk(query, keys, k)
     if backend.runs_native(query, keys):
@@ -44,6 +43,16 @@ def product_key_topk(
     top, pick = candidates.topk(k, dim=-1)
     ids = position[:, :, 0].gather(-1, rows[pick]) * n + position[:, :, 1].gather(-1, columns[pick])
     return top, ids
+
+
+def _check(query: torch.Size, keys: torch.Size, k: int) -> None:
+    """Native kernels trust what they are given."""
+    if k > keys[2]:
+        raise ValueError(f"top_k={k} > {keys[2]} sub-keys a side, so retrieval would not be exact")
+    if k < 1:
+        raise ValueError(f"top_k={k}, allowed: at least 1")
+    if keys[0] != 2 or keys[1] not in (1, query[1]) or query[2] != 2 * keys[3]:
+        raise ValueError(f"keys {list(keys)} for queries {list(query)}, allowed: [2, 1 or heads, n, half a query]")
 
 
 @lru_cache(maxsize=64)

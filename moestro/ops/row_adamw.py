@@ -52,8 +52,10 @@ def adamw_rows(
     In float32 at least; what is kept in bfloat16 is rounded stochastically. With native kernels each row is read and
     written once, its gradient summed on the way where it is left in factors.
     """
-    if runs_native(table, *moments, *gradient.tensors()) and table.dtype == moments[0].dtype:
-        numbers = (rounding_key(constants.key, 0), rounding_key(constants.key, 1), *constants.betas, constants.eps)
+    kept = [moment.dtype for moment in moments]
+    if runs_native(table, *moments, *gradient.tensors()) and kept == [table.dtype, torch.float32]:
+        reals = map(float, (*constants.betas, constants.eps))
+        numbers = (rounding_key(constants.key, 0), rounding_key(constants.key, 1), *reals)
         row_adamw.adamw_rows(table, moments, gradient.ids, gradient.native(), tuple(vars(factors).values()), numbers)
         return
     for start, stop in spans(len(gradient.ids), table.shape[1]):

@@ -118,6 +118,32 @@ def test_ids_outside_the_table_are_refused():
 
 
 @built
+def test_shapes_and_dtypes_that_kernels_would_misread_are_refused(unchecked_shapes):
+    x, ids, weight, up, down = inputs(6, 2, 5, 4, torch.float32)
+    wrong = {
+        r"rows_dot: a factor of shape \[6, 3\], allowed: \[6, 4\]": (x[:, :3], ids, weight, up, down),
+        r"rows_dot: a factor of shape \[5, 4\], allowed: \[6, 4\]": (x[:5], ids, weight, up, down),
+        r"ids in torch.float32, allowed: int32, int64": (x, ids.float(), weight, up, down),
+    }
+    with backend.force("native"):
+        for message, arguments in wrong.items():
+            with pytest.raises(ValueError, match=message):
+                ops.singleton_experts(*arguments, "gelu")
+        with pytest.raises(ValueError, match=r"rows_sum: a factor of shape \[5, 2\], allowed: \[6, 2\]"):
+            ops.value_rows(ids, weight[:5], up)
+
+
+@built
+def test_ids_in_32_bits_are_widened():
+    x, ids, weight, up, down = inputs(6, 2, 5, 4, torch.float32)
+    for sparse in (False, True):
+        want = singletons("native", (x, ids, weight, up, down), sparse=sparse)
+        have = singletons("native", (x, ids.int(), weight, up, down), sparse=sparse)
+        for mine, true in zip(have, want, strict=True):
+            assert torch.equal(mine.to_dense(), true.to_dense())
+
+
+@built
 def test_only_float32_and_bfloat16_run_on_kernels():
     one = torch.zeros(1)
     assert backend.active() == "native" and backend.runs_native(one, one.bfloat16())

@@ -37,3 +37,18 @@ def test_only_the_matching_pair_of_keys_is_hit():
 def test_more_results_than_keys_of_a_side_are_refused():
     with pytest.raises(ValueError, match="top_k=5 > 4 sub-keys a side"):
         ops.product_key_topk(torch.zeros(1, 1, 2), torch.zeros(2, 1, 4, 1), 5)
+
+
+@pytest.mark.parametrize(
+    ("query", "keys", "k", "message"),
+    [
+        ((3, 2, 8), (2, 1, 4, 4), 0, "top_k=0, allowed: at least 1"),
+        ((3, 2, 6), (2, 1, 4, 4), 2, r"keys \[2, 1, 4, 4\] for queries \[3, 2, 6\], allowed: \[2, 1 or heads"),
+        ((3, 2, 8), (2, 3, 4, 4), 2, r"keys \[2, 3, 4, 4\]"),
+        ((3, 2, 8), (1, 1, 4, 4), 2, r"keys \[1, 1, 4, 4\]"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sizes_that_do_not_fit_are_refused(query, keys, k, message, dtype, unchecked_shapes):
+    with pytest.raises(ValueError, match=message):
+        ops.product_key_topk(torch.zeros(query, dtype=dtype), torch.zeros(keys, dtype=dtype), k)

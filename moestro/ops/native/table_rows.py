@@ -14,7 +14,7 @@ from moestro.ops import native
 def dots(table: Float[Tensor, "e d"], ids: Int[Tensor, "t k"], x: Float[Tensor, "t d"]) -> Float[Tensor, "t k"]:
     """out_tk = table[ids_tk] . x_t."""
     out = torch.empty(ids.shape)
-    _on_rows("rows_dot", table, ids, x, out)
+    _on_rows("rows_dot", table, ids, x, (len(ids), table.shape[1]), out)
     return out
 
 
@@ -23,24 +23,29 @@ def weighted_rows(
 ) -> Float[Tensor, "t d"]:
     """out_t = sum_k coefficient_tk * table[ids_tk]."""
     out = torch.empty(len(ids), table.shape[1])
-    _on_rows("rows_sum", table, ids, coefficient, out)
+    _on_rows("rows_sum", table, ids, coefficient, tuple(ids.shape), out)
     return out
 
 
-def _on_rows(kernel: str, table: Tensor, ids: Tensor, factor: Tensor, out: Tensor) -> None:
+def _on_rows(kernel: str, table: Tensor, ids: Tensor, factor: Tensor, shape: tuple[int, ...], out: Tensor) -> None:
+    """`shape` is the factor's: kernels would read past the end of a smaller one."""
     t, k = ids.shape
-    _check(ids, len(table))
-    table, ids, factor = table.contiguous(), ids.contiguous(), factor.contiguous().float()
+    if tuple(factor.shape) != shape:
+        raise ValueError(f"{kernel}: a factor of shape {list(factor.shape)}, allowed: {list(shape)}")
+    table, ids, factor = table.contiguous(), _valid(ids, len(table)), factor.contiguous().float()
     narrow = int(table.dtype == torch.bfloat16)
     native.run(kernel, native.even_parts(t), table, ids, factor, out, t, k, table.shape[1], narrow)
 
 
-def _check(ids: Tensor, n_experts: int) -> None:
-    """Kernels trust ids: one outside the table would be read from anywhere."""
+def _valid(ids: Tensor, n_experts: int) -> Tensor:
+    """Ids as kernels read them, who trust them: one outside the table would be read from anywhere."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids in {ids.dtype}, allowed: int32, int64")
     if ids.numel():
         least, most = (int(v) for v in ids.aminmax())
         if least < 0 or most >= n_experts:
             raise ValueError(f"ids from {least} to {most}, allowed: 0 to {n_experts - 1}, the rows of the table")
+    return ids.long().contiguous()
 
 
 class Segments:
@@ -48,10 +53,10 @@ class Segments:
 
     def __init__(self, ids: Int[Tensor, "n"], n_rows: int, sparse: bool) -> None:
         self.n_rows, self.sparse = n_rows, sparse
-        _check(ids, n_rows)
+        ids = _valid(ids, n_rows)
         self.order, rows, starts = (ids.new_empty(len(ids) + extra) for extra in (0, 0, 1))
         count = ids.new_empty(1)
-        native.run("sort_ids", [0, 1], ids.contiguous(), self.order, rows, starts, count, len(ids), n_rows)
+        native.run("sort_ids", [0, 1], ids, self.order, rows, starts, count, len(ids), n_rows)
         self.rows, self.starts = rows[: int(count)].clone(), starts[: int(count) + 1]
 
     def table_gradient(
