@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from moestro.ops import backend, reference
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype, without_autocast
-from moestro.ops.row_gradients import table_gradient
+from moestro.ops.row_gradients import TableGradients
 from moestro.ops.table_rows import Segments, ragged_dots, ragged_sums
 
 
@@ -70,6 +70,7 @@ class _Ragged(torch.autograd.Function):
         z = ragged_dots(up, met.row, x, met.token)
         ctx.save_for_backward(x, ids, weight, starts, up, down, z)
         ctx.activation, ctx.sparse = activation, sparse
+        ctx.gradients = TableGradients({4: up, 5: down})
         gates = weight.flatten()[met.pair]
         return ragged_sums(down, met.row, find(activation).forward(z) * gates, met.starts)
 
@@ -81,15 +82,18 @@ class _Ragged(torch.autograd.Function):
         hidden, gates = act.forward(z), weight.flatten()[met.pair]
         along = ragged_dots(down, met.row, dy.contiguous(), met.token)
         dz = act.backward(along * gates, z)
-        segments = Segments(met.row, len(up), ctx.sparse)
-        token = met.token[segments.order]
+        tables = ctx.gradients.of(
+            ctx.needs_input_grad,
+            lambda: Segments(met.row, len(up), ctx.sparse),
+            lambda order: met.token[order],
+            {4: (x, dz), 5: (dy, hidden * gates)},
+        )
         return (
             ragged_sums(up, met.row, dz, met.starts),
             None,
             torch.segment_reduce(along * hidden, "sum", lengths=met.width, unsafe=True).view_as(weight),
             None,
-            table_gradient(up, segments, x, token, dz),
-            table_gradient(down, segments, dy, token, hidden * gates),
+            *tables,
             None,
             None,
         )

@@ -1,6 +1,6 @@
 """A table's gradient as the rows that have one: their values, or the factors of which values are made when used."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -36,8 +36,8 @@ class RowValues:
         return (self.all.float().contiguous(),)
 
     def norm(self) -> Float[Tensor, ""]:
-        """2-norm of all values."""
-        return torch.linalg.vector_norm(self.all)
+        """2-norm of all values, in float32 at least."""
+        return torch.linalg.vector_norm(self.all, dtype=torch.promote_types(self.all.dtype, torch.float32))
 
     def scale_(self, factor: Float[Tensor, ""]) -> None:
         """Multiply all values."""
@@ -58,8 +58,9 @@ class FactoredRows:
         token: Int[Tensor, "p"],
         coefficient: Float[Tensor, "p"],
     ) -> None:
-        self.ids, self.starts, self.order, self.source = ids, starts, order, source.contiguous()
-        self.token, self.coefficient = token, coefficient
+        # detached: these are numbers of a graph that backward has been through
+        self.ids, self.starts, self.order, self.source = ids, starts, order, source.detach().contiguous()
+        self.token, self.coefficient = token, coefficient.detach()
 
     def values(self, start: int, stop: int) -> Float[Tensor, "m d"]:
         if backend.runs_native(self.source, self.coefficient):
@@ -83,7 +84,8 @@ class FactoredRows:
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else self.source.new_zeros(())
 
     def scale_(self, factor: Float[Tensor, ""]) -> None:
-        self.coefficient.mul_(factor.to(self.coefficient.device))
+        # not in place: coefficients may be the gates themselves (`value_rows`)
+        self.coefficient = self.coefficient * factor.to(self.coefficient)
 
 
 RowGradient = RowValues | FactoredRows
@@ -127,18 +129,42 @@ def row_gradient(table: Tensor) -> RowGradient | None:
     return factors[0]
 
 
-def table_gradient(
-    table: Tensor, segments: Any, source: Float[Tensor, "t d"], token: Int[Tensor, "p"], coefficient: Float[Tensor, "p"]
-) -> Tensor | None:
-    """What a backward pass returns for a table: `segments.table_gradient(source, token, coefficient)` in its dtype, or
-    None where its factors are collected, which are then left beside it."""
-    pending = pending_factors(table)
-    if pending is None or segments.rows is None:
-        return segments.table_gradient(source, token, coefficient).to(table.dtype)
-    starts = segments.starts[: len(segments.rows)]
-    starts = torch.cat([starts, starts.new_tensor([len(segments.order)])])
-    pending.append(FactoredRows(segments.rows, starts, segments.order, source, token, coefficient))
-    return None
+class TableGradients:
+    """The gradients that a backward pass returns for tables, named by their places among an autograd function's
+    arguments. Made in the forward pass: hooks on saved tensors, and recomputation, hand the backward pass other tensors
+    than the tables, and nothing lies beside those."""
+
+    def __init__(self, tables: Mapping[int, Tensor]) -> None:
+        self._pending = {place: pending_factors(table) for place, table in tables.items()}
+        self._dtypes = {place: table.dtype for place, table in tables.items()}
+
+    def of(
+        self,
+        needed: Sequence[bool],
+        make_segments: Callable[[], Any],
+        token_of: Callable[[Tensor], Tensor],
+        factors: Mapping[int, tuple[Tensor, Tensor]],
+    ) -> list[Tensor | None]:
+        """For each {place: (source, coefficient)} the rows that are the sum over their places p of coefficient_p *
+        source[token_of(p)], in the table's dtype; None where the table needs none, and where its factors are collected,
+        which are then left beside it. Ids are sorted (`make_segments`) only where a table needs a gradient."""
+        if not any(needed[place] for place in factors):
+            return [None] * len(factors)
+        segments = make_segments()
+        token = token_of(segments.order)
+        return [
+            self._one(place, segments, source, token, coefficient.flatten()) if needed[place] else None
+            for place, (source, coefficient) in factors.items()
+        ]
+
+    def _one(self, place: int, segments: Any, source: Tensor, token: Tensor, coefficient: Tensor) -> Tensor | None:
+        pending = self._pending[place]
+        if pending is None or segments.rows is None:
+            return segments.table_gradient(source, token, coefficient).to(self._dtypes[place])
+        starts = segments.starts[: len(segments.rows)]
+        starts = torch.cat([starts, starts.new_tensor([len(segments.order)])])
+        pending.append(FactoredRows(segments.rows, starts, segments.order, source, token, coefficient))
+        return None
 
 
 def merged(parts: Sequence[FactoredRows]) -> FactoredRows:

@@ -11,7 +11,7 @@ from moestro.ops import backend, reference, table_rows
 from moestro.ops.activations import activation as find
 from moestro.ops.native import table_rows as native_table_rows
 from moestro.ops.precision import compute_dtype, without_autocast
-from moestro.ops.row_gradients import table_gradient
+from moestro.ops.row_gradients import TableGradients
 
 
 def singleton_experts(
@@ -113,6 +113,7 @@ class _Singletons(torch.autograd.Function):
         hidden = find(activation).forward(z)
         ctx.save_for_backward(x, ids, weight, up, down, z)
         ctx.activation, ctx.sparse, ctx.rows = activation, sparse, rows
+        ctx.gradients = TableGradients({3: up, 4: down})
         return rows.weighted_rows(down, ids, hidden * weight)
 
     @staticmethod
@@ -123,13 +124,11 @@ class _Singletons(torch.autograd.Function):
         hidden = act.forward(z)
         along = rows.dots(down, ids, dy.contiguous())
         dz = act.backward(along * weight, z)
-        pairs = _Pairs(ids, up, ctx)
         return (
             rows.weighted_rows(up, ids, dz),
             None,
             along * hidden,
-            pairs.table_gradient(up, x, dz),
-            pairs.table_gradient(down, dy, hidden * weight),
+            *_tables(ctx, ids, len(up), {3: (x, dz), 4: (dy, hidden * weight)}),
             None,
             None,
             None,
@@ -142,6 +141,7 @@ class _GatedSingletons(torch.autograd.Function):
         z, linear = rows.dots(gate, ids, x), rows.dots(up, ids, x)
         ctx.save_for_backward(x, ids, weight, gate, up, down, z, linear)
         ctx.activation, ctx.sparse, ctx.rows = activation, sparse, rows
+        ctx.gradients = TableGradients({3: gate, 4: up, 5: down})
         return rows.weighted_rows(down, ids, find(activation).forward(z) * linear * weight)
 
     @staticmethod
@@ -153,14 +153,11 @@ class _GatedSingletons(torch.autograd.Function):
         along = rows.dots(down, ids, dy.contiguous())
         dhidden = along * weight
         dz, dlinear = act.backward(dhidden * linear, z), dhidden * opened
-        pairs = _Pairs(ids, up, ctx)
         return (
             rows.weighted_rows(gate, ids, dz) + rows.weighted_rows(up, ids, dlinear),
             None,
             along * opened * linear,
-            pairs.table_gradient(gate, x, dz),
-            pairs.table_gradient(up, x, dlinear),
-            pairs.table_gradient(down, dy, opened * linear * weight),
+            *_tables(ctx, ids, len(up), {3: (x, dz), 4: (x, dlinear), 5: (dy, opened * linear * weight)}),
             None,
             None,
             None,
@@ -172,24 +169,23 @@ class _Values(torch.autograd.Function):
     def forward(ctx, ids, weight, values, sparse, rows):  # type: ignore[override]
         ctx.save_for_backward(ids, weight, values)
         ctx.sparse, ctx.rows = sparse, rows
+        ctx.gradients = TableGradients({2: values})
         return rows.weighted_rows(values, ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         ids, weight, values = ctx.saved_tensors
-        pairs = _Pairs(ids, values, ctx)
-        return None, ctx.rows.dots(values, ids, dy.contiguous()), pairs.table_gradient(values, dy, weight), None, None
+        along = ctx.rows.dots(values, ids, dy.contiguous())
+        return None, along, *_tables(ctx, ids, len(values), {2: (dy, weight)}), None, None
 
 
-class _Pairs:
-    """The (token, slot) pairs of `ids` in the order of the ids."""
-
-    def __init__(self, ids: Tensor, table: Tensor, ctx) -> None:
-        self.segments = ctx.rows.Segments(ids.flatten(), len(table), ctx.sparse)
-        self.token = self.segments.order // max(1, ids.shape[1])
-
-    def table_gradient(self, table: Tensor, source: Tensor, coefficient: Tensor) -> Tensor | None:
-        """Row e = sum over the pairs (t, k) of expert e of coefficient_tk * source_t, in the dtype of the table; None
-        where its factors are collected."""
-        return table_gradient(table, self.segments, source, self.token, coefficient.flatten())
+def _tables(ctx, ids: Tensor, n_rows: int, factors: dict[int, tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+    """Gradients of the tables at these places: row e is the sum over the pairs (t, k) of expert e of coefficient_tk *
+    source_t."""
+    return ctx.gradients.of(
+        ctx.needs_input_grad,
+        lambda: ctx.rows.Segments(ids.flatten(), n_rows, ctx.sparse),
+        lambda order: order // max(1, ids.shape[1]),
+        factors,
+    )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moestro import ops
 from moestro.experts import SingletonBank
@@ -124,3 +125,69 @@ def test_experts_of_several_neurons_leave_factors_too(narrow):
         assert torch.equal(values, factors.to(values.dtype))
     wide = ops.ragged_experts(x.double(), ids, weight.double(), starts, up.double(), down.double(), "gelu", True)
     torch.testing.assert_close(found[0][0].double(), wide, **(FLOAT32 if narrow else FLOAT64))
+
+
+def glu(x, ids, weight, tables):
+    return ops.singleton_experts(x, ids, weight, tables[0], tables[1], "silu", True, tables[2])
+
+
+def plain(x, ids, weight, tables):
+    return ops.singleton_experts(x, ids, weight, tables[0], tables[1], "gelu", True)
+
+
+def values(x, ids, weight, tables):
+    return x.mean() * ops.value_rows(ids, weight, tables[0], True)
+
+
+def ragged(x, ids, weight, tables):
+    return ops.ragged_experts(x, ids, weight, torch.arange(51), tables[0], tables[1], "gelu", True)
+
+
+each_operation = pytest.mark.parametrize(("operation", "n_tables"), [(plain, 2), (glu, 3), (values, 1), (ragged, 2)])
+
+
+def made(n_tables, trainable=True):
+    """Float32 inputs, the gates a function of something that is trained, and tables whose factors are collected."""
+    generator = torch.Generator().manual_seed(3)
+    x, ids = torch.randn(30, 4, generator=generator), torch.randint(50, (30, 3), generator=generator)
+    tables = [torch.randn(50, 4, generator=generator).requires_grad_(trainable) for _ in range(n_tables)]
+    collect_factors(tables)
+    return x.requires_grad_(), ids, torch.rand(30, 3, generator=generator).requires_grad_() * 1.0, tables
+
+
+@each_operation
+def test_scaling_leaves_the_gates_alone(operation, n_tables):
+    x, ids, weight, tables = made(n_tables)
+    operation(x, ids, weight, tables).sum().backward()
+    before, values = weight.detach().clone(), [whole(row_gradient(table)).clone() for table in tables]
+    for table, was in zip(tables, values, strict=True):
+        row_gradient(table).scale_(torch.tensor(0.25))
+        assert torch.equal(whole(row_gradient(table)), 0.25 * was) and was.any()
+    assert torch.equal(weight, before)
+
+
+@each_operation
+def test_fixed_tables_leave_nothing(operation, n_tables):
+    x, ids, weight, tables = made(n_tables, trainable=False)
+    operation(x, ids, weight, tables).sum().backward()
+    assert x.grad.any() and all(pending_factors(table) == [] for table in tables)
+    tables[-1].requires_grad_()
+    operation(x, ids, weight.detach(), tables).sum().backward()
+    assert [len(pending_factors(table)) for table in tables] == [0] * (n_tables - 1) + [1]
+
+
+@each_operation
+def test_recomputed_and_moved_saved_tensors_leave_factors_too(operation, n_tables):
+    x, ids, weight, tables = made(n_tables)
+    operation(x, ids, weight, tables).sum().backward()
+    want = [whole(row_gradient(table)).clone() for table in tables]
+    for hooked in (True, False):
+        for table in tables:
+            forget_factors(table)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone) if hooked else torch.enable_grad():
+            made_again = weight.detach() * torch.ones(1, requires_grad=True)
+            run = (x, ids, made_again, tables)
+            y = operation(*run) if hooked else checkpoint(operation, *run, use_reentrant=False)
+        y.sum().backward()
+        assert all(table.grad is None for table in tables)
+        assert all(torch.equal(whole(row_gradient(t)), was) for t, was in zip(tables, want, strict=True))
