@@ -13,22 +13,27 @@ from moestro.routers import ScoredRouter
 
 def pool(trained: Trained) -> list[dict[str, Any]]:
     """Of every layer with a `ScoredRouter`, after training: {"available": experts in the pool, "cosine": mean absolute
-    cosine of two of their router rows, "unserved": share of held-out tokens that have no expert as in training}."""
+    cosine of two of their router rows, "unserved": share of the held-out tokens (or parts of tokens) that it
+    routes that have no expert as in training}."""
     model = trained.model()
-    routers = [layer.router for layer in model.moe_layers().values() if isinstance(layer.router, ScoredRouter)]
-    unserved, tokens = torch.zeros(len(routers)), 0
+    layers = {
+        id(layer): layer.router for layer in model.moe_layers().values() if isinstance(layer.router, ScoredRouter)
+    }
+    unserved, routed = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
     model.train()
     with torch.no_grad():
         for batch in trained.held_out(min(HISTORY_TOKENS, trained.final_tokens)):
-            output, _ = score(model, batch, "fp32")
-            none = {id(t.layer): (t.experts_per_token() == 0).sum() for t in output.traces}
-            unserved += torch.stack(
-                [none[id(layer)] for layer in model.moe_layers().values() if layer.router in routers]
-            )
-            tokens += int(batch.keep.sum())
+            traces = score(model, batch, "fp32")[0].traces
+            for layer, routing in ((id(trace.layer), trace.routing) for trace in traces if id(trace.layer) in layers):
+                unserved[layer] += int((routing.per_token(1.0) == 0).sum())
+                routed[layer] += routing.n_tokens
     return [
-        {"available": int(router.available.sum()), "cosine": mean_cosine(router), "unserved": float(share)}
-        for router, share in zip(routers, unserved / tokens, strict=True)
+        {
+            "available": int(router.available.sum()),
+            "cosine": mean_cosine(router),
+            "unserved": unserved[layer] / max(1, routed[layer]),
+        }
+        for layer, router in layers.items()
     ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from bench.effects.study import Trained
-from moestro.evaluate import routing_report
+from moestro.evaluate import capacity_report, routing_report
 from moestro.evaluate.perplexity import evaluating
 from moestro.evaluate.scoring import score
 from moestro.model import Transformer
@@ -16,9 +16,11 @@ HISTORY_TOKENS = 16_384
 
 
 def routing_history(trained: Trained) -> list[dict[str, Any]]:
-    """Of the untrained model and of every saved state: {"step", "layers": [{"widths", "load", "experts", "width"}]}.
+    """Of the untrained model and of every saved state: {"step", "layers": [{"widths", "load", "experts", "different",
+    "width"}]}.
 
-    `load` is the fraction of tokens that use each expert; `experts` and `width` are means over tokens.
+    `load` is the fraction of tokens that use each expert; `experts`, `different` ones and `width` are means over
+    tokens. Each pass of a stratified layer is a layer.
     """
     steps = [0, *trained.checkpoints()]
     return [{"step": step, "layers": usage(trained, step)} for step in steps]
@@ -33,6 +35,7 @@ def usage(trained: Trained, step: int) -> list[dict[str, Any]]:
             "widths": layer["widths"],
             "load": [rows / layer["tokens"] for rows in layer["load"]],
             "experts": layer["experts_per_token"]["mean"],
+            "different": layer["different_experts"],
             "width": layer["active_width"]["mean"],
         }
         for layer in report.values()
@@ -53,6 +56,11 @@ def final_routing(trained: Trained) -> list[dict[str, float]]:
         }
         for name, figures in report.items()
     ]
+
+
+def depth(trained: Trained) -> list[dict[str, Any]]:
+    """Requested capacity of every stratified layer after training, as `moestro.evaluate.capacity_report` says it."""
+    return list(capacity_report(trained.model(), trained.held_out()).values())
 
 
 def difficulty(trained: Trained) -> dict[str, dict[str, float | None]]:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bench.effects import routing
 from bench.effects.pool_probes import mean_cosine, pool
+from bench.effects.routing import STUDY
+from bench.effects.systems import dynamic_routing, dynmoe
 from moestro.model import Attention, Block, Transformer
 from moestro.routers import LinearScore, ScoredRouter, TopK
 from moestro.train import AdaptiveExperts
@@ -44,7 +45,7 @@ def test_the_cosine_is_the_mean_over_pairs_of_available_experts() -> None:
 
 
 def test_arms_differ_in_what_they_are_named_for() -> None:
-    objectives = {arm: [name for name, _, _ in model(arm)[1][1]] for arm in routing.STUDY.arms}
+    objectives = {arm: [name for name, _, _ in model(arm)[1][1]] for arm in STUDY.arms}
     assert len(objectives["dynmoe"]) == 4
     assert set(objectives["dynmoe"]) - set(objectives["dynmoe-wasteful"]) == {"gate_efficiency"}
     assert set(objectives["dynmoe"]) - set(objectives["dynmoe-alike"]) == {"router_diversity"}
@@ -52,7 +53,7 @@ def test_arms_differ_in_what_they_are_named_for() -> None:
     assert "router_entropy" in objectives["top-p-0.4"] and "router_entropy" not in objectives["top-p-beta-0"]
     stored = {
         prefix: {sum(p.numel() for moe in model(arm)[0].moe_layers().values() for p in moe.bank.parameters())
-                 for arm in routing.STUDY.arms if arm.startswith(prefix)}
+                 for arm in STUDY.arms if arm.startswith(prefix)}
         for prefix in ("dynmoe", "top-p")
     }  # fmt: skip
     assert all(len(sizes) == 1 for sizes in stored.values())
@@ -63,9 +64,13 @@ def test_figures_are_differences() -> None:
         return {"final": {"bpb": bpb}, **parts}
 
     layers = [{"available": 5, "unserved": 0.5}, {"available": 8, "unserved": 0.25}]
-    assert routing.pool_range(run(pool=layers)) == 3
-    assert routing.less("unserved")(run(pool=layers), run(pool=layers[1:])) == 0.125
-    assert routing.over_best(run(3.0), run(2.0), run(4.0)) == 0.5
+    assert dynmoe.pool_range(run(pool=layers)) == 3
+    assert dynmoe.less("unserved")(run(pool=layers), run(pool=layers[1:])) == 0.125
+    assert dynmoe.over_best(run(3.0), run(2.0), run(4.0)) == 0.5
     history = [{"layers": [{"experts": 7.0}] * 2}, {"layers": [{"experts": 3.0}, {"experts": 2.0}]}]
     traced = run(history=history)
-    assert (routing.at_start(traced), routing.since_start(traced), routing.earlier(traced)) == (7.0, -4.5, 1.0)
+    assert (dynamic_routing.at_start(traced), dynamic_routing.since_start(traced), dynamic_routing.earlier(traced)) == (
+        7.0,
+        -4.5,
+        1.0,
+    )

@@ -1,0 +1,1 @@
+"""Systems of routing: the arms and effects of one in each file."""
