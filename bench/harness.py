@@ -2,7 +2,7 @@
 
 JSON: {"script", "commit", "machine", "seed", "rows"}; a timing row is {"case", "what", "unit", "ours", "peer",
 "theirs", "ratio", "spread"} with ratio > 1 where ours is better; `spread` is the 10th and 90th percentile of the
-ratio over the rounds.
+ratio over the rounds. The process keeps freed memory, as in training: no side waits for the system to clear pages.
 """
 
 import argparse
@@ -21,6 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+
+from moestro.train.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 # milliseconds of every contestant, round by round
@@ -51,6 +53,7 @@ def arguments(description: str, **flags: str) -> argparse.Namespace:
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parsed = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(parsed.threads)
     torch.manual_seed(parsed.seed)
     return parsed

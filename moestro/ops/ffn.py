@@ -11,7 +11,6 @@ from moestro.ops import backend, reference, triton_ffn
 from moestro.ops.activations import activation as find
 from moestro.ops.ffn_plan import Job, Plan
 from moestro.ops.glu import hidden, hidden_backward
-from moestro.ops.huge_pages import request_huge_pages
 from moestro.ops.precision import compute_dtype
 
 
@@ -89,7 +88,7 @@ class _ExpertFFN(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         x, weight, w_in, w_out, z_all = ctx.saved_tensors
         plan, gates = ctx.plan, _gates(w_in, w_out)
-        dw_in, dw_out = _gradient(w_in), _gradient(w_out)
+        dw_in, dw_out = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w_in, w_out))
         for unit in plan.idle_units:
             dw_in[_scaled(unit, gates)] = 0
             dw_out[unit] = 0
@@ -122,13 +121,6 @@ def _view(buffer: Tensor, job: Job, gates: int = 1) -> Tensor:
 def _of(z_all: Tensor, job: Job, gates: int) -> Tensor:
     """The job's rows in a buffer for all experts."""
     return z_all[_scaled(job.hidden, gates)].view(job.n_slots, job.width * gates)
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """Memory for a gradient, fresh in every step: with huge pages the system is asked for it far less often."""
-    gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-    request_huge_pages(gradient)
-    return gradient
 
 
 def _gates(w_in: Tensor, w_out: Tensor) -> int:
