@@ -1,6 +1,8 @@
 """Floor 2: what experts compute and how their weights are stored. Experts do not know who routed to them."""
 
 from moestro.experts.base import ExpertBank
+from moestro.experts.cp import CPBank
+from moestro.experts.factored import FactoredBank
 from moestro.experts.ffn import FFNBank
 from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.mixed import MixedBank
@@ -16,12 +18,14 @@ from moestro.experts.zero_compute import ConstantBank, CopyBank
 
 __all__ = [
     "BankSlice",
+    "CPBank",
     "ConcatLinear",
     "ConstantBank",
     "CopyBank",
     "ExpertBank",
     "ExpertLinear",
     "FFNBank",
+    "FactoredBank",
     "GLUSingletonBank",
     "MixedBank",
     "QuantizedBank",

@@ -40,6 +40,14 @@ class ExpertBank(nn.Module):
         """Parameters whose gradients are sparse: rows of experts, for an optimizer that updates rows."""
         return ()
 
+    def own_parameters(self) -> Float[Tensor, "e"] | float:
+        """Parameters that serve one expert alone, for every expert, or one number where all are equal."""
+        return self.row_flops() / 2
+
+    def shared_parameters(self) -> float:
+        """Parameters that serve several experts: a token that meets any touches them once."""
+        return 0.0
+
     def norms(self) -> ExpertNorms | None:
         """Norms of every expert's matrices; None where the experts are no feed-forward networks."""
         return None

@@ -78,6 +78,12 @@ class MixedBank(ExpertBank):
     def row_flops(self) -> Float[Tensor, "e"]:
         return self._joined([bank.row_flops() for bank in self._banks()])
 
+    def own_parameters(self) -> Float[Tensor, "e"]:
+        return self._joined([bank.own_parameters() for bank in self._banks()])
+
+    def shared_parameters(self) -> float:
+        return sum(bank.shared_parameters() for bank in self._banks())
+
     def row_widths(self) -> Float[Tensor, "e"]:
         return self._joined([bank.row_widths() for bank in self._banks()])
 

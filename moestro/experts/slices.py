@@ -71,6 +71,12 @@ class BankSlice(ExpertBank):
     def row_flops(self) -> Float[Tensor, "e"] | float:
         return self._mine(self._whole[0].row_flops())
 
+    def own_parameters(self) -> Float[Tensor, "e"] | float:
+        return self._mine(self._whole[0].own_parameters())
+
+    def shared_parameters(self) -> float:
+        return self._whole[0].shared_parameters()
+
     def row_widths(self) -> Float[Tensor, "e"] | float:
         return self._mine(self._whole[0].row_widths())
 

@@ -3,6 +3,8 @@
 from moestro.layers.base import Layer
 from moestro.layers.composite import InputGatedLayer, SequenceLayer
 from moestro.layers.dense import DenseFFN
+from moestro.layers.editing import scaled_experts
+from moestro.layers.factored import FactoredLayer
 from moestro.layers.moe import MoELayer
 from moestro.layers.multi_head import MultiHeadLayer
 from moestro.layers.peer_pytorch import from_peer_pytorch
@@ -10,6 +12,7 @@ from moestro.layers.stratified import StratifiedLayer
 
 __all__ = [
     "DenseFFN",
+    "FactoredLayer",
     "InputGatedLayer",
     "Layer",
     "MoELayer",
@@ -17,4 +20,5 @@ __all__ = [
     "SequenceLayer",
     "StratifiedLayer",
     "from_peer_pytorch",
+    "scaled_experts",
 ]

@@ -71,13 +71,17 @@ class MoELayer(TokenLayer):
     def tokens(
         self, x: Float[Tensor, "t d"], earlier: tuple[Trace, ...] = ()
     ) -> tuple[Float[Tensor, "t d"], tuple[Trace, ...]]:
-        routing = self.router(x, earlier[-1].routing) if self.follows and earlier else self.router(x)
+        routing = self.route(x, earlier)
         if "rows" not in self.record:
             return reduce(torch.add, [branch(x, routing) for branch in self.branches]), (Trace(self, x, routing),)
         routing = routing.grouped()
         rows = self.bank.run(routing.gather(x), routing.offsets)
         others = [branch(x, routing) for branch in self.branches if branch is not self.bank]
         return reduce(torch.add, others, routing.combine(rows)), (Trace(self, x, routing, rows),)
+
+    def route(self, x: Float[Tensor, "t d"], earlier: tuple[Trace, ...] = ()) -> Routing:
+        """The router's decision."""
+        return self.router(x, earlier[-1].routing) if self.follows and earlier else self.router(x)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Make new expert j the old expert `index[j]`, in the router and every bank; -1 makes a fresh one, in the

@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moestro.experts import ExpertBank
-from moestro.routing import Trace
+from moestro.routing import Routing, Trace
 
 
 def idle_parameters(traces: Sequence[Trace]) -> Float[Tensor, ""] | float:
-    """Mean number of expert parameters that a token did not touch, over all banks in the traces; an expert's parameter
-    is one multiply-add. A 0-d tensor where the traces are on a device.
+    """Mean number of expert parameters that a token did not touch, over all banks in the traces; where experts share
+    none, an expert's parameter is one multiply-add. A 0-d tensor where the traces are on a device.
 
     An expert that a token meets in several passes, or with several of its parts, counts once. Rows of one routing of
     whole tokens count each, as the heads of PEER do in its paper.
@@ -32,13 +32,19 @@ def _touched(owner: ExpertBank, met: Sequence[tuple[Trace, ExpertBank]]) -> Tens
     once = len(met) == 1 and met[0][0].origin is None
     pairs = [] if once else [trace.pairs(owner.n_experts, bank.owner()[1]) for trace, bank in met]
     if once or any(pair is None for pair in pairs):
-        total = sum((bank.flops(trace.routing).useful for trace, bank in met), 0.0) / 2
+        own = sum((_rows_own(bank, trace.routing) for trace, bank in met), 0.0)
     else:
         expert = _different(torch.cat([pair for pair in pairs if pair is not None]), owner.n_experts)
-        each = torch.as_tensor(owner.row_flops()).to(expert.device) / 2
-        each = torch.cat([each.expand(owner.n_experts), each.new_zeros(1)])
-        total = each[expert].sum()
-    return total / max(1, met[0][0].n_tokens)
+        each = torch.as_tensor(owner.own_parameters()).to(expert.device)
+        own = torch.cat([each.expand(owner.n_experts), each.new_zeros(1)])[expert].sum()
+    n_tokens = met[0][0].n_tokens
+    return own / max(1, n_tokens) + owner.shared_parameters() * (n_tokens > 0)
+
+
+def _rows_own(bank: ExpertBank, routing: Routing) -> Tensor | float:
+    """Parameters of the experts of all rows, those that experts share left out."""
+    each = bank.own_parameters()
+    return (routing.load().to(each) * each).sum() if isinstance(each, Tensor) else each * routing.n_rows
 
 
 def _different(pairs: Tensor, n_experts: int) -> Tensor:

@@ -105,3 +105,20 @@ def product_key_topk(
     every = (left[..., :, None] + right[..., None, :]).flatten(-2)
     scores, pair = (best[..., :k] for best in every.sort(dim=-1, descending=True, stable=True))
     return scores, i.gather(-1, pair // n) * n + j.gather(-1, pair % n)
+
+
+def entmax15(logits: Float[Tensor, "*b e"]) -> Float[Tensor, "*b e"]:
+    """p = max(z / 2 - tau, 0)^2 with sum 1 (see `ops.entmax`): of the k largest logits, tau_k is what makes theirs sum
+    to 1, and k counts the logits that are not below their own tau_k.
+
+    No p exceeds 1, so that tau is at least max(z) / 2 - 1: logits below that, -inf too, may be taken for it.
+    """
+    z = ((logits - logits.amax(-1, keepdim=True)) / 2).clamp(min=-1)
+    best = z.sort(dim=-1, descending=True).values
+    k = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+    mean, moment = best.cumsum(-1) / k, best.square().cumsum(-1) / k
+    left = (1 - k * (moment - mean.square())) / k
+    # where the root is of 0 or less it is not chosen, or of no slope: autograd's would be infinite
+    tau = mean - torch.where(left > 0, left, 1).sqrt() * (left > 0)
+    support = (tau <= best).sum(-1, keepdim=True)
+    return (z - tau.gather(-1, support - 1)).clamp(min=0).square()

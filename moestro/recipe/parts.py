@@ -16,6 +16,7 @@ from moestro.data import (
 from moestro.experts import (
     ConstantBank,
     CopyBank,
+    CPBank,
     FFNBank,
     GLUSingletonBank,
     MixedBank,
@@ -27,7 +28,15 @@ from moestro.experts import (
     widths,
 )
 from moestro.experts.parity import multi_head
-from moestro.layers import DenseFFN, InputGatedLayer, MoELayer, MultiHeadLayer, SequenceLayer, StratifiedLayer
+from moestro.layers import (
+    DenseFFN,
+    FactoredLayer,
+    InputGatedLayer,
+    MoELayer,
+    MultiHeadLayer,
+    SequenceLayer,
+    StratifiedLayer,
+)
 from moestro.objectives import (
     ClusterVariance,
     FirstChoiceBalance,
@@ -54,6 +63,7 @@ from moestro.routers import (
     GroupedRouter,
     LinearScore,
     LowRankCosineScore,
+    ModesRouter,
     MutedTopK,
     NoisyScore,
     ProductKeyRouter,
@@ -92,6 +102,7 @@ BANKS: dict[str, Callable[..., Any]] = {
     "quantized_singleton": QuantizedBank,
     "copy": CopyBank,
     "constant": ConstantBank,
+    "cp": CPBank,
 }
 
 LAYERS: dict[str, Callable[..., Any]] = {
@@ -101,6 +112,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "input_gated": InputGatedLayer,
     "stratified": StratifiedLayer,
     "multi_head": MultiHeadLayer,
+    "factored": FactoredLayer,
 }
 
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -114,6 +126,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "residual": ResidualRouter,
         "grouped": GroupedRouter,
         "product_key": ProductKeyRouter,
+        "modes": ModesRouter,
         "slots": SlotRouter,
     },
     "score": {"linear": LinearScore, "noisy": NoisyScore, "cosine": CosineScore, "low_rank_cosine": LowRankCosineScore},

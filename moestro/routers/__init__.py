@@ -6,6 +6,7 @@ from moestro.routers.choices import ExpertChoice, ReLU
 from moestro.routers.grouped import GroupedRouter
 from moestro.routers.groups import GroupLimit
 from moestro.routers.limits import Capacity
+from moestro.routers.modes import ModesRouter
 from moestro.routers.product_key import ProductKeyRouter
 from moestro.routers.residual import ResidualRouter
 from moestro.routers.sampling import SampledSecond
@@ -20,6 +21,7 @@ __all__ = [
     "CosineScore",
     "GroupedRouter",
     "LinearScore",
+    "ModesRouter",
     "MutedTopK",
     "NoisyScore",
     "ProductKeyRouter",

@@ -6,11 +6,14 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from moestro.ops import entmax15
+
 
 class Gate(NamedTuple):
     """`scores(logits)` weigh experts; objectives on probabilities see `shown(logits)`, whose softmax is scores / sum of
-    scores. Not so for `interpolate`: the sigmoid with which BASE layers (Lewis 2021, arXiv:2103.16716) and MoEC mix an
-    expert with its input, beside softmax probabilities in their losses."""
+    scores. Not so for two: `interpolate`, the sigmoid with which BASE layers (Lewis 2021, arXiv:2103.16716) and MoEC
+    mix an expert with its input, beside softmax probabilities in their losses; and `entmax15`, whose exact zeros would
+    be logits of -inf, the mark of experts that are not available."""
 
     scores: Callable[[Tensor], Tensor]
     shown: Callable[[Tensor], Tensor]
@@ -20,6 +23,7 @@ GATES: dict[str, Gate] = {
     "softmax": Gate(lambda logits: logits.softmax(-1), lambda logits: logits),
     "sigmoid": Gate(lambda logits: logits.sigmoid(), F.logsigmoid),
     "interpolate": Gate(lambda logits: logits.sigmoid(), lambda logits: logits),
+    "entmax15": Gate(entmax15, lambda logits: logits),
     "sqrt_softplus": Gate(lambda logits: F.softplus(logits).sqrt(), lambda logits: F.softplus(logits).log() / 2),
 }
 

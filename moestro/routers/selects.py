@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from moestro.routers.gates import gate as find
 from moestro.routers.groups import EVERYWHERE, GroupLimit
 from moestro.routing import Routing, SoftRouting, SparseRouting
+
+# What logits may be standardised over.
+NORM_DIMENSIONS = {"none": None, "layer": 1, "batch": 0}
 
 
 class Select(nn.Module):
@@ -153,14 +157,47 @@ class TopP(Select):
 
 
 class Soft(Select):
-    """Every expert on every token, weighted by the softmax of the logits (Jacobs 1991). An expert that is not
-    available computes its rows all the same, for weights of 0."""
+    """Every expert on every token, weighted by the softmax of the logits (Jacobs 1991), or by another of `GATES`. An
+    expert that is not available computes its rows all the same, for weights of 0.
+
+    With `norm` logits are standardised first, over the available experts and without scale or shift: `layer` over a
+    token's experts, `batch` over an expert's tokens, (z - mean) / sqrt(variance + norm_eps) (Oldfield 2024, muMoE,
+    arXiv:2402.12550, with gate `entmax15`). Batch statistics are always those of the batch at hand, and not causal.
+    """
+
+    def __init__(
+        self, gate: str = "softmax", norm: Literal["none", "layer", "batch"] = "none", norm_eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        find(gate)
+        if norm not in NORM_DIMENSIONS:
+            raise ValueError(f"norm={norm!r}, allowed: {', '.join(NORM_DIMENSIONS)}")
+        if not norm_eps > 0:
+            raise ValueError(f"norm_eps={norm_eps}, allowed: above 0")
+        self.gate, self.norm, self.norm_eps = gate, norm, norm_eps
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return self.norm != "batch"
 
     def forward(self, logits: Float[Tensor, "t e"]) -> SoftRouting:
-        return SoftRouting((logits.softmax(-1),), logits)
+        gate, dimension = find(self.gate), NORM_DIMENSIONS[self.norm]
+        if dimension is not None:
+            logits = standardized(logits, dimension, self.norm_eps)
+        return SoftRouting((gate.scores(logits),), gate.shown(logits))
 
     def rows_per_token(self, n_experts: int) -> float:
         return n_experts
 
     def choices(self, n_experts: int) -> tuple[int | None, bool, tuple[str, ...]]:
         return n_experts, True, ()
+
+
+def standardized(logits: Float[Tensor, "t e"], dimension: int, eps: float) -> Float[Tensor, "t e"]:
+    """(z - mean) / sqrt(variance + eps) along a dimension; -inf has no part in either and stays."""
+    present = logits > -math.inf
+    count = present.sum(dimension, keepdim=True).clamp(min=1)
+    z = logits.masked_fill(~present, 0.0)
+    centred = (z - z.sum(dimension, keepdim=True) / count).masked_fill(~present, 0.0)
+    variance = centred.square().sum(dimension, keepdim=True) / count
+    return (centred * (variance + eps).rsqrt()).masked_fill(~present, -math.inf)

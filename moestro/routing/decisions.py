@@ -43,6 +43,10 @@ class Routing:
         """Weight of every expert for every token, zeros included."""
         raise NotImplementedError
 
+    def scaled(self, factor: Float[Tensor, "e"]) -> "Routing":
+        """The same rows, the weights of each expert times its factor."""
+        raise NotImplementedError
+
     def load(self) -> Float[Tensor, "e"]:
         """Rows each expert computes (tokens)."""
         return self.grouped().offsets.diff().to(torch.float32)
@@ -129,6 +133,9 @@ class SparseRouting(Routing):
     def load(self) -> Float[Tensor, "e"]:
         return torch.bincount(self.expert, minlength=self.n_experts).to(torch.float32)
 
+    def scaled(self, factor: Float[Tensor, "e"]) -> "SparseRouting":
+        return replace(self, weight=self.weight * factor.to(self.weight)[self.expert])
+
     def importance(self) -> Float[Tensor, "e"]:
         return self.weight.new_zeros(self.n_experts).index_add(0, self.expert, self.weight)
 
@@ -201,6 +208,11 @@ class SoftRouting(Routing):
             out = torch.einsum("ti,tj->tij", out, mode).flatten(1)
         return out
 
+    def scaled(self, factor: Float[Tensor, "e"]) -> "SoftRouting":
+        """One mode, because factors of experts are no products of factors of modes."""
+        weight = self.dense()
+        return SoftRouting((weight * factor.to(weight),), self.logits)
+
     def per_token(self, value: Float[Tensor, "e"] | float) -> Float[Tensor, "t"]:
         total = value.sum() if isinstance(value, Tensor) else torch.tensor(value * self.n_experts)
         return total.to(self.modes[0]).expand(self.n_tokens)
@@ -243,6 +255,9 @@ class SlotRouting(Routing):
 
     def dense(self) -> Float[Tensor, "t e"]:
         return self.merge.sum(-1)
+
+    def scaled(self, factor: Float[Tensor, "e"]) -> "SlotRouting":
+        return replace(self, merge=self.merge * factor.to(self.merge)[:, None])
 
     def per_token(self, value: Float[Tensor, "e"] | float) -> Float[Tensor, "t"]:
         """A slot's cost is shared by the tokens in proportion to what they put into it."""

@@ -26,12 +26,18 @@ SELECTS = {
     "steered_top_p": {"start": 0.6},
     "top_any": {"n_experts": 9},
     "sampled_second": {},
-    "soft": {},
+    "soft": {"gate": "entmax15", "norm": "layer"},
     "capacity": {"select": TopP(0.9, renormalize=False), "factor": 1.5},
     "expert_choice": {"factor": 2.5},
     "relu": {"target": 2},
 }
-ROUTERS = {"product_key": {"heads": 2, "top_k": 3, "d_key": 4}, "slots": {"slots": 2}}
+ROUTERS = {
+    "product_key": {"heads": 2, "top_k": 3, "d_key": 4},
+    "modes": {"modes": [3, 3], "init_std": 1.0},
+    "slots": {"slots": 2},
+}
+# experts named by their place, and what says so
+PLACED = {"product_key": "named by its pair of keys", "modes": "named by its place in the grid"}
 BANKS = {
     "ffn": lambda make: make(D, [3, 5, 0, 8, 1, 2, 2, 7, 4]),
     "singleton": lambda make: make(D, E),
@@ -41,6 +47,7 @@ BANKS = {
     "quantized_singleton": lambda make: quantized(SingletonBank(D, E)),
     "copy": lambda make: make(E),
     "constant": lambda make: make(D, E),
+    "cp": lambda make: make(D, [E], rank=4),
     "mixed": lambda make: make([FFNBank(D, [3, 5, 0, 8]), CopyBank(), ConstantBank(D, 2), SingletonBank(D, 2)]),
 }
 SHARED = {"shared": {"width": 5}}
@@ -71,6 +78,7 @@ def biased(gate: str) -> BiasedRouter:
 ROUTER_MAKERS = {
     "residual": lambda: ResidualRouter(LinearScore(D, E, init_std=1.0), TopK(3)),
     "grouped": lambda: GroupedRouter(D, LinearScore(D, E, init_std=1.0), [3, 2, 4], 2, 3, init_std=1.0),
+    "softmax": lambda: ScoredRouter(LinearScore(D, E, init_std=1.0), PARTS["select"]["soft"]()),
     "biased-sigmoid": lambda: biased("sigmoid"),
     "biased-softmax": lambda: biased("softmax"),
     # a selection sees logits and not where they come from: all scores with one selection, all selections with one score
@@ -153,8 +161,8 @@ def test_moving_experts_changes_nothing(router, kind):
     index = torch.randperm(E, generator=torch.Generator().manual_seed(3))
     if kind == "mixed":
         index = torch.tensor([2, 0, 3, 1, 4, 6, 5, 8, 7])
-    if router == "product_key":
-        with pytest.raises(ValueError, match="named by its pair of keys"):
+    if router in PLACED:
+        with pytest.raises(ValueError, match=PLACED[router]):
             moe.reindex(index)
         return
     before, _ = moe(x)
@@ -164,7 +172,7 @@ def test_moving_experts_changes_nothing(router, kind):
 
 
 @pytest.mark.parametrize("kind", BANKS)
-@pytest.mark.parametrize("router", [r for r in ROUTER_MAKERS if r != "product_key"])
+@pytest.mark.parametrize("router", [r for r in ROUTER_MAKERS if r not in PLACED])
 def test_a_fresh_expert_replaces_an_old_one_and_no_other(router, kind):
     moe, x = layer(router, kind), tokens()
     old = [one_expert(moe.bank, e, x) for e in range(E)]
@@ -176,7 +184,7 @@ def test_a_fresh_expert_replaces_an_old_one_and_no_other(router, kind):
 
 @pytest.mark.parametrize("kind", BANKS)
 def test_the_weights_of_an_expert_are_all_its_own(kind):
-    """Changing them changes its output and no other's, and together they are all there is."""
+    """Changing them changes its output and no other's, and together with what is shared they are all there is."""
     experts, x = bank(kind).double(), tokens()
     before = [one_expert(experts, e, x) for e in range(E)]
     owned = {parameter: torch.zeros(len(parameter)) for parameter in experts.parameters()}
@@ -189,7 +197,9 @@ def test_the_weights_of_an_expert_are_all_its_own(kind):
         changed = [e for e in range(E) if not torch.equal(after[e], before[e])]
         assert changed == [expert] or (not changed and not sum(r.stop - r.start for _, r in experts.weights_of(expert)))
         before = after
-    assert all((count == 1).all() for count in owned.values())
+    assert all((count == 1).all() or not count.any() for count in owned.values())
+    shared = sum(parameter.numel() for parameter, count in owned.items() if not count.any())
+    assert shared == experts.shared_parameters()
 
 
 @pairs

@@ -1,0 +1,118 @@
+"""muMoE's experts made from dense layers and from given experts (checks 6 and 7 of its specification), and edited."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moestro.experts import CPBank, FactoredBank
+from moestro.experts.factored import relative_error
+from moestro.layers import MoELayer, scaled_experts
+from moestro.routers import LinearScore, ModesRouter, Router, ScoredRouter, SlotRouter, Soft, TopK
+from moestro.routing import SoftRouting
+from tests.tolerances import FLOAT64
+
+D, OUT, N, T = 6, 4, 3, 7
+close = torch.testing.assert_close
+
+
+def dense(rank: int = 4) -> tuple[Tensor, Tensor]:
+    """A weight of this rank and a bias in its range, so that both together have it, too."""
+    left = torch.randn(OUT, rank, dtype=torch.float64)
+    return left @ torch.randn(rank, D, dtype=torch.float64), left @ torch.randn(rank, dtype=torch.float64)
+
+
+def experts() -> Tensor:
+    return torch.randn(N, D + 1, OUT, dtype=torch.float64)
+
+
+def from_dense(name: str, rank: int, modes: list[int], noise: float = 0.0) -> FactoredBank:
+    weight, bias = dense(min(rank, OUT))
+    made = {"cp": lambda: CPBank.from_dense(weight, bias, modes, rank, noise)}[name]()
+    x = torch.randn(T, D, dtype=torch.float64)
+    if not noise:
+        gates = tuple(torch.rand(T, n, dtype=torch.float64).softmax(-1) for n in modes)
+        close(made(x, SoftRouting(gates)), x @ weight.T + bias, **FLOAT64)
+    return made
+
+
+@pytest.mark.parametrize("name", ["cp"])
+@pytest.mark.parametrize("modes", [[3], [2, 2]], ids=str)
+@pytest.mark.parametrize("rank", [2, 4, 9], ids=lambda rank: f"rank{rank}")
+def test_from_a_dense_layer_is_exact_from_its_rank_on(name: str, modes: list[int], rank: int) -> None:
+    made = from_dense(name, rank, modes)
+    assert all(parameter.requires_grad for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("name", ["cp"])
+def test_noise_tells_experts_apart(name: str) -> None:
+    alike, apart = (from_dense(name, 4, [3], noise).matrices() for noise in (0.0, 0.1))
+    close(alike[1], alike[0], **FLOAT64)
+    assert 0.01 < (apart[1] - apart[0]).norm() / apart[0].norm() < 0.5
+
+
+def test_a_dense_layer_of_higher_rank_is_approximated_best() -> None:
+    """The error is that of the singular values left out (Eckart and Young)."""
+    weight, bias = dense()
+    whole = torch.cat([weight.T, bias[None]])
+    s = torch.linalg.svdvals(whole)
+    made = CPBank.from_dense(weight, bias, [N], rank=2)
+    want = float(s[2:].norm() / s.norm())
+    assert relative_error(made, whole.expand(N, -1, -1)) == pytest.approx(want, rel=1e-9)
+
+
+def test_a_dense_layer_needs_no_bias() -> None:
+    weight, _ = dense()
+    assert CPBank.from_dense(weight, None, [N], rank=4).matrices()[:, -1].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("rank", [N * OUT, N * OUT + 2])
+def test_from_experts_is_exact_at_the_sum_of_their_ranks(rank: int) -> None:
+    want = experts()
+    close(CPBank.from_experts(want, rank).matrices(), want, **FLOAT64)
+
+
+def test_from_experts_keeps_the_largest_terms() -> None:
+    want = experts()
+    s = torch.linalg.svdvals(want).flatten().sort(descending=True).values
+    made = CPBank.from_experts(want, rank=5)
+    assert relative_error(made, want) == pytest.approx(float(s[5:].norm() / s.norm()), rel=1e-9)
+
+
+ROUTERS = {
+    "soft": lambda: ScoredRouter(LinearScore(D, 4, init_std=1.0), Soft("entmax15", "layer")),
+    "modes": lambda: ModesRouter(D, 4, [2, 2], init_std=1.0),
+    "top_k": lambda: ScoredRouter(LinearScore(D, 4, init_std=1.0), TopK(2)),
+    "slots": lambda: SlotRouter(D, 4),
+}
+
+
+def edited(router: Router) -> tuple[MoELayer, Tensor]:
+    return MoELayer(router, [CPBank(D, [4], rank=5)]).double(), torch.randn(T, D, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_experts_are_scaled_inside_the_context_alone(kind: str) -> None:
+    """A layer of one linear map is linear in the weights: what an expert adds can be taken away, and doubled."""
+    layer, x = edited(ROUTERS[kind]())
+    before, _ = layer(x)
+    with scaled_experts(layer, {1: 0.0}):
+        without, (trace,) = layer(x)
+    with scaled_experts(layer, {1: 2.0}):
+        twice, _ = layer(x)
+    close(twice - before, before - without, **FLOAT64)
+    assert not trace.routing.dense()[:, 1].any() and (before - without).abs().max() > 1e-3
+    assert torch.equal(layer(x)[0], before)
+
+
+def test_the_context_ends_with_an_error_inside() -> None:
+    layer, x = edited(ROUTERS["soft"]())
+    before, _ = layer(x)
+    with pytest.raises(RuntimeError), scaled_experts(layer, {0: 0.0}):
+        raise RuntimeError
+    assert torch.equal(layer(x)[0], before)
+
+
+def test_an_expert_that_is_not_there_is_refused() -> None:
+    layer, _ = edited(ROUTERS["soft"]())
+    with pytest.raises(ValueError, match="expert 4, allowed: 0 to 3"), scaled_experts(layer, {4: 0.0}):
+        pass
