@@ -8,35 +8,63 @@ from moestro.cli.terminal import as_json
 
 
 def add_arguments(parser: Parser) -> None:
-    """RUN, how it is measured, --out and --generalization"""
-    add_run(parser, "65,536")
+    """RUN, how it is measured, --out, --generalization and --probe"""
+    add_run(parser, "65,536; 8,192 with --probe")
     parser.add_argument("--out", type=Path, metavar="PAGE", help="the page to write (default: RUN/inspect.html)")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--generalization",
         action="store_true",
         help="in place of all that: every term of the generalization bound of sparse mixtures (arXiv:2403.17404)",
+    )
+    instead.add_argument(
+        "--probe",
+        action="store_true",
+        help="in place of all that: the loss of every expert on every other expert's tokens, each serving alone",
     )
 
 
 def run(arguments: Namespace) -> int:
     """Show where a run's compute goes: experts, layers, tokens, a homogeneous twin, other settings."""
+    if arguments.generalization:
+        return _generalization(arguments)
+    return _probe(arguments) if arguments.probe else _page(arguments)
+
+
+def _options(arguments: Namespace, tokens: int) -> tuple:
+    measured = (arguments.data, device_named(arguments.device), arguments.tokens or tokens)
+    return arguments.run, *measured, arguments.checkpoint, arguments.settings
+
+
+def _generalization(arguments: Namespace) -> int:
     from rich.console import Console
 
-    from moestro.recipe.inspection import TOKENS
+    from moestro.recipe.generalization import TOKENS, generalization_of_run, generalization_table
 
-    options = (arguments.data, device_named(arguments.device), arguments.tokens or TOKENS)
-    options = (arguments.run, *options, arguments.checkpoint, arguments.settings)
-    if arguments.generalization:
-        from moestro.recipe.generalization import generalization_of_run, generalization_table
+    found = generalization_of_run(*_options(arguments, TOKENS))
+    if not as_json(arguments.json, found):
+        Console().print(generalization_table(found))
+    return 0
 
-        found = generalization_of_run(*options)
-        if not as_json(arguments.json, found):
-            Console().print(generalization_table(found))
-        return 0
+
+def _probe(arguments: Namespace) -> int:
+    from rich.console import Console
+
+    from moestro.recipe.probing import TOKENS, probe_of_run, probe_table
+
+    found = probe_of_run(*_options(arguments, TOKENS))
+    if not as_json(arguments.json, found):
+        Console().print(probe_table(found))
+    return 0
+
+
+def _page(arguments: Namespace) -> int:
+    from rich.console import Console
+
     from moestro.compare.inspection import write_inspection
-    from moestro.recipe.inspection import inspect_run, inspection_table
+    from moestro.recipe.inspection import TOKENS, inspect_run, inspection_table
 
-    found = inspect_run(*options)
+    found = inspect_run(*_options(arguments, TOKENS))
     page = write_inspection(found, arguments.out or arguments.run / "inspect.html")
     if not as_json(arguments.json, found):
         Console().print(inspection_table(found))

@@ -44,7 +44,7 @@ class LayerUsage:
         wanted = getattr(trace.routing, "wanted", None)
         self.rows += trace.routing.n_rows
         self.wanted += trace.routing.n_rows if wanted is None else int(wanted.sum())
-        self.flops = self.flops + trace.layer.flops(trace.routing).item()
+        self.flops = self.flops + trace.flops().item()
         self.different += float(trace.different_experts().sum())
         self.experts.append(trace.experts_per_token().float().cpu().numpy())
         self.width.append(trace.active_width().float().cpu().numpy())

@@ -8,15 +8,19 @@ from moestro.layers.factored import FactoredLayer
 from moestro.layers.moe import MoELayer
 from moestro.layers.multi_head import MultiHeadLayer
 from moestro.layers.peer_pytorch import from_peer_pytorch
+from moestro.layers.recording import ActiveRows, AllRows, SampledRows
 from moestro.layers.stratified import StratifiedLayer
 
 __all__ = [
+    "ActiveRows",
+    "AllRows",
     "DenseFFN",
     "FactoredLayer",
     "InputGatedLayer",
     "Layer",
     "MoELayer",
     "MultiHeadLayer",
+    "SampledRows",
     "SequenceLayer",
     "StratifiedLayer",
     "from_peer_pytorch",

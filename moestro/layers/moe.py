@@ -1,6 +1,6 @@
 """A mixture-of-experts layer: router + branches, nothing else."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
 
 import torch
@@ -11,18 +11,18 @@ from moestro.cost import NOTHING, Cost
 from moestro.experts.base import ExpertBank
 from moestro.experts.shared import SharedExpert
 from moestro.layers.base import TokenLayer
+from moestro.layers.recording import ActiveRows
 from moestro.routers.base import Router
-from moestro.routing import Routing, Trace
-
-RECORDABLE = frozenset({"rows"})
+from moestro.routing import Overheard, Routing, Trace
 
 
 class MoELayer(TokenLayer):
     """y = sum over branches of branch(x, routing), routing = router(x), or router(x, routing of the layer before) where
     the router `follows`.
 
-    A branch is anything called so: an `ExpertBank`, a shared expert that ignores the routing, ... `record={"rows"}`
-    keeps the experts' outputs before they are combined in the trace (through the definition, not the fast path).
+    A branch is anything called so: an `ExpertBank`, a shared expert that ignores the routing, ... `record` keeps
+    outputs of the first bank's experts, before they are combined, in the trace (through the definition, not the fast
+    path): those of the routing, and further ones that it asks for.
     `clusters` groups the experts for losses and rules: so many equal clusters of consecutive experts, or the cluster of
     every expert; kept in the buffer `cluster` [e], which is None without.
 
@@ -35,7 +35,7 @@ class MoELayer(TokenLayer):
         self,
         router: Router,
         branches: Sequence[nn.Module],
-        record: Collection[str] = (),
+        record: ActiveRows | None = None,
         clusters: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -45,9 +45,7 @@ class MoELayer(TokenLayer):
         for bank in banks:
             if bank.n_experts != router.n_experts:
                 raise ValueError(f"the router knows {router.n_experts} experts, {type(bank).__name__} {bank.n_experts}")
-        if unknown := set(record) - RECORDABLE:
-            raise ValueError(f"record={sorted(unknown)}, allowed: {sorted(RECORDABLE)}")
-        self.router, self.branches, self.record = router, nn.ModuleList(branches), frozenset(record)
+        self.router, self.branches, self.record = router, nn.ModuleList(branches), record
         self.register_buffer("cluster", None if clusters is None else cluster_ids(clusters, router.n_experts))
 
     @property
@@ -72,12 +70,13 @@ class MoELayer(TokenLayer):
         self, x: Float[Tensor, "t d"], earlier: tuple[Trace, ...] = ()
     ) -> tuple[Float[Tensor, "t d"], tuple[Trace, ...]]:
         routing = self.route(x, earlier)
-        if "rows" not in self.record:
+        if self.record is None:
             return reduce(torch.add, [branch(x, routing) for branch in self.branches]), (Trace(self, x, routing),)
         routing = routing.grouped()
-        rows = self.bank.run(routing.gather(x), routing.offsets)
+        rows, further = self.bank.run(routing.gather(x), routing.offsets), self.record(routing)
         others = [branch(x, routing) for branch in self.branches if branch is not self.bank]
-        return reduce(torch.add, others, routing.combine(rows)), (Trace(self, x, routing, rows),)
+        overheard = further and Overheard(further, self.bank.run(further.gather(x), further.offsets))
+        return reduce(torch.add, others, routing.combine(rows)), (Trace(self, x, routing, rows, overheard=overheard),)
 
     def route(self, x: Float[Tensor, "t d"], earlier: tuple[Trace, ...] = ()) -> Routing:
         """The router's decision."""

@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         """Forward FLOPs on `batch` sequences of what the traces show was used; attention, routers, head counted."""
         untraced = sum(block.ffn.untraced_flops(batch * seq_len) for block in self._blocks())
         backbone = self._backbone_flops(batch, seq_len) + Cost.exact(untraced)
-        return sum((trace.layer.flops(trace.routing) for trace in traces), backbone)
+        return sum((trace.flops() for trace in traces), backbone)
 
     def expected_token_flops(self, seq_len: int) -> float:
         """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moestro.objectives.balance import LoadBalance, ParameterPenalty, WeightedBalance
 from moestro.objectives.clusters import ClusterVariance
+from moestro.objectives.distillation import MutualDistillation
 from moestro.objectives.entropy import RouterEntropy, RouterZLoss
 from moestro.objectives.first_choice import FirstChoiceBalance
 from moestro.objectives.gate_l1 import GateL1
@@ -23,6 +24,7 @@ __all__ = [
     "GroupPenalty",
     "IntraGroupBalance",
     "LoadBalance",
+    "MutualDistillation",
     "Objective",
     "ParameterPenalty",
     "RetrievedParameterPenalty",

@@ -8,6 +8,7 @@ import torch
 from moestro.data import TokenData, Tokenizer
 from moestro.model import Block, Transformer
 from moestro.ops.tables import tables_in
+from moestro.recipe.bind import built
 from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.resolve import Place
 from moestro.recipe.shared_banks import SharedBanks
@@ -19,7 +20,7 @@ from moestro.train.progress import Display
 from moestro.train.rules import Rule
 from moestro.train.settings import TrainSettings
 from moestro.train.state import FREE
-from moestro.train.step import WeightedObjectives
+from moestro.train.step import ScheduledObjectives
 
 
 def build_model(recipe: Recipe, vocab_size: int, device: str | torch.device = "cpu") -> Transformer:
@@ -61,13 +62,13 @@ def build_data(recipe: Recipe) -> TokenData:
     return data
 
 
-def build_training(recipe: Recipe) -> tuple[TrainSettings, WeightedObjectives, list[Rule]]:
+def build_training(recipe: Recipe) -> tuple[TrainSettings, ScheduledObjectives, list[Rule]]:
     """Settings, objectives with their weights, rules.
 
     Raises: RecipeError where one of them refuses its values.
     """
     settings = recipe.train.build({"optim": recipe.optim.build()})
-    objectives = [(name, weight, part.build()) for name, weight, part in recipe.objectives]
+    objectives = [(name, built(weight, {}), part.build()) for name, weight, part in recipe.objectives]
     return settings, objectives, [part.build() for part in recipe.rules]
 
 

@@ -15,10 +15,13 @@ from moestro.recipe.resolve import Origin, Place, read_tree
 from moestro.recipe.shared_banks import check_names
 from moestro.recipe.syntax import RecipeError, dump_yaml
 from moestro.train.durable import write_text
+from moestro.train.schedules import Scheduled
 from moestro.train.settings import OptimSettings, TrainSettings
 
 REQUIRED = ("model", "data", "train")
 SECTIONS = ("paper", *REQUIRED, "objectives", "rules", "optim")
+# What an objective's entry says besides the objective: its weight, and how that changes.
+WEIGHTING = ("weight", "schedule")
 BINDER = Binder(PARTS)
 
 
@@ -115,8 +118,8 @@ class Recipe:
         return BINDER.bind(TokenData, *self._section("data"))
 
     @cached_property
-    def objectives(self) -> list[tuple[str, float, Part]]:
-        """(name, weight, part) of every objective; the name is its kind."""
+    def objectives(self) -> list[tuple[str, float | Part, Part]]:
+        """(name, weight, part) of every objective; the name is its kind, a weight with a schedule is a part, too."""
         bound = [self._objective(node, place) for node, place in self._list("objectives")]
         names = [name for name, _, _ in bound]
         for i, name in enumerate(names):
@@ -124,12 +127,14 @@ class Recipe:
                 raise Place(self.origin, ("objectives", i)).error(f"objective {name!r} stands twice")
         return bound
 
-    def _objective(self, node: Any, place: Place) -> tuple[str, float, Part]:
+    def _objective(self, node: Any, place: Place) -> tuple[str, float | Part, Part]:
         node = _mapping(node, place)
         if "weight" not in node:
             raise place.error("missing key 'weight'")
         weight = BINDER.convert(node["weight"], float, place / "weight", "weight")
-        rest = {key: value for key, value in node.items() if key != "weight"}
+        if "schedule" in node:
+            weight = BINDER.bind(Scheduled, {key: node[key] for key in WEIGHTING}, place)
+        rest = {key: value for key, value in node.items() if key not in WEIGHTING}
         return rest.get("kind", ""), weight, BINDER.part("objectives", rest, place)
 
     @cached_property
@@ -188,8 +193,9 @@ def check_recipe(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _weighted(weight: float, tree: dict) -> dict:
-    return {"kind": tree["kind"], "weight": weight, **tree}
+def _weighted(weight: float | Part, tree: dict) -> dict:
+    weighting = completed(weight, BINDER) if isinstance(weight, Part) else {"weight": weight}
+    return {"kind": tree["kind"], **weighting, **tree}
 
 
 def _mapping(node: Any, place: Place) -> dict:

@@ -29,11 +29,14 @@ from moestro.experts import (
 )
 from moestro.experts.parity import multi_head
 from moestro.layers import (
+    ActiveRows,
+    AllRows,
     DenseFFN,
     FactoredLayer,
     InputGatedLayer,
     MoELayer,
     MultiHeadLayer,
+    SampledRows,
     SequenceLayer,
     StratifiedLayer,
 )
@@ -46,6 +49,7 @@ from moestro.objectives import (
     GroupPenalty,
     IntraGroupBalance,
     LoadBalance,
+    MutualDistillation,
     ParameterPenalty,
     RetrievedParameterPenalty,
     RouterDiversity,
@@ -144,6 +148,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert, "shared_bank": shared_bank},
     "banks": BANKS,
+    "record": {"active": ActiveRows, "all": AllRows, "sampled": SampledRows},
     "widths": {
         "equal": widths.equal,
         "arithmetic": widths.arithmetic,
@@ -165,6 +170,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "first_choice_balance": FirstChoiceBalance,
         "cluster_variance": ClusterVariance,
         "gate_l1": GateL1,
+        "mutual_distillation": MutualDistillation,
         "parameter_penalty": ParameterPenalty,
         "group_penalty": GroupPenalty,
         "intra_group_balance": IntraGroupBalance,

@@ -1,6 +1,16 @@
 """What routers decide, and the record of what a layer did."""
 
 from moestro.routing.decisions import Routing, SlotRouting, SoftRouting, SparseRouting
-from moestro.routing.trace import Origin, StepTraffic, Trace, TracedLayer
+from moestro.routing.trace import Origin, Overheard, StepTraffic, Trace, TracedLayer
 
-__all__ = ["Origin", "Routing", "SlotRouting", "SoftRouting", "SparseRouting", "StepTraffic", "Trace", "TracedLayer"]
+__all__ = [
+    "Origin",
+    "Overheard",
+    "Routing",
+    "SlotRouting",
+    "SoftRouting",
+    "SparseRouting",
+    "StepTraffic",
+    "Trace",
+    "TracedLayer",
+]

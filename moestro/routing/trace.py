@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.cost import Cost
+from moestro.cost import NOTHING, Cost
 from moestro.routing.decisions import Routing
 
 
@@ -28,11 +28,13 @@ class TracedLayer(Protocol):
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """What one layer routed in all micro-batches of an optimizer step: rows of every expert, and tokens."""
+    """What one layer routed in all micro-batches of an optimizer step: rows of every expert, tokens, and those of the
+    tokens on which two experts or more were recorded."""
 
     load: Float[Tensor, "e"]
     n_tokens: int
     micro_batches: int
+    n_paired: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,19 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Overheard:
+    """Outputs of experts on tokens that did not choose them, computed to be recorded: no part of the layer's output."""
+
+    routing: Routing
+    rows: Float[Tensor, "n o"]
+
+
+@dataclass(frozen=True)
 class Trace:
     """What one `MoELayer` did in one forward: its input tokens, its routing and, where the layer records them, the
-    experts' outputs before they are combined. `step` is there where training knows the whole step's traffic, which it
-    finds out for objectives that ask for it. `origin` is there where the routed tokens are not the model's tokens one
-    by one."""
+    experts' outputs before they are combined, `overheard` those on tokens that chose others. `step` is there where
+    training knows the whole step's traffic, which it finds out for objectives that ask for it. `origin` is there where
+    the routed tokens are not the model's tokens one by one."""
 
     layer: TracedLayer
     x: Float[Tensor, "t d"]
@@ -65,15 +75,26 @@ class Trace:
     rows: Float[Tensor, "n o"] | None = None
     step: StepTraffic | None = None
     origin: Origin | None = None
+    overheard: Overheard | None = None
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the model of which this layer routed some, all, or the parts."""
         return self.routing.n_tokens if self.origin is None else self.origin.n_tokens
 
+    def flops(self) -> Cost:
+        """Forward FLOPs of what the layer did, with what it only recorded."""
+        recorded = NOTHING if self.overheard is None else self.layer.banks()[0].flops(self.overheard.routing)
+        return self.layer.flops(self.routing) + recorded
+
     def inside(self, outer: Origin) -> "Trace":
         """The trace of a layer inside another, whose tokens were routed tokens of `outer`."""
         return replace(self, origin=outer if self.origin is None else self.origin.within(outer))
+
+    def recorded_per_token(self) -> Float[Tensor, "t"]:
+        """Number of recorded outputs on every routed token, chosen experts' and others'."""
+        chosen = self.routing.per_token(1.0)
+        return chosen if self.overheard is None else chosen + self.overheard.routing.per_token(1.0).to(chosen)
 
     def experts_per_token(self) -> Float[Tensor, "m"]:
         """Number of routed experts each token of the model used, those that several of its parts used as often."""

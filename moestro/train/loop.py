@@ -17,10 +17,11 @@ from moestro.train.metrics import MetricsLog
 from moestro.train.optim import build_optimizer, clip_gradients, set_learning_rate
 from moestro.train.progress import Display, Silent
 from moestro.train.rules import QueryNormStatistics, Rule
+from moestro.train.schedules import Scheduled, weight_at
 from moestro.train.settings import TrainSettings
 from moestro.train.signals import StopSignal, TrainingStopped
 from moestro.train.state import TrainState
-from moestro.train.step import Batches, WeightedObjectives, backward, check_names, measure, require_finite
+from moestro.train.step import Batches, ScheduledObjectives, backward, check_names, measure, require_finite
 from moestro.train.tables import prepare_tables
 
 
@@ -28,7 +29,7 @@ def train(
     model: Transformer,
     dataset: Batches,
     settings: TrainSettings,
-    objectives: WeightedObjectives,
+    objectives: ScheduledObjectives,
     rules: Sequence[Rule],
     run_dir: Path,
     progress: Display | None = None,
@@ -50,7 +51,7 @@ def train(
     with RunFolder(run_dir) as folder, StopSignal() as stop, progress or Silent() as display:
         if claim is not None:
             claim(folder)
-        same = {"data": {"fingerprint": dataset.fingerprint}, "objectives": {name: w for name, w, _ in objectives}}
+        same = {"data": {"fingerprint": dataset.fingerprint}, "objectives": weights_of(objectives)}
         rules = [QueryNormStatistics(), *rules]
         state = TrainState(model, build_optimizer(model, settings.optim), rules, settings, same)
         newest = folder.newest_checkpoint
@@ -75,7 +76,7 @@ def train(
 
 def run(
     dataset: Batches,
-    objectives: WeightedObjectives,
+    objectives: ScheduledObjectives,
     state: TrainState,
     folder: RunFolder,
     log: MetricsLog,
@@ -90,9 +91,10 @@ def run(
     while share < 1:
         batch = dataset.train_batch(counters.step, settings.batch_size, settings.seed)
         optimizer.zero_grad(set_to_none=True)
-        sums = backward(forward, batch, settings, objectives, state.rules)
+        now = [(name, weight_at(weight, share, counters.step), part) for name, weight, part in objectives]
+        sums = backward(forward, batch, settings, now, state.rules)
         grad_norm = clip_gradients(model, settings.optim.clip)
-        measured = measure(sums, grad_norm, batch, objectives)
+        measured = measure(sums, grad_norm, batch, now)
 
         # The rate of the middle of the step: neither 0 in the first nor past the schedule's end in the last.
         counters.add(measured)
@@ -118,6 +120,11 @@ def run(
         if saved is not None and stop.name is not None and not finished:
             raise TrainingStopped(f"stopped by {stop.name}, saved {saved}; the same command continues from there")
         log.skip()
+
+
+def weights_of(objectives: ScheduledObjectives) -> dict[str, float | str]:
+    """Every objective's weight, as JSON values."""
+    return {name: repr(weight) if isinstance(weight, Scheduled) else weight for name, weight, _ in objectives}
 
 
 def due(every: int, step: int) -> bool:

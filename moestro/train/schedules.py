@@ -1,10 +1,11 @@
-"""Learning-rate schedules: factors on the base learning rate as functions of progress in [0, 1].
+"""Schedules: factors on the base learning rate, or on an objective's weight, as functions of progress in [0, 1].
 
 Progress is the share of the budget that is used, so one schedule serves budgets in steps, tokens and FLOPs. `warmup`
 below 1 is a share of the budget; from 1 on it counts steps, and `step_size`, the progress one step makes, converts it.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,6 +17,23 @@ class Schedule(Protocol):
     def warmup(self) -> float: ...
 
     def __call__(self, progress: float, step_size: float = 0.0) -> float: ...
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """An objective's weight that changes as training goes on: `weight` times the schedule's factor."""
+
+    weight: float
+    schedule: Schedule
+
+
+def weight_at(weight: float | Scheduled, progress: float, steps: int) -> float:
+    """The weight of the step after `steps` steps, which used `progress` of the budget."""
+    if not isinstance(weight, Scheduled):
+        return weight
+    # before the first step nobody knows how far one goes: any warmup lies ahead
+    step_size = progress / steps if steps else sys.float_info.epsilon
+    return weight.weight * weight.schedule(min(1.0, progress), step_size)
 
 
 @dataclass(frozen=True)

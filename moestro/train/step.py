@@ -15,10 +15,12 @@ from moestro.objectives import Objective
 from moestro.routing import Trace
 from moestro.train.pooling import n_ranks
 from moestro.train.rules import Rule
+from moestro.train.schedules import Scheduled
 from moestro.train.settings import TrainSettings
 from moestro.train.whole_step import asks_for_step, of_step, step_traffic
 
 WeightedObjectives = Sequence[tuple[str, float, Objective]]
+ScheduledObjectives = Sequence[tuple[str, float | Scheduled, Objective]]
 Sums = dict[str, Tensor]
 
 # Backward costs twice the forward: one product for the inputs' gradients, one for the weights'.
@@ -166,7 +168,7 @@ def require_finite(figures: Mapping[str, float], step: int, lr: float) -> None:
         )
 
 
-def check_names(objectives: WeightedObjectives) -> None:
+def check_names(objectives: ScheduledObjectives) -> None:
     """Raises: ValueError where two objectives have one name."""
     names = [name for name, _, _ in objectives]
     if twice := {name for name in names if names.count(name) > 1}:

@@ -28,21 +28,27 @@ def step_traffic(model: nn.Module, parts: Sequence[Batch], precision: str) -> tu
     One forward pass more: a micro-batch's loss cannot know how later ones will be routed, and keeping the graphs of all
     until then would undo what accumulation is for.
     """
-    loads: list[Tensor] = []
-    tokens: list[int] = []
+    totals: list[Tensor] = []
     costs: list[Any] = []
     for part in parts:
         output, _ = score(model, part, precision)
-        exact = exact_dtype(part.tokens.device)
-        new = [trace.routing.load().to(exact) for trace in output.traces]
-        loads = [a + b for a, b in zip(loads, new, strict=True)] if loads else new
-        counts = [trace.routing.n_tokens for trace in output.traces]
-        tokens = [a + b for a, b in zip(tokens, counts, strict=True)] if tokens else counts
+        new = [_counts(trace) for trace in output.traces]
+        totals = [a + b for a, b in zip(totals, new, strict=True)] if totals else new
         costs.append(model.flops(*part.tokens.shape, output.traces).computed)  # type: ignore[operator]
-    if not several_ranks():
-        return [StepTraffic(load, n, len(parts)) for load, n in zip(loads, tokens, strict=True)], costs
-    of_all = [summed_over_ranks(torch.cat([load, load.new_tensor([n])])) for load, n in zip(loads, tokens, strict=True)]
-    return [StepTraffic(total[:-1], int(total[-1]), len(parts) * n_ranks()) for total in of_all], costs
+    if several_ranks():
+        totals = [summed_over_ranks(total) for total in totals]
+    tokens = torch.stack([total[-2:] for total in totals]).tolist()
+    times = len(parts) * n_ranks()
+    return [
+        StepTraffic(total[:-2], int(n), times, int(paired)) for total, (n, paired) in zip(totals, tokens, strict=True)
+    ], costs
+
+
+def _counts(trace: Trace) -> Tensor:
+    """Rows of every expert, tokens, and tokens on which two experts or more were recorded."""
+    paired = (trace.recorded_per_token() >= 2).sum()
+    load = trace.routing.load().to(exact_dtype(trace.x.device))
+    return torch.cat([load, load.new_tensor([trace.routing.n_tokens]), paired.to(load)[None]])
 
 
 def of_step(traces: Sequence[Trace], traffic: Sequence[StepTraffic]) -> tuple[Trace, ...]:

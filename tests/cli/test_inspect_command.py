@@ -222,3 +222,14 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture) -> None:
     out = capsys.readouterr().out
     for option in ("--data", "--tokens", "--set key=value", "--out PAGE", "--json"):
         assert option in out, option
+
+
+def test_probe_prints_every_expert_on_every_experts_tokens(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run), "--probe", "--tokens", "128", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["layers"]) == ["blocks.0.ffn", "blocks.1.ffn"]
+    for layer in found["layers"].values():
+        assert sum(layer["tokens"]) == found["tokens"] > 100 and len(layer["loss"]) == 8
+        assert all((row is None) == (count == 0) for row, count in zip(layer["loss"], layer["tokens"], strict=True))
+    assert main(["inspect", str(run), "--probe", "--tokens", "64"]) == 0
+    assert "by 7" in capsys.readouterr().out

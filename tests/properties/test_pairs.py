@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moestro.experts import ConstantBank, CopyBank, ExpertBank, FFNBank, SingletonBank, quantized
-from moestro.layers import MoELayer
+from moestro.layers import ActiveRows, MoELayer
 from moestro.ops import backend
 from moestro.recipe.parts import PARTS
 from moestro.routers import BiasedRouter, GroupedRouter, LinearScore, ResidualRouter, ScoredRouter, TopK, TopP
@@ -149,7 +149,7 @@ def test_output_and_gradients_equal_the_definition(router, kind, name):
 def test_recorded_rows_combine_to_the_output(router, kind):
     moe, x = layer(router, kind), tokens()
     plain, _ = moe(x)
-    recording = MoELayer(moe.router, list(moe.branches), record={"rows"})
+    recording = MoELayer(moe.router, list(moe.branches), record=ActiveRows())
     y, (trace,) = recording(x)
     torch.testing.assert_close(y, plain, **FLOAT64)
     torch.testing.assert_close(trace.routing.combine(trace.rows) + moe.branches[1](x), plain, **FLOAT64)

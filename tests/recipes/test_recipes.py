@@ -42,7 +42,7 @@ def test_a_recipe_builds_and_survives_writing(name: str, tmp_path: Path) -> None
     model = on_meta(recipe)
     assert len(model.blocks) == recipe.model.n_layers
     settings, objectives, _ = build_training(recipe)
-    assert settings.budget.total > 0 and all(weight > 0 for _, weight, _ in objectives)
+    assert settings.budget.total > 0 and all(getattr(weight, "weight", weight) > 0 for _, weight, _ in objectives)
     assert build_data(recipe).seq_len == recipe.data.keywords["seq_len"]
     recipe.write(tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.experts import FFNBank
-from moestro.layers import MoELayer
+from moestro.layers import ActiveRows, MoELayer
 from moestro.routers import LinearScore, ScoredRouter, Select
 from moestro.routing import SparseRouting
 from tests.reference import hmoe
@@ -17,7 +17,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def make_layer(widths: list[int], select: Select, record: tuple[str, ...] = ()) -> MoELayer:
+def make_layer(widths: list[int], select: Select, record: ActiveRows | None = None) -> MoELayer:
     # a router of standard deviation 1 makes decisive probabilities, so that top-p chooses different numbers
     router = ScoredRouter(LinearScore(D, len(widths), init_std=1.0), select)
     return MoELayer(router, [FFNBank(D, widths)], record=record).double()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moestro.experts import FFNBank, SharedExpert
-from moestro.layers import DenseFFN, MoELayer
+from moestro.layers import ActiveRows, DenseFFN, MoELayer
 from moestro.ops import backend
 from moestro.routers import Select, Soft, TopK, TopP
 from moestro.routing import SparseRouting
@@ -83,7 +83,7 @@ def assert_layer_equals_reference(layer: MoELayer, arguments: dict, x: Tensor) -
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_layer_equals_reference(widths: str, select: str, how: str) -> None:
     chooser, arguments = SELECTS[select]
-    layer = make_layer(WIDTHS[widths], chooser, record=("rows",) if how == "definition" else ())
+    layer = make_layer(WIDTHS[widths], chooser, record=ActiveRows() if how == "definition" else None)
     with backend.force("reference" if how == "reference" else "fused"):
         assert_layer_equals_reference(layer, arguments, random(9, D))
 

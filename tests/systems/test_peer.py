@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moestro.experts import SingletonBank
-from moestro.layers import MoELayer
+from moestro.layers import ActiveRows, MoELayer
 from moestro.ops import backend
 from moestro.routing import SparseRouting
 from tests.reference import peer
@@ -106,7 +106,7 @@ def test_layer_equals_reference_in_evaluation(how: str) -> None:
 def test_layer_with_recorded_rows_equals_reference() -> None:
     """The definition that every bank has (`run` on gathered rows), not the fetch by id."""
     fast = make_layer()
-    layer = MoELayer(fast.router, [fast.bank], record=("rows",))
+    layer = MoELayer(fast.router, [fast.bank], record=ActiveRows())
     x = random(6, D)
     y, (trace,) = layer(x)
     close(y, Twin(layer).forward(x)[0], **FLOAT64)
