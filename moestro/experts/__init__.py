@@ -13,6 +13,8 @@ from moestro.experts.singleton import GLUSingletonBank, SingletonBank
 from moestro.experts.slices import BankSlice
 from moestro.experts.split import split_ffn
 from moestro.experts.tables import TableBank
+from moestro.experts.tensor_ring import TensorRingBank
+from moestro.experts.tucker import TuckerBank
 from moestro.experts.values import ValueBank
 from moestro.experts.zero_compute import ConstantBank, CopyBank
 
@@ -33,6 +35,8 @@ __all__ = [
     "SharedExpert",
     "SingletonBank",
     "TableBank",
+    "TensorRingBank",
+    "TuckerBank",
     "ValueBank",
     "quantize_banks",
     "quantized",

@@ -24,6 +24,8 @@ from moestro.experts import (
     RaggedBank,
     SharedExpert,
     SingletonBank,
+    TensorRingBank,
+    TuckerBank,
     ValueBank,
     widths,
 )
@@ -107,6 +109,8 @@ BANKS: dict[str, Callable[..., Any]] = {
     "copy": CopyBank,
     "constant": ConstantBank,
     "cp": CPBank,
+    "tensor_ring": TensorRingBank,
+    "tucker": TuckerBank,
 }
 
 LAYERS: dict[str, Callable[..., Any]] = {

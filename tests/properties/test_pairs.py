@@ -48,6 +48,8 @@ BANKS = {
     "copy": lambda make: make(E),
     "constant": lambda make: make(D, E),
     "cp": lambda make: make(D, [E], rank=4),
+    "tensor_ring": lambda make: make(D, [E], ranks=[2, 3, 4]),
+    "tucker": lambda make: make(D, [E], ranks=[2, 4, 3]),
     "mixed": lambda make: make([FFNBank(D, [3, 5, 0, 8]), CopyBank(), ConstantBank(D, 2), SingletonBank(D, 2)]),
 }
 SHARED = {"shared": {"width": 5}}

@@ -1,6 +1,6 @@
 """muMoE (Oldfield 2024, arXiv:2402.12550) straight from its equations, with loops: every tensor is built."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
 import torch
@@ -75,13 +75,17 @@ def linear(w: Tensor, gates: Sequence[Tensor], x: Tensor) -> Tensor:
     return y
 
 
+def total(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
 def entmax15(z: Tensor) -> Tensor:
     """p = max(z / 2 - tau, 0)^2, one row of logits: every size of the support is tried."""
     z = z / 2
     best = z.sort(descending=True).values
     for k in range(len(z), 0, -1):
-        mean = sum(best[:k]) / k
-        spread = sum((value - mean) ** 2 for value in best[:k])
+        mean = total(best[:k]) / k
+        spread = total((value - mean) ** 2 for value in best[:k])
         if spread <= 1:
             tau = mean - ((1 - spread) / k).sqrt()
             if tau <= best[k - 1]:
@@ -91,8 +95,8 @@ def entmax15(z: Tensor) -> Tensor:
 
 def layer_norm(z: Tensor, eps: float) -> Tensor:
     """(z - mean) / sqrt(variance + eps)."""
-    centred = z - sum(z) / len(z)
-    return centred / (sum(value**2 for value in centred) / len(z) + eps).sqrt()
+    centred = z - total(z) / len(z)
+    return centred / (total(value**2 for value in centred) / len(z) + eps).sqrt()
 
 
 def gates(x: Tensor, g: Sequence[Tensor], eps: float) -> list[Tensor]:
@@ -101,7 +105,7 @@ def gates(x: Tensor, g: Sequence[Tensor], eps: float) -> list[Tensor]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / (sum(value**2 for value in x) / len(x) + eps).sqrt() * weight
+    return x / (total(value**2 for value in x) / len(x) + eps).sqrt() * weight
 
 
 def block(x: Tensor, a: Sequence[Tensor], first: Tensor, second: Tensor, norm: Tensor, eps: float) -> Tensor:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.experts import CPBank, FactoredBank
+from moestro.experts import CPBank, FactoredBank, TensorRingBank, TuckerBank
 from moestro.layers import FactoredLayer, MoELayer
 from moestro.model import Transformer
 from moestro.model.active import idle_parameters
@@ -35,13 +35,27 @@ from tests.conftest import ROOT
 from tests.reference import mumoe as reference
 from tests.tolerances import FLOAT64
 
-D, OUT, T = 4, 3, 5
+D, OUT, T = 3, 2, 5
 close = torch.testing.assert_close
 MODES = pytest.mark.parametrize("modes", [[4], [3, 2], [2, 3, 2]], ids=str)
 FORMATS: dict[str, Callable[[list[int]], FactoredBank]] = {
     "cp": lambda modes: CPBank(D, modes, rank=5, d_out=OUT),
+    "ring": lambda modes: TensorRingBank(D, modes, ranks=[2, *range(2, 2 + len(modes)), 4], d_out=OUT),
+    "train": lambda modes: TensorRingBank(D, modes, ranks=[1, *range(2, 2 + len(modes)), 4], d_out=OUT),
+    "tucker": lambda modes: TuckerBank(D, modes, ranks=[*range(2, 2 + len(modes)), 3, 2], d_out=OUT),
+}
+# further modes have ranks that leave a single mode's codes as they are
+NEUTRAL: dict[str, Callable[[list[int]], FactoredBank]] = {
+    "cp": FORMATS["cp"],
+    "ring": lambda modes: TensorRingBank(D, modes, ranks=[2, *(2 for _ in modes), 4], d_out=OUT),
+    "train": lambda modes: TensorRingBank(D, modes, ranks=[1, *(2 for _ in modes), 4], d_out=OUT),
+    "tucker": lambda modes: TuckerBank(D, modes, ranks=[2, *(1 for _ in modes[1:]), 3, 2], d_out=OUT),
 }
 formats = pytest.mark.parametrize("name", FORMATS)
+KINDS = [
+    ("soft", [2, 3, 2]),
+    *((kind, modes) for kind in ("soft", "joint", "sparse", "few") for modes in ([4], [3, 2])),
+]
 
 
 def bank(name: str, modes: list[int]) -> FactoredBank:
@@ -53,7 +67,11 @@ def bank(name: str, modes: list[int]) -> FactoredBank:
 
 
 def tensor(of: FactoredBank) -> Tensor:
-    return reference.cp_tensor(list(of.experts), of.inputs, of.outputs)
+    factors = list(of.experts), of.inputs, of.outputs
+    if isinstance(of, TuckerBank):
+        return reference.tucker_tensor(*factors, of.core)
+    make = reference.tensor_ring_tensor if isinstance(of, TensorRingBank) else reference.cp_tensor
+    return make(*factors)
 
 
 def tokens(d: int = D) -> Tensor:
@@ -71,9 +89,8 @@ def routings(modes: list[int]) -> dict[str, Routing]:
 
 
 @formats
-@MODES
-@pytest.mark.parametrize("kind", ["soft", "joint", "sparse", "few"])
-def test_a_bank_equals_the_whole_tensor(name: str, modes: list[int], kind: str) -> None:
+@pytest.mark.parametrize(("kind", "modes"), KINDS, ids=str)
+def test_a_bank_equals_the_whole_tensor(name: str, kind: str, modes: list[int]) -> None:
     made, x, routing = bank(name, modes), tokens(), routings(modes)[kind]
     w = tensor(made)
     close(made.matrices(), w, **FLOAT64)
@@ -113,8 +130,7 @@ def test_of_nothing_the_biases_are_left(name: str, modes: list[int]) -> None:
 @formats
 def test_a_mode_of_one_expert_changes_nothing(name: str) -> None:
     """As it starts: further modes are neutral."""
-    two, x = FORMATS[name]([4, 1]).double(), tokens()
-    one = FORMATS[name]([4]).double()
+    two, one, x = NEUTRAL[name]([4, 1]).double(), NEUTRAL[name]([4]).double(), tokens()
     one.load_state_dict({key: value for key, value in two.state_dict().items() if key != "experts.1"})
     a = torch.rand(T, 4, dtype=torch.float64)
     close(two(x, SoftRouting((a, torch.ones(T, 1, dtype=a.dtype)))), one(x, SoftRouting((a,))), **FLOAT64)
@@ -142,9 +158,8 @@ def router(modes: list[int], norm: str = "layer", init_std: float = 1.0) -> Rout
     return ScoredRouter(LinearScore(D, modes[0], init_std), Soft("entmax15", norm))  # type: ignore[arg-type]
 
 
-def layer(name: str, modes: list[int], **options: bool) -> FactoredLayer:
-    first, second = FORMATS[name](modes), FORMATS[name](modes).mirrored()
-    made = FactoredLayer(D, router(modes), [first, second], **options).double()
+def layer(name: str, modes: list[int], reads_stream: bool = True) -> FactoredLayer:
+    made = FactoredLayer(D, router(modes), [FORMATS[name](modes)], reads_stream=reads_stream).double()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made
@@ -225,7 +240,13 @@ def paper(name: str) -> Transformer:
     return build_model(load_recipe(ROOT / "recipes" / "paper" / f"{name}.yaml"), 50_304, "meta")
 
 
-@pytest.mark.parametrize(("name", "expected"), [("cp", 556 * (256 + 769 + 3072 + 256 + 3073 + 768))])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cp", 556 * (256 + 769 + 3072 + 256 + 3073 + 768)),
+        ("ring", 4 * 256 * 4 * 2 + 4 * (769 + 3072 + 3073 + 768) * 149),
+    ],
+)
 def test_the_block_is_as_large_as_in_the_paper(name: str, expected: int) -> None:
     """4.73 to 4.78 million beside 4.72 million of the dense layer, gates included, all of them active."""
     model = paper(f"mumoe-gpt2-{name}")
@@ -265,7 +286,7 @@ def test_values_are_checked() -> None:
         CPBank(D, [3], 0)
     with pytest.raises(ValueError, match=r"modes=\[3, 3\], allowed: a product of 8"):
         ModesRouter(D, 8, [3, 3])
-    with pytest.raises(ValueError, match="from d_model=4 to any width and back"):
+    with pytest.raises(ValueError, match="from d_model=3 to any width and back"):
         FactoredLayer(D, router([3]), [CPBank(D, [3], 2), CPBank(D, [3], 2, d_out=5)])
     with pytest.raises(ValueError, match="one or two factored banks"):
         FactoredLayer(D, router([3]), [])

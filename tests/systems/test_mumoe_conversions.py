@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.experts import CPBank, FactoredBank
+from moestro.experts import CPBank, FactoredBank, TensorRingBank, TuckerBank
 from moestro.experts.factored import relative_error
 from moestro.layers import MoELayer, scaled_experts
 from moestro.routers import LinearScore, ModesRouter, Router, ScoredRouter, SlotRouter, Soft, TopK
@@ -27,7 +27,13 @@ def experts() -> Tensor:
 
 def from_dense(name: str, rank: int, modes: list[int], noise: float = 0.0) -> FactoredBank:
     weight, bias = dense(min(rank, OUT))
-    made = {"cp": lambda: CPBank.from_dense(weight, bias, modes, rank, noise)}[name]()
+    made = {
+        "cp": lambda: CPBank.from_dense(weight, bias, modes, rank, noise),
+        "ring": lambda: TensorRingBank.from_dense(
+            weight, bias, modes, [2, *(2 for _ in modes), (rank + 1) // 2], noise
+        ),
+        "tucker": lambda: TuckerBank.from_dense(weight, bias, modes, [*(2 for _ in modes), rank, rank + 1], noise),
+    }[name]()
     x = torch.randn(T, D, dtype=torch.float64)
     if not noise:
         gates = tuple(torch.rand(T, n, dtype=torch.float64).softmax(-1) for n in modes)
@@ -35,7 +41,7 @@ def from_dense(name: str, rank: int, modes: list[int], noise: float = 0.0) -> Fa
     return made
 
 
-@pytest.mark.parametrize("name", ["cp"])
+@pytest.mark.parametrize("name", ["cp", "ring", "tucker"])
 @pytest.mark.parametrize("modes", [[3], [2, 2]], ids=str)
 @pytest.mark.parametrize("rank", [2, 4, 9], ids=lambda rank: f"rank{rank}")
 def test_from_a_dense_layer_is_exact_from_its_rank_on(name: str, modes: list[int], rank: int) -> None:
@@ -43,7 +49,7 @@ def test_from_a_dense_layer_is_exact_from_its_rank_on(name: str, modes: list[int
     assert all(parameter.requires_grad for parameter in made.parameters())
 
 
-@pytest.mark.parametrize("name", ["cp"])
+@pytest.mark.parametrize("name", ["cp", "ring", "tucker"])
 def test_noise_tells_experts_apart(name: str) -> None:
     alike, apart = (from_dense(name, 4, [3], noise).matrices() for noise in (0.0, 0.1))
     close(alike[1], alike[0], **FLOAT64)
@@ -69,6 +75,35 @@ def test_a_dense_layer_needs_no_bias() -> None:
 def test_from_experts_is_exact_at_the_sum_of_their_ranks(rank: int) -> None:
     want = experts()
     close(CPBank.from_experts(want, rank).matrices(), want, **FLOAT64)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_chains_and_cores_of_experts_are_exact_at_full_ranks(more: int) -> None:
+    want = experts()
+    close(TensorRingBank.from_experts(want, [1, N + more, OUT + more]).matrices(), want, **FLOAT64)
+    ranks = [N + more, D + 1 + more, OUT + more]
+    close(TuckerBank.from_experts(want, ranks).matrices(), want, **FLOAT64)
+
+
+def test_lower_ranks_lose_no_more_than_their_unfoldings_do() -> None:
+    """The error is at most the root of the sum of squares of what each truncation leaves out (Oseledets 2011, Theorem
+    2.2; De Lathauwer 2000, Property 10), and as large as the greatest of them."""
+    want = experts()
+    left = [float(torch.linalg.svdvals(want.transpose(0, m).flatten(1))[2:].norm() / want.norm()) for m in range(3)]
+    bound = sum(each**2 for each in left) ** 0.5
+    assert max(left) <= relative_error(TuckerBank.from_experts(want, [2, 2, 2]), want) * (1 + 1e-9) <= bound
+    bound = (left[0] ** 2 + left[2] ** 2) ** 0.5
+    error = relative_error(TensorRingBank.from_experts(want, [1, 2, 2]), want)
+    assert max(left[0], left[2]) <= error * (1 + 1e-9) <= bound * (1 + 1e-6)
+
+
+def test_ranks_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"ranks=\[2, 3, 4\], allowed: all but the last equal"):
+        TensorRingBank.from_dense(*dense(), [N], [2, 3, 4])
+    with pytest.raises(ValueError, match=r"ranks=\[2, 3, 4\], allowed: 1, r_1, r"):
+        TensorRingBank.from_experts(experts(), [2, 3, 4])
+    with pytest.raises(ValueError, match=r"ranks=\[2, 3\], allowed: 3 for 1 modes"):
+        TuckerBank.from_experts(experts(), [2, 3])
 
 
 def test_from_experts_keeps_the_largest_terms() -> None:
