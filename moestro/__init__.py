@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moestro.experts import FFNBank, GLUSingletonBank, RaggedBank, SharedExpert, SingletonBank, ValueBank
-    from moestro.layers import DenseFFN, InputGatedLayer, MoELayer, SequenceLayer
+    from moestro.experts import CPBank, FFNBank, GLUSingletonBank, RaggedBank, SharedExpert, SingletonBank, ValueBank
+    from moestro.layers import DenseFFN, FactoredLayer, InputGatedLayer, MoELayer, SequenceLayer
     from moestro.model import Transformer
     from moestro.objectives import LoadBalance, ParameterPenalty, RetrievedParameterPenalty, RouterEntropy, RouterZLoss
     from moestro.routers import CosineScore, LinearScore, ProductKeyRouter, ScoredRouter, Soft, TopK, TopP
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPBank",
     "CosineScore",
     "DenseFFN",
     "FFNBank",
+    "FactoredLayer",
     "GLUSingletonBank",
     "InputGatedLayer",
     "LinearScore",

@@ -279,6 +279,16 @@ def test_outputs_start_at_a_useful_scale() -> None:
     assert uniform == pytest.approx(0.34, abs=0.02) and one_hot == pytest.approx(0.47, abs=0.02)
 
 
+@formats
+def test_gates_stay_in_float32_where_products_are_lowered(name: str) -> None:
+    made, x = layer(name, [4]).float(), tokens().detach().float()
+    want, _ = made(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        have, (trace,) = made(x)
+    assert trace.routing.dense().dtype == torch.float32
+    assert (have - want).norm() / want.norm() < 0.05
+
+
 def test_values_are_checked() -> None:
     with pytest.raises(ValueError, match=r"modes=\[\], allowed"):
         CPBank(D, [], 3)
