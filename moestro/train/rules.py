@@ -10,7 +10,7 @@ from moestro.routers import BiasedRouter
 from moestro.routers.query_norm import BatchQueryNorm
 from moestro.routing import Trace
 from moestro.train.optim import Optimizers
-from moestro.train.pooling import Sample, pooled, pooled_over_ranks, several_ranks
+from moestro.train.pooling import Sample, pooled, pooled_over_ranks, several_ranks, summed_over_ranks
 
 
 class Rule:
@@ -84,9 +84,10 @@ class BiasBalance(Rule):
     """Balances experts without a loss: after every optimizer step, bias_e += rate * sign(mean load - load_e) in every
     layer with a `BiasedRouter` (Wang 2024, arXiv:2408.15664, Algorithm 1; its rate is the default).
 
-    The load is that of the step's whole batch, whatever the accumulation: rows of every expert (`tokens`), or rows
-    times width (`compute`, for experts of different widths: wide ones get fewer tokens). Only training micro-batches
-    are observed, each once: neither evaluation nor recomputation counts. What it learned is in the model's buffers.
+    The load is that of the step's whole batch, whatever the accumulation, on all ranks of `torch.distributed`: rows of
+    every expert (`tokens`), or rows times width (`compute`, for experts of different widths: wide ones get fewer
+    tokens). Only training micro-batches are observed, each once: neither evaluation nor recomputation counts. What it
+    learned is in the model's buffers.
     """
 
     def __init__(self, rate: float = 0.001, balances: Literal["tokens", "compute"] = "tokens") -> None:
@@ -116,5 +117,6 @@ class BiasBalance(Rule):
         if not self.seen:
             raise ValueError("bias balance found no router with a bias; allowed: router: {kind: biased, ...}")
         for layer, load in self.seen.items():
+            load = summed_over_ranks(load)
             layer.router.bias += self.rate * (load.mean() - load).sign().to(layer.router.bias.dtype)
         self.seen.clear()

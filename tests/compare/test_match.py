@@ -68,3 +68,14 @@ def test_a_key_that_cannot_reach_the_cost_is_refused(tmp_path):
     plan = load_comparison(write_comparison(tmp_path, text))
     with pytest.raises(RecipeError, match=r"no value of train.batch_size gives .* FLOPs a token.*arms.moe.solve"):
         match(plan, "moe", reference_size(plan, 32, VOCABULARY), VOCABULARY)
+
+
+def test_ways_of_routing_cost_what_top_2_costs():
+    """The systems of routing side by side in one comparison; those that choose how many experts a token takes start
+    where they start."""
+    plan = load_comparison(ROOT / "recipes" / "compare" / "routing.yaml")
+    assert {"moe", "hmoe", "dynmoe", "dynamic_routing", "xmoe", "moec", "stratified", "multi_head"} <= set(plan.arms)
+    (size,) = sizes(plan, plan.budgets[0], 2048)
+    errors = {arm: match(plan, arm, size, 2048).error for arm in plan.arms}
+    free = {"dynamic_routing"}
+    assert all(abs(error) < 0.01 for arm, error in errors.items() if arm not in free), errors

@@ -97,7 +97,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
         (
             "hmoe",
             "model.ffn.router.select.kind=topk",
-            "unknown kind 'topk'; did you mean 'top_k'? allowed: capacity, ",
+            "unknown kind 'topk'; did you mean 'top_k'? allowed: ",
         ),
         (
             "hmoe",
@@ -168,7 +168,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
             "objectives=[{kind: load_balance, weight: 1}, {kind: load_balance, weight: 2}]",
             "objective 'load_balance' s",
         ),
-        ("hmoe", "rules=[{kind: magic}]", "unknown kind 'magic'; allowed: adaptive_experts, bias_balance, "),
+        ("hmoe", "rules=[{kind: magic}]", "unknown kind 'magic'; allowed: "),
         (
             "hmoe",
             "model.layers={9: {kind: dense, width: 3}}",

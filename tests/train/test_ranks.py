@@ -1,4 +1,4 @@
-"""Statistics where two processes train the same model: of queries, and of balance losses."""
+"""What two processes that train the same model agree on: statistics of queries, balance losses, what rules do."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -7,10 +7,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from moestro import ParameterPenalty
+from moestro import FFNBank, LinearScore, MoELayer, ParameterPenalty, ScoredRouter
+from moestro.routers import BiasedRouter, SteeredTopP
 from moestro.routers.query_norm import BatchQueryNorm
-from moestro.train import QueryNormStatistics
+from moestro.train import BiasBalance, ExpertDropout, QueryNormStatistics, SteerThreshold
+from moestro.train.optim import build_optimizer
+from moestro.train.settings import OptimSettings
 from moestro.train.step import backward
 from tests.tolerances import FLOAT32, FLOAT64
 from tests.train.tiny import WIDTH, Counting, peer, tiny_model, tiny_settings
@@ -69,6 +73,43 @@ def balance_on(rank: int, meeting_point: Path, output: Path) -> None:
     dist.destroy_process_group()
 
 
+def steered(shares: list[int]) -> dict[str, torch.Tensor]:
+    """Biases, threshold and resting experts after three steps with these shares (of 2) of every step's tokens."""
+    torch.manual_seed(0)
+    layers = (
+        MoELayer(BiasedRouter(LinearScore(WIDTH, 4, init_std=1.0), top_k=2), [FFNBank(WIDTH, [4] * 4)]),
+        MoELayer(ScoredRouter(LinearScore(WIDTH, 4, init_std=0.3), SteeredTopP(0.6)), [FFNBank(WIDTH, [4] * 4)], (), 2),
+    )
+    model = nn.ModuleList(layers)
+    rules = (BiasBalance(0.1), SteerThreshold(2.5), ExpertDropout(0.5, interval=2))
+    optimizer = build_optimizer(model, OptimSettings())
+    for rule in rules:
+        rule.start(model, optimizer)
+    for step in (1, 2, 3):
+        tokens = torch.randn(2, 31, WIDTH, generator=torch.Generator().manual_seed(step))
+        # the second half lies elsewhere, so that what one rank sees is not what both see
+        for x in (tokens[share] + share for share in shares):
+            for rule in rules:
+                for layer in layers:
+                    rule.observe(layer(x)[1][0])
+        for rule in rules:
+            rule.apply(step)
+    biased, scored = (layer.router for layer in layers)
+    return {
+        "bias": biased.bias,
+        "threshold": scored.select.get_extra_state(),
+        "resting": scored.resting,
+    }
+
+
+def steer_on(rank: int, meeting_point: Path, output: Path) -> None:
+    """One process: the rules' three steps on its own half of the tokens."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    save_file(steered([rank]), output)
+    dist.destroy_process_group()
+
+
 def on_two_ranks(work: Callable[[int, Path, Path], None], folder: Path) -> list[dict[str, torch.Tensor]]:
     """What each of two processes wrote."""
     outputs = [folder / f"{rank}.safetensors" for rank in (0, 1)]
@@ -93,6 +134,15 @@ def test_balance_losses_of_the_step_are_those_of_all_ranks(tmp_path):
         }
         torch.testing.assert_close(averaged["step"], gradient, **FLOAT64)
         assert float((averaged["micro_batch"] - gradient).abs().max()) > 1e-6
+
+
+def test_rules_do_on_every_rank_what_they_do_with_all_tokens(tmp_path):
+    ranks, whole = on_two_ranks(steer_on, tmp_path), steered([0, 1])
+    for name, value in whole.items():
+        assert torch.equal(ranks[0][name], value) and torch.equal(ranks[1][name], value), name
+    alone = steered([0])
+    assert not torch.equal(alone["bias"], whole["bias"]) and alone["threshold"] != whole["threshold"]
+    assert whole["resting"].sum() == 2
 
 
 def test_ranks_keep_the_statistics_of_all_their_tokens(tmp_path):
