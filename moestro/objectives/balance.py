@@ -20,6 +20,11 @@ def require_logits(routing: Routing, objective: str) -> Float[Tensor, "t e"]:
     return routing.logits
 
 
+def present(logits: Float[Tensor, "t e"]) -> Float[Tensor, ""]:
+    """How many experts take part: those that are neither unavailable nor resting, whose logits are not -inf."""
+    return (logits > -torch.inf).any(0).sum().to(logits.dtype)
+
+
 Statistics = Literal["micro_batch", "step"]
 
 
@@ -51,7 +56,8 @@ def check_statistics(statistics: str) -> None:
 class LoadBalance:
     """N sum_e f_e P_e (Wang 2024, arXiv:2408.10681, Eq. 3; after Fedus 2021).
 
-    f_e is the fraction of tokens that use expert e and P_e its mean probability. As in the paper f is not divided by
+    f_e is the fraction of tokens that use expert e, P_e its mean probability, N the experts that take part. As in the
+    paper f is not divided by
     k: perfectly even top-k routing gives k, not 1. f is that of each micro-batch, or of the whole optimizer step (Qiu
     2025, arXiv:2501.11873), which costs a forward pass more where gradients are accumulated.
     """
@@ -63,7 +69,7 @@ class LoadBalance:
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         fraction, probability = traffic(trace, "load_balance", self.statistics)
-        return trace.routing.n_experts * (fraction * probability).sum()
+        return present(require_logits(trace.routing, "load_balance")) * (fraction * probability).sum()
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class WeightedBalance:
         fraction, probability = traffic(trace, "weighted_balance", self.statistics)
         widths = torch.as_tensor(trace.layer.expert_widths()).to(fraction.device)
         eta = torch.ones_like(fraction).masked_fill(widths == 0, self.zero_compute)
-        return trace.routing.n_experts * (eta * fraction * probability).sum()
+        return present(require_logits(trace.routing, "weighted_balance")) * (eta * fraction * probability).sum()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What keeps the routers of DynMoE (Guo 2024, arXiv:2405.14297) diverse, simple, balanced and frugal.
 
-Sums run over the available experts. The published code averages over the whole pool, so that its values shrink with
-slots that nobody uses; the paper averages over the experts there are.
+Sums over router rows run over the available experts, those over gates over experts that do not rest either. The
+published code averages over the whole pool, so that its values shrink with slots that nobody uses; the paper averages
+over the experts there are.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.objectives.balance import present
 from moestro.ops.precision import at_least_fp32
 from moestro.routers import ScoredRouter, TopAny
 from moestro.routing import SparseRouting, Trace
@@ -28,7 +30,7 @@ def scored_router(trace: Trace, objective: str) -> ScoredRouter:
 
 
 def gates(trace: Trace, objective: str) -> tuple[SparseRouting, Float[Tensor, "n"], Float[Tensor, ""]]:
-    """The routing, its rows' gates (1, with straight-through gradient), and how many experts are available.
+    """The routing, its rows' gates (1, with straight-through gradient), and how many experts take part.
 
     Raises: ValueError where the layer does not select by thresholds, naming the objective.
     """
@@ -36,7 +38,7 @@ def gates(trace: Trace, objective: str) -> tuple[SparseRouting, Float[Tensor, "n
     if not isinstance(router.select, TopAny) or not isinstance(routing, SparseRouting) or routing.logits is None:
         raise ValueError(f"{objective} needs select: {{kind: top_any}}, got {type(router.select).__name__}")
     gate = router.select.gates(routing.logits[routing.token, routing.expert], routing.expert)
-    return routing, gate, router.available.sum()
+    return routing, gate, present(routing.logits)
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,23 @@ class RouterSimplicity:
 @dataclass(frozen=True)
 class GateBalance:
     """N sum_e P_e f_e: P_e is the mean over tokens with experts of g_e / k, f_e that over all tokens of g_e, N the
-    available experts. The mean k where all are used alike. Both factors have the straight-through gradient, k none."""
+    experts that take part. The mean k where all are used alike. Both factors have the straight-through gradient, k
+    none."""
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
-        routing, gate, available = gates(trace, "gate_balance")
+        routing, gate, experts = gates(trace, "gate_balance")
         k = routing.per_token(1.0)
         zeros = gate.new_zeros(routing.n_experts)
         fraction = zeros.index_add(0, routing.expert, gate) / max(1, routing.n_tokens)
         served = (k > 0).sum().clamp(min=1)
         share = zeros.index_add(0, routing.expert, gate / k[routing.token].to(gate.dtype)) / served
-        return available * (share * fraction).sum()
+        return experts * (share * fraction).sum()
 
 
 @dataclass(frozen=True)
 class GateEfficiency:
-    """Share of the pairs of a token and an available expert that are active: the mean k over the number of experts."""
+    """Share of the pairs of a token and an expert taking part that are active: the mean k over their number."""
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
-        routing, gate, available = gates(trace, "gate_efficiency")
-        return gate.sum() / (max(1, routing.n_tokens) * available)
+        routing, gate, experts = gates(trace, "gate_efficiency")
+        return gate.sum() / (max(1, routing.n_tokens) * experts.clamp(min=1))

@@ -8,6 +8,7 @@ from moestro.evaluate import evaluate
 from moestro.experts import FFNBank
 from moestro.layers import MoELayer
 from moestro.model import Attention, Block, Transformer
+from moestro.objectives import FirstChoiceBalance, LoadBalance
 from moestro.routers import LinearScore, ScoredRouter, TopK
 from moestro.train import train
 from moestro.train.expert_dropout import ExpertDropout, resting
@@ -171,3 +172,16 @@ def test_moved_experts_go_on_resting() -> None:
     router.reindex(torch.tensor([3, -1, 1]))
     assert router.resting.tolist() == [True, False, False]
     assert router(torch.randn(SEQUENCE, 4)).load()[0] == 0
+
+
+@pytest.mark.parametrize("objective", [LoadBalance(), FirstChoiceBalance()])
+def test_even_use_is_worth_the_same_whoever_rests(objective) -> None:
+    """Half of the experts at -inf, the others alike: 1, as without them."""
+    for absent in (0, 2):
+        router = ScoredRouter(LinearScore(4, 4), TopK(1)).train()
+        with torch.no_grad():
+            router.score.weight.copy_(1000 * torch.eye(4))
+        router.set_resting(torch.arange(4) >= 4 - absent)
+        layer = MoELayer(router, [FFNBank(4, [2] * 4)])
+        _, (trace,) = layer(torch.eye(4)[: 4 - absent])
+        assert objective(trace).item() == pytest.approx(1)

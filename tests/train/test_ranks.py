@@ -78,7 +78,9 @@ def steered(shares: list[int]) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     layers = (
         MoELayer(BiasedRouter(LinearScore(WIDTH, 4, init_std=1.0), top_k=2), [FFNBank(WIDTH, [4] * 4)]),
-        MoELayer(ScoredRouter(LinearScore(WIDTH, 4, init_std=0.3), SteeredTopP(0.6)), [FFNBank(WIDTH, [4] * 4)], (), 2),
+        MoELayer(
+            ScoredRouter(LinearScore(WIDTH, 4, init_std=0.3), SteeredTopP(0.6)), [FFNBank(WIDTH, [4] * 4)], clusters=2
+        ),
     )
     model = nn.ModuleList(layers)
     rules = (BiasBalance(0.1), SteerThreshold(2.5), ExpertDropout(0.5, interval=2))
@@ -95,11 +97,8 @@ def steered(shares: list[int]) -> dict[str, torch.Tensor]:
         for rule in rules:
             rule.apply(step)
     biased, scored = (layer.router for layer in layers)
-    return {
-        "bias": biased.bias,
-        "threshold": scored.select.get_extra_state(),
-        "resting": scored.resting,
-    }
+    threshold = scored.get_submodule("select").get_extra_state()
+    return {"bias": biased.get_buffer("bias"), "threshold": threshold, "resting": scored.get_buffer("resting")}
 
 
 def steer_on(rank: int, meeting_point: Path, output: Path) -> None:
