@@ -1,11 +1,11 @@
 """The PEER layer from forward to optimizer, beside the public package with dense AdamW, and its step against N.
 
 For N = 128^2 .. 1024^2 experts: forward, forward + backward, and a whole training step (gradients forgotten, forward,
-backward, clipping, optimizer), ours with row-sparse gradients and `RowAdamW`, fused into the backward pass
-(`optim.fused_rows`), beside the public PEER-pytorch package (gather and einsum) with torch's fused dense AdamW: routing
-included on both sides, same weights, same numbers of heads, keys and experts; the package's default of one expert a
-head is switched off. Then the parts of the layer: retrieval beside `torch.topk`, experts beside gather and einsum. Then
-our training step alone at each N beside the one at the smallest N: a ratio of 1 means that N does not matter.
+backward, clipping, optimizer), ours with `RowAdamW` on gradients that backward leaves in factors (`optim.fused_rows`),
+beside the public PEER-pytorch package (gather and einsum) with torch's fused dense AdamW: routing included on both
+sides, same weights, same numbers of heads, keys and experts; the package's default of one expert a head is switched
+off. Then the parts of the layer: retrieval beside `torch.topk`, experts beside gather and einsum. Then our training
+step alone at each N beside the one at the smallest N: a ratio of 1 means that N does not matter.
 
 Everything of ours runs with the native kernels (`moestro version` says whether there are any) and without. Outputs,
 gradients and the change by a step are compared before anything is timed. A size whose tables, gradients and moments do

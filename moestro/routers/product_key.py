@@ -27,10 +27,11 @@ class ProductKeyRouter(Router):
 
     Expert i*n + j answers to the pair (key i of the first side, key j of the second). As in the paper, all heads
     share experts and keys (`shared_keys=False` gives each head its own, as Lample 2019 and public code do), queries
-    are batch-normalised, and gates are a softmax over the k scores of each head, so that they sum to h. `sigmoid` and
-    `relu` gates of a score depend on no other score (Csordas 2023, arXiv:2310.10837, section 6.2); ReLU gates of a
-    token, or of an expert, may all be 0, which leaves the token zeros and those keys without a gradient. Arithmetic is
-    float32 at least. `routing.logits` is None: a matrix over all experts never exists.
+    are batch-normalised (`query_norm="qk_rms"` normalises keys, too), and gates are a softmax over the k scores of each
+    head, so that they sum to h. `sigmoid` and `relu` gates of a score depend on no other score (Csordas 2023,
+    arXiv:2310.10837, section 6.2); ReLU gates of a token, or of an expert, may all be 0, which leaves the token zeros
+    and those keys without a gradient. Arithmetic is float32 at least. `routing.logits` is None: a matrix over all
+    experts never exists.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ProductKeyRouter(Router):
         top_k: int,
         d_key: int,
         shared_keys: bool = True,
-        query_norm: Literal["batch", "layer", "rms", "none"] = "batch",
+        query_norm: Literal["batch", "layer", "rms", "qk_rms", "none"] = "batch",
         gate: Literal["softmax", "sigmoid", "relu"] = "softmax",
     ) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class ProductKeyRouter(Router):
         _check(n_experts, side, heads, top_k, d_key, gate)
         self.n_experts, self.side, self.heads, self.top_k, self.gate = n_experts, side, heads, top_k, gate
         self.query = nn.Parameter(torch.empty(heads * d_key, d_model))
-        self.query_norm = QUERY_NORMS[query_norm](heads * d_key)
+        self.query_norm = QUERY_NORMS[query_norm](heads, d_key)
         self.keys = nn.Parameter(torch.empty(2, 1 if shared_keys else heads, side, d_key // 2))
         nn.init.normal_(self.query, std=d_model**-0.5)
         nn.init.uniform_(self.keys, -((d_key // 2) ** -0.5), (d_key // 2) ** -0.5)
@@ -62,7 +63,8 @@ class ProductKeyRouter(Router):
         raw = linear_fp32(x, self.query)
         query, stats = self.query_norm(raw)
         with without_autocast(x):
-            scores, ids = product_key_topk(query.unflatten(-1, (self.heads, -1)), self.keys.to(query.dtype), self.top_k)
+            keys = self.query_norm.of_keys(self.keys.to(query.dtype))
+            scores, ids = product_key_topk(query.unflatten(-1, (self.heads, -1)), keys, self.top_k)
         gates = GATES[self.gate](scores)
         return SparseRouting.from_topk(ids.flatten(1), gates.flatten(1), self.n_experts, query_stats=stats)
 

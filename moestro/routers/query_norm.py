@@ -1,6 +1,7 @@
-"""Normalisations of retrieval queries: x [t, f] -> (normalised x, batch statistics or None)."""
+"""Normalisations of retrieval: queries [t, f] -> (normalised queries, batch statistics or None), f = heads * d_key."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -10,12 +11,16 @@ Statistics = tuple[Tensor, Tensor, int]
 class QueryNorm(nn.Module):
     """Returns the normalised queries and, where it normalises over the batch, (mean, variance, count)."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, heads: int, d_key: int) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.half = heads * d_key, d_key // 2
 
     def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], Statistics | None]:
         return query, None
+
+    def of_keys(self, keys: Float[Tensor, "2 g n half"]) -> Float[Tensor, "2 g n half"]:
+        """The sub-keys that the queries meet: as they are, but where keys are normalised too."""
+        return keys
 
 
 class BatchQueryNorm(QueryNorm):
@@ -33,13 +38,13 @@ class BatchQueryNorm(QueryNorm):
     mean: Tensor
     variance: Tensor
 
-    def __init__(self, features: int, eps: float = 1e-5) -> None:
-        super().__init__(features)
+    def __init__(self, heads: int, d_key: int, eps: float = 1e-5) -> None:
+        super().__init__(heads, d_key)
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("variance", torch.ones(features))
+        self.weight = nn.Parameter(torch.ones(self.features))
+        self.bias = nn.Parameter(torch.zeros(self.features))
+        self.register_buffer("mean", torch.zeros(self.features))
+        self.register_buffer("variance", torch.ones(self.features))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], Statistics | None]:
@@ -73,9 +78,9 @@ class BatchQueryNorm(QueryNorm):
 class LayerQueryNorm(QueryNorm):
     """Layer normalisation of each token's whole query."""
 
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
-        self.norm = nn.LayerNorm(features)
+    def __init__(self, heads: int, d_key: int) -> None:
+        super().__init__(heads, d_key)
+        self.norm = nn.LayerNorm(self.features)
 
     def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], None]:
         return self.norm(query), None
@@ -84,17 +89,39 @@ class LayerQueryNorm(QueryNorm):
 class RMSQueryNorm(QueryNorm):
     """Root-mean-square normalisation of each token's whole query."""
 
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
-        self.norm = nn.RMSNorm(features, eps=1e-6)
+    def __init__(self, heads: int, d_key: int) -> None:
+        super().__init__(heads, d_key)
+        self.norm = nn.RMSNorm(self.features, eps=1e-6)
 
     def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], None]:
         return self.norm(query), None
+
+
+class QKRMSNorm(QueryNorm):
+    """Root-mean-square normalisation of what meets in a score: each half of each head's query, times a learned gain for
+    every feature, and each sub-key (query-key normalisation, as Memory+ has it where training is unstable: Berges 2024,
+    arXiv:2412.09764). A score is then bounded by the gains, however long queries and keys grow.
+
+    Gains start at (3/2 d_key)^-0.5, with which scores start with the variance that they have without: 1/3 a side.
+    """
+
+    def __init__(self, heads: int, d_key: int, eps: float = 1e-6) -> None:
+        super().__init__(heads, d_key)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((self.features,), (3 * self.half) ** -0.5))
+
+    def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], None]:
+        halves = F.rms_norm(query.unflatten(-1, (-1, self.half)), (self.half,), eps=self.eps)
+        return halves.flatten(-2) * self.weight.to(query.dtype), None
+
+    def of_keys(self, keys: Float[Tensor, "2 g n half"]) -> Float[Tensor, "2 g n half"]:
+        return F.rms_norm(keys, (self.half,), eps=self.eps)
 
 
 QUERY_NORMS: dict[str, type[QueryNorm]] = {
     "batch": BatchQueryNorm,
     "layer": LayerQueryNorm,
     "rms": RMSQueryNorm,
+    "qk_rms": QKRMSNorm,
     "none": QueryNorm,
 }

@@ -47,6 +47,25 @@ def normalized(q: Tensor, mean: Tensor, var: Tensor, scale: Tensor, shift: Tenso
     return (q - mean) / torch.sqrt(var + eps) * scale + shift
 
 
+def unit_rms(vector: Tensor, eps: float = 1e-6) -> Tensor:
+    """A vector divided by its root mean square."""
+    mean = torch.zeros_like(vector[0])
+    for number in vector:
+        mean = mean + number * number / len(vector)
+    return vector / torch.sqrt(mean + eps)
+
+
+def unit_queries(q: Tensor, half: int, gain: Tensor) -> Tensor:
+    """Query-key normalisation of queries: each half of each head's query, times the gain of every feature."""
+    rows = [torch.cat([unit_rms(q_t[a : a + half]) for a in range(0, len(q_t), half)]) for q_t in q]
+    return torch.stack(rows) * gain
+
+
+def unit_keys(keys: Tensor) -> Tensor:
+    """Query-key normalisation of sub-keys [g, n, half]."""
+    return torch.stack([torch.stack([unit_rms(key) for key in group]) for group in keys])
+
+
 def running(old: Tensor, new: Tensor, momentum: float) -> Tensor:
     """One step of a running statistic: (1 - momentum) old + momentum new."""
     return (1 - momentum) * old + momentum * new

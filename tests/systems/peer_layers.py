@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from moestro.experts import SingletonBank
 from moestro.layers import MoELayer
 from moestro.routers import ProductKeyRouter
-from moestro.routers.query_norm import BatchQueryNorm
+from moestro.routers.query_norm import BatchQueryNorm, QKRMSNorm
 from tests.reference import peer
 
 D = 5
-Norm = Literal["batch", "layer", "rms", "none"]
+Norm = Literal["batch", "layer", "rms", "qk_rms", "none"]
 Gate = Literal["softmax", "sigmoid", "relu"]
 
 
@@ -73,6 +73,8 @@ class Twin:
     def queries(self, x: Tensor) -> Tensor:
         q = peer.queries(x, self.weights["query"])
         norm = self.router.query_norm
+        if isinstance(norm, QKRMSNorm):
+            return peer.unit_queries(q, norm.half, self.weights["query_norm.weight"])
         if not isinstance(norm, BatchQueryNorm):
             return token_norm(q, {name: w for name, w in self.weights.items() if "norm" in name})
         moments = peer.batch_moments(q) if norm.training else (norm.mean, norm.variance)
@@ -81,6 +83,8 @@ class Twin:
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[list[list[int]]]]:
         first, second = self.weights["keys"]
+        if isinstance(self.router.query_norm, QKRMSNorm):
+            first, second = peer.unit_keys(first), peer.unit_keys(second)
         if len(first) == 1:
             first, second = first[0], second[0]
         router = self.router

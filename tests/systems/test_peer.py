@@ -74,7 +74,7 @@ def assert_layer_equals_reference(layer: MoELayer, x: Tensor) -> None:
 @pytest.mark.parametrize("how", ["fused", "reference"])
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid", "relu"])
 @pytest.mark.parametrize("shared_keys", [True, False])
-@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "none"])
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "qk_rms", "none"])
 def test_layer_equals_reference(norm: Norm, shared_keys: bool, gate: Gate, how: str) -> None:
     layer = make_layer(shared_keys=shared_keys, norm=norm, gate=gate)
     with backend.force(how):

@@ -58,7 +58,7 @@ def test_analytic_flops_equal_a_counter(shared_keys: bool, how: str) -> None:
     assert counter.get_total_flops() + bag == 11 * sum(expected.values())
 
 
-@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "none"])
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "qk_rms", "none"])
 @pytest.mark.parametrize(("d_model", "heads", "top_k", "d_key"), [(128, 4, 16, 32), (256, 8, 8, 64), (128, 1, 32, 64)])
 def test_output_starts_at_the_scale_asked_for(d_model: int, heads: int, top_k: int, d_key: int, norm: Norm) -> None:
     """Check 12: for tokens of unit variance, within 10 % of `output_std`, by default that of our dense FFN."""

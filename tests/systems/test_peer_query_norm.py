@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from moestro.layers import MoELayer
+from moestro.routers import ProductKeyRouter
 from moestro.routers.query_norm import Statistics
 from moestro.routing import SparseRouting, Trace
 from moestro.train.rules import QueryNormStatistics
@@ -114,3 +115,32 @@ def test_normalised_queries_have_no_mean_and_unit_variance() -> None:
     query, _ = norm(3 + 5 * random(1000, norm.features))
     close(query.mean(0), torch.zeros_like(norm.mean), **FLOAT64)
     close(query.var(0, correction=0), torch.ones_like(norm.mean), rtol=1e-5, atol=0)
+
+
+def test_query_key_norm_bounds_scores_and_starts_at_the_variance_without() -> None:
+    """Not of the paper: Memory+ normalises queries and keys where training is unstable."""
+    torch.manual_seed(0)
+    with_norm, without = (ProductKeyRouter(32, 64**2, 4, 8, 64, query_norm=norm) for norm in ("qk_rms", "none"))
+    x = torch.randn(200, 32)
+
+    @torch.no_grad()
+    def scores(router: ProductKeyRouter) -> Tensor:
+        query, stats = router.query_norm(x @ router.query.T)
+        assert stats is None
+        halves = query.view(200, 4, 2, 32)
+        return torch.einsum("thsc,snc->thsn", halves, router.query_norm.of_keys(router.keys)[:, 0])
+
+    assert abs(float(scores(with_norm).var() / scores(without).var()) - 1) < 0.1
+    with torch.no_grad():
+        with_norm.keys.mul_(1000.0), with_norm.query.mul_(1000.0)
+    # Cauchy and Schwarz: the gain, times 32^0.5 for each of the two vectors
+    assert float(scores(with_norm).abs().max()) <= 32 * (3 * 32) ** -0.5
+
+
+def test_query_key_norm_survives_keys_of_zeros() -> None:
+    router = ProductKeyRouter(8, 16, 2, 3, 4, query_norm="qk_rms")
+    with torch.no_grad():
+        router.keys.zero_()
+    routing = router(torch.randn(5, 8))
+    routing.weight.square().sum().backward()
+    assert routing.weight.isfinite().all() and router.keys.grad is not None and router.keys.grad.isfinite().all()
