@@ -83,7 +83,8 @@ class LayerQueryNorm(QueryNorm):
         self.norm = nn.LayerNorm(self.features)
 
     def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], None]:
-        return self.norm(query), None
+        weight, bias = (parameter.to(query.dtype) for parameter in (self.norm.weight, self.norm.bias))
+        return F.layer_norm(query, (self.features,), weight, bias, self.norm.eps), None
 
 
 class RMSQueryNorm(QueryNorm):
@@ -94,7 +95,7 @@ class RMSQueryNorm(QueryNorm):
         self.norm = nn.RMSNorm(self.features, eps=1e-6)
 
     def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], None]:
-        return self.norm(query), None
+        return F.rms_norm(query, (self.features,), self.norm.weight.to(query.dtype), self.norm.eps), None
 
 
 class QKRMSNorm(QueryNorm):

@@ -10,7 +10,7 @@ from moestro.routers.query_norm import Statistics
 from moestro.routing import SparseRouting, Trace
 from moestro.train.rules import QueryNormStatistics
 from tests.reference import peer
-from tests.systems.peer_layers import D, batch_norm, make_layer, random, router_of, set_running_statistics
+from tests.systems.peer_layers import D, Norm, batch_norm, make_layer, random, router_of, set_running_statistics
 from tests.tolerances import FLOAT64
 
 close = torch.testing.assert_close
@@ -144,3 +144,13 @@ def test_query_key_norm_survives_keys_of_zeros() -> None:
     routing = router(torch.randn(5, 8))
     routing.weight.square().sum().backward()
     assert routing.weight.isfinite().all() and router.keys.grad is not None and router.keys.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "qk_rms", "none"])
+def test_a_router_kept_in_bfloat16_chooses_in_float32(norm: Norm) -> None:
+    router = ProductKeyRouter(8, 16, 2, 3, 4, query_norm=norm)
+    rounded = router.bfloat16()
+    x = torch.randn(5, 8).bfloat16()
+    weight = rounded(x).weight
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight, rounded.float()(x.float()).weight)
