@@ -46,7 +46,7 @@ def active() -> str:
     - `triton`: kernels for feed-forward experts (`ops.triton_ffn`); operations without such kernels run as `fused`.
       It is not the default on CUDA tensors, because its speed has not been measured on a GPU yet.
     """
-    return _forced or ("native" if native.library().handle else "fused")
+    return _forced or ("native" if native.available() else "fused")
 
 
 def runs_native(*tensors: Tensor) -> bool:
@@ -69,7 +69,7 @@ def force(name: str, triton: TritonOptions | None = None) -> Iterator[None]:
     global _forced, _triton
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}, allowed: {', '.join(BACKENDS)}")
-    if name == "native" and not native.library().handle:
+    if name == "native" and not native.available():
         raise ValueError(f"backend='native': the compiled kernels are {native.status()}")
     before = _forced, _triton
     _forced, _triton = name, triton or _triton

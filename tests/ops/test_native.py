@@ -1,5 +1,7 @@
 """The compiled kernels: built from these sources, chosen where they apply, and the same on any number of threads."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -201,3 +203,16 @@ def test_a_library_from_other_sources_is_not_loaded(monkeypatch):
     monkeypatch.setattr(build, "fingerprint", lambda: "other")
     with reloaded():
         assert native.status() == "not in use: built from other sources (python -m moestro.ops.native.build)"
+
+
+@built
+@pytest.mark.slow
+def test_compiled_graphs_do_not_break_over_the_choice_of_a_backend():
+    """In a process without the shape checker (pytorch issue 122093), and as the first thing that asks for a library."""
+    code = (
+        "import torch; from moestro.ops import backend; "
+        "f = torch.compile(lambda x: x + (1 if backend.runs_native(x) else 2), fullgraph=True, backend='eager'); "
+        "print(f(torch.zeros(1)).item(), f(torch.zeros(1).double()).item())"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "1.0 2.0\n", done.stderr

@@ -37,6 +37,12 @@ def library() -> Library:
     return _forced or _load()
 
 
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there is one. Compiled graphs ask while they are made: looking for a library cannot be traced."""
+    return library().handle is not None
+
+
 def status() -> str:
     """The variant of the kernels in use, or `not in use` and why."""
     found = library()
