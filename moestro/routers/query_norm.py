@@ -13,7 +13,7 @@ class QueryNorm(nn.Module):
 
     def __init__(self, heads: int, d_key: int) -> None:
         super().__init__()
-        self.features, self.half = heads * d_key, d_key // 2
+        self.features, self.d_half = heads * d_key, d_key // 2
 
     def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], Statistics | None]:
         return query, None
@@ -109,14 +109,14 @@ class QKRMSNorm(QueryNorm):
     def __init__(self, heads: int, d_key: int, eps: float = 1e-6) -> None:
         super().__init__(heads, d_key)
         self.eps = eps
-        self.weight = nn.Parameter(torch.full((self.features,), (3 * self.half) ** -0.5))
+        self.weight = nn.Parameter(torch.full((self.features,), (3 * self.d_half) ** -0.5))
 
     def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], None]:
-        halves = F.rms_norm(query.unflatten(-1, (-1, self.half)), (self.half,), eps=self.eps)
+        halves = F.rms_norm(query.unflatten(-1, (-1, self.d_half)), (self.d_half,), eps=self.eps)
         return halves.flatten(-2) * self.weight.to(query.dtype), None
 
     def of_keys(self, keys: Float[Tensor, "2 g n half"]) -> Float[Tensor, "2 g n half"]:
-        return F.rms_norm(keys, (self.half,), eps=self.eps)
+        return F.rms_norm(keys, (self.d_half,), eps=self.eps)
 
 
 QUERY_NORMS: dict[str, type[QueryNorm]] = {

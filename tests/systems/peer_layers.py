@@ -74,7 +74,7 @@ class Twin:
         q = peer.queries(x, self.weights["query"])
         norm = self.router.query_norm
         if isinstance(norm, QKRMSNorm):
-            return peer.unit_queries(q, norm.half, self.weights["query_norm.weight"])
+            return peer.unit_queries(q, norm.d_half, self.weights["query_norm.weight"])
         if not isinstance(norm, BatchQueryNorm):
             return token_norm(q, {name: w for name, w in self.weights.items() if "norm" in name})
         moments = peer.batch_moments(q) if norm.training else (norm.mean, norm.variance)
