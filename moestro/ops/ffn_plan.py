@@ -72,8 +72,10 @@ class Plan:
             self.slot = torch.arange(len(token), device=token.device) + shift.repeat_interleave(rows)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values of rows, by slot; zeros where there is no row."""
-        return values if self.slot is None else values.new_zeros(self.n_slots).index_copy_(0, self.slot, values)
+        """Values of rows, by slot and one after the other in memory; zeros where there is no row."""
+        if self.slot is None:
+            return values.contiguous()
+        return values.new_zeros(self.n_slots).index_copy_(0, self.slot, values)
 
     def collect(self, values: Tensor) -> Tensor:
         """Values of slots, by row."""

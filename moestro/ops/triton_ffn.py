@@ -95,7 +95,7 @@ def _forward(
     from moestro.ops import triton_ffn_forward as kernels
     from moestro.ops.triton_ffn_plan import make_plan
 
-    x, w_in, w_out = x.contiguous(), w_in.contiguous(), w_out.contiguous()
+    x, token, offsets, w_in, w_out = (v.contiguous() for v in (x, token, offsets, w_in, w_out))
     gates = _gates(w_in, w_out)
     sorted_token, order = token.sort(stable=True)
     starts = torch.searchsorted(sorted_token, torch.arange(len(x) + 1, device=x.device))
@@ -126,7 +126,7 @@ def _backward(
     from moestro.ops import triton_ffn_forward as forward
 
     blocks = _blocks(x, token, offsets, widest)
-    dy, x, w_in, w_out, weight = (v.contiguous() for v in (dy, x, w_in, w_out, weight))
+    dy, x, token, w_in, w_out, weight = (v.contiguous() for v in (dy, x, token, w_in, w_out, weight))
     gates = _gates(w_in, w_out)
     if not len(z):
         z = x.new_empty(capacity * gates)

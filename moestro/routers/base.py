@@ -84,8 +84,12 @@ class ScoredRouter(Router):
         return self.select.most_experts(self.n_experts)
 
     def forward(self, x: Float[Tensor, "t d"]) -> Routing:
+        return self.routed(self.score(x))
+
+    def routed(self, logits: Float[Tensor, "t e"]) -> Routing:
+        """The selection among the experts that take part now."""
         absent = ~self.available | self.resting if self.training else ~self.available
-        return self.select(self.score(x).masked_fill(absent, -math.inf))
+        return self.select(logits.masked_fill(absent, -math.inf))
 
     @torch.no_grad()
     def set_available(self, available: Bool[Tensor, "e"]) -> None:

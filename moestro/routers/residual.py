@@ -39,7 +39,7 @@ class ResidualRouter(ScoredRouter):
         logits = self.score(x)
         if earlier is not None:
             logits = logits + linear_fp32(self._logits(earlier, len(x)), self.residual)
-        return self.select(logits.masked_fill(~self.available, -math.inf))
+        return self.routed(logits)
 
     def _logits(self, earlier: Routing, n_tokens: int) -> Float[Tensor, "t f"]:
         needed = (n_tokens, self.residual.shape[1])

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from moestro import ops
-from moestro.ops import backend
+from moestro.ops import backend, native
 from moestro.ops.ffn_plan import room
 from tests.tolerances import BFLOAT16_NORM, FLOAT32, FLOAT64
 
 D = 12
+needs_native = pytest.mark.skipif(native.library().handle is None, reason=f"native kernels {native.status()}")
 
 
 def inputs(n_tokens: int, counts: list[int], widths: list[int], gates: int, dtype: torch.dtype):
@@ -26,7 +27,7 @@ def inputs(n_tokens: int, counts: list[int], widths: list[int], gates: int, dtyp
 
 def outputs_and_gradients(name: str, arguments, activation: str):
     x, token, weight, offsets, w_in, w_out, widths = arguments
-    leaves = [v.detach().clone().requires_grad_() for v in (x, weight, w_in, w_out)]
+    leaves = [v.detach().requires_grad_() for v in (x, weight, w_in, w_out)]
     with backend.force(name):
         y = ops.expert_ffn(leaves[0], token, leaves[1], offsets, leaves[2], leaves[3], widths, activation)
     (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
@@ -62,6 +63,16 @@ def test_fused_in_float32_is_close_to_float64():
     torch.testing.assert_close(have.double(), want, **FLOAT32)
     for have_gradient, want_gradient in zip(have_gradients, want_gradients, strict=True):
         torch.testing.assert_close(have_gradient.double(), want_gradient, **FLOAT32)
+
+
+@pytest.mark.parametrize("name", ["fused", pytest.param("native", marks=needs_native)])
+def test_arguments_may_lie_anywhere_in_memory(name):
+    arguments = inputs(*CASES["63 tokens, odd widths"], 2, torch.float32)
+    apart = [torch.stack([v, v], 1)[:, 0] if v.ndim == 1 else v.T.contiguous().T for v in arguments[:6]]
+    want, want_gradients = outputs_and_gradients("reference", arguments, "silu")
+    have, have_gradients = outputs_and_gradients(name, (*apart, arguments[6]), "silu")
+    for mine, true in zip([have, *have_gradients], [want, *want_gradients], strict=True):
+        torch.testing.assert_close(mine, true, **FLOAT32)
 
 
 def test_two_runs_are_bit_identical():

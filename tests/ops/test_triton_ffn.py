@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, TopP, ops
 from moestro.ops import backend
 from moestro.ops.backend import TritonOptions
-from tests.ops.triton_cases import DEVICE, assert_close, outputs_and_gradients, parts, problem, why_not
+from tests.ops.triton_cases import DEVICE, Problem, assert_close, outputs_and_gradients, parts, problem, why_not
 from tests.tolerances import FLOAT16_NORM, FLOAT32, FLOAT32_NORM
 
 needs_triton = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -76,6 +76,15 @@ def test_float16(gates):
     have = outputs_and_gradients("triton", p, "silu")
     assert all(part.dtype == torch.float16 for part in have)
     assert_close(have, outputs_and_gradients("reference", p, "silu", torch.float64), p, FLOAT16_NORM)
+
+
+@needs_triton
+def test_arguments_may_lie_anywhere_in_memory():
+    p = problem(*MIXED, 2, torch.float32)
+    want = outputs_and_gradients("triton", p, "silu")
+    apart = [torch.stack([v, v], 1)[:, 0] if v.ndim == 1 else v.T.contiguous().T for v in p[:6]]
+    have = outputs_and_gradients("triton", Problem(*apart, p.widths), "silu")
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
 @needs_triton

@@ -9,7 +9,7 @@ from moestro.experts import FFNBank
 from moestro.layers import MoELayer
 from moestro.model import Attention, Block, Transformer
 from moestro.objectives import FirstChoiceBalance, LoadBalance
-from moestro.routers import LinearScore, ScoredRouter, TopK
+from moestro.routers import LinearScore, ResidualRouter, ScoredRouter, TopK
 from moestro.train import train
 from moestro.train.expert_dropout import ExpertDropout, resting
 from moestro.train.optim import build_optimizer
@@ -164,6 +164,16 @@ def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(ValueError, match="allowed: at least one expert"):
         router.set_resting(torch.tensor([True, True, True, False]))
     assert not router.resting.any()
+
+
+def test_they_rest_whatever_the_layer_before_says() -> None:
+    router = ResidualRouter(LinearScore(WIDTH, 4, init_std=1.0), TopK(2), residual_std=1.0)
+    router.set_resting(torch.tensor([True, False, False, True]))
+    x, load = torch.randn(30, WIDTH), {}
+    for training in (True, False):
+        router.train(training)
+        load[training] = router(x, router(x)).load()
+    assert load[True][[0, 3]].sum() == 0 and load[False].min() > 0
 
 
 def test_moved_experts_go_on_resting() -> None:
