@@ -88,10 +88,9 @@ class _ExpertFFN(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         x, weight, w_in, w_out, z_all = ctx.saved_tensors
         plan, gates = ctx.plan, _gates(w_in, w_out)
-        dw_in, dw_out = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w_in, w_out))
-        for unit in plan.idle_units:
-            dw_in[_scaled(unit, gates)] = 0
-            dw_out[unit] = 0
+        needs_x, _, needs_in, needs_out = ctx.needs_input_grad[:4]
+        dw_in = _gradient(w_in, plan, gates) if needs_in else None
+        dw_out = _gradient(w_out, plan, 1) if needs_out else None
         weight = plan.spread(weight)
         dweight = torch.zeros_like(weight)
         dhidden_one, scaled_one, dz_one = (_scratch(plan, x, g) for g in (1, 1, gates))
@@ -102,10 +101,13 @@ class _ExpertFFN(torch.autograd.Function):
             torch.mm(dy_rows[slots], w_out[job.unit].T, out=dhidden)
             z = _of(z_all, job, gates)
             hidden_backward(dhidden, z, weight[slots], dz, scaled, dweight[slots], ctx.activation)
-            torch.mm(scaled.T, dy_rows[slots], out=dw_out[job.unit])
-            torch.mm(dz.T, rows[slots], out=dw_in[block])
-            torch.mm(dz, w_in[block], out=rows[slots])
-        return plan.combine(rows), plan.collect(dweight), dw_in, dw_out, None, None
+            if dw_out is not None:
+                torch.mm(scaled.T, dy_rows[slots], out=dw_out[job.unit])
+            if dw_in is not None:
+                torch.mm(dz.T, rows[slots], out=dw_in[block])
+            if needs_x:
+                torch.mm(dz, w_in[block], out=rows[slots])
+        return plan.combine(rows) if needs_x else None, plan.collect(dweight), dw_in, dw_out, None, None
 
 
 def _scratch(plan: Plan, like: Tensor, gates: int = 1) -> Tensor:
@@ -121,6 +123,14 @@ def _view(buffer: Tensor, job: Job, gates: int = 1) -> Tensor:
 def _of(z_all: Tensor, job: Job, gates: int) -> Tensor:
     """The job's rows in a buffer for all experts."""
     return z_all[_scaled(job.hidden, gates)].view(job.n_slots, job.width * gates)
+
+
+def _gradient(parameter: Tensor, plan: Plan, gates: int) -> Tensor:
+    """Memory for a gradient; units that no row meets get zeros."""
+    gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    for unit in plan.idle_units:
+        gradient[_scaled(unit, gates)] = 0
+    return gradient
 
 
 def _gates(w_in: Tensor, w_out: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moestro import ops
 from moestro.ops import backend, native
@@ -23,6 +24,16 @@ def inputs(n_tokens: int, counts: list[int], widths: list[int], gates: int, dtyp
     offsets = torch.tensor([0, *counts]).cumsum(0)
     total = sum(widths)
     return draw(n_tokens, D), token, draw(n), offsets, draw(gates * total, D), draw(total, D), widths
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name == "aten::mm"
+        return func(*args, **(kwargs or {}))
 
 
 def outputs_and_gradients(name: str, arguments, activation: str):
@@ -140,6 +151,19 @@ def test_without_gradients_outputs_are_the_same_bits(case):
     with torch.no_grad():
         have = ops.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, "gelu")
     assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_gradients_that_nobody_wants_are_not_computed(wanted):
+    x, token, weight, offsets, w_in, w_out, widths = inputs(*CASES["63 tokens, odd widths"], 2, torch.float32)
+    _, every = outputs_and_gradients("fused", (x, token, weight, offsets, w_in, w_out, widths), "silu")
+    leaves = [v.detach().requires_grad_(i == wanted) for i, v in enumerate((x, weight, w_in, w_out))]
+    y = ops.expert_ffn(leaves[0], token, leaves[1], offsets, *leaves[2:], widths, "silu")
+    with Products() as products:
+        (y * torch.linspace(0.5, 1.5, y.numel()).view_as(y)).sum().backward()
+    torch.testing.assert_close(leaves[wanted].grad, every[wanted], **FLOAT32)
+    # two experts compute: each the gradient of its hidden rows, and one more unless it is the gates' that is wanted
+    assert products.count == 2 * (1 if wanted == 1 else 2)
 
 
 def test_backward_twice_gives_the_same_gradients():
