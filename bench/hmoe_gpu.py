@@ -187,11 +187,12 @@ def measure(
         runs: dict[str, Callable] = {peer: partial(answer, module, x) for peer, module in every.items()}
         first: Times = {peer: [first_call(run)] * 2 for peer, run in runs.items()}
         rows = compare(name, "first forward", first)
+    check(case, every, x)
+    with torch.no_grad():
         own = own_rates(device, dtype)
         times = clock(runs | {key: run for key, (run, _, _) in own.items()}, rounds, timed, warm_up=rounds // 2)
     rows += compare(name, "forward", {peer: times[peer] for peer in runs})
     rows += rate(name, "forward, useful FLOPs", times, {"ours": forward, GEMM: own[GEMM][1]})
-    check(case, every, x)
     if decode:
         read = float(moe.bank.w_in.weight.nbytes + moe.bank.w_out.weight.nbytes) * busy_share(moe)
         return rows + rate(name, "forward, weights read", times, {"ours": read, COPY: own[COPY][1]}, "GB/s"), absent

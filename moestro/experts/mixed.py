@@ -15,6 +15,8 @@ class MixedBank(ExpertBank):
     """The experts of several banks under one routing: those of the first bank are experts 0, 1, ..., those of the
     second follow, and so on. A token can meet experts of every kind.
 
+    On a GPU the host waits for the device once, to learn where each bank's rows begin.
+
     Experts stay in their bank when they are moved: a fresh one (-1) is of the kind its position had, or of the last
     bank's beyond the end. A bank that loses its last expert goes.
     """
@@ -50,7 +52,11 @@ class MixedBank(ExpertBank):
         if not isinstance(routing, SparseRouting):
             return super().forward(x, routing)
         routing = routing.grouped()
-        return reduce(torch.add, [bank(x, _part(routing, first, end)) for bank, first, end in self._ranges()])
+        rows = routing.offsets.tolist()
+        parts = [
+            (bank, _part(routing, first, end, slice(rows[first], rows[end]))) for bank, first, end in self._ranges()
+        ]
+        return reduce(torch.add, [bank(x, part) for bank, part in parts])
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
         return next(bank.weights_of(expert - first) for bank, first, end in self._ranges() if expert < end)
@@ -97,10 +103,9 @@ class MixedBank(ExpertBank):
         return torch.cat([value.to(device) for value in each])
 
 
-def _part(routing: SparseRouting, first: int, end: int) -> SparseRouting:
-    """What a grouped routing sends to experts first, ..., end - 1, numbered from 0."""
+def _part(routing: SparseRouting, first: int, end: int, rows: slice) -> SparseRouting:
+    """What a grouped routing sends to experts first, ..., end - 1, numbered from 0: its rows `rows`."""
     bounds = routing.offsets[first : end + 1]
-    rows = slice(int(bounds[0]), int(bounds[-1]))
     return SparseRouting(
         routing.token[rows],
         routing.expert[rows] - first,

@@ -15,8 +15,6 @@ from moestro.ops import backend
 from moestro.ops.activations import activation as find
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Rows of the plan that `triton_ffn_plan` writes; known here too, so that shapes need no Triton.
-_PLAN_ROWS = 9
 
 
 def expert_ffn(
@@ -82,15 +80,17 @@ def _layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
 def _cached_layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
     """What is known of the experts before any routing, int64 [2, n_experts + 1]: first units; widest experts first."""
     widest_first = sorted(range(len(widths)), key=lambda e: -widths[e])
-    return torch.tensor([[0, *accumulate(widths)], [*widest_first, 0]], device=device)
+    # kept for training as well, which can save no tensor that was made in inference mode
+    with torch.inference_mode(False):
+        return torch.tensor([[0, *accumulate(widths)], [*widest_first, 0]], device=device)
 
 
 @torch.library.custom_op("moestro::triton_expert_ffn", mutates_args=())
 def _forward(
     x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor,
     capacity: int, widest: int, activation: str, save_z: bool, split: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y; z where it is to be saved, else empty; rows by token and where each token's begin; the plan."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y; z where it is to be saved, else empty; rows by token, and where each token's begin."""
     blocks = _blocks(x, token, offsets, widest)
     from moestro.ops import triton_ffn_forward as kernels
     from moestro.ops.triton_ffn_plan import make_plan
@@ -104,30 +104,33 @@ def _forward(
     hidden, rows = x.new_empty(capacity), x.new_empty(len(token), x.shape[1])
     kernels.up(x, token, w_in, plan, z if save_z else None, hidden, activation, gates, blocks)
     kernels.down(hidden, w_out, plan, rows, 1, blocks)
-    return kernels.combine(rows, weight.contiguous(), order, starts), z, order, starts, plan
+    return kernels.combine(rows, weight.contiguous(), order, starts), z, order, starts
 
 
 @_forward.register_fake
 def _(x, token, weight, offsets, experts, w_in, w_out, capacity, widest, activation, save_z, split):
     gates = _gates(w_in, w_out)
-    plan = offsets.new_empty(_PLAN_ROWS, offsets.shape[0], dtype=torch.int64)
     order, starts = (token.new_empty(n, dtype=torch.int64) for n in (token.shape[0], x.shape[0] + 1))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(capacity * gates if save_z else 0), order, starts, plan
+    return y, x.new_empty(capacity * gates if save_z else 0), order, starts
 
 
 @torch.library.custom_op("moestro::triton_expert_ffn_backward", mutates_args=())
 def _backward(
-    dy: Tensor, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor, w_in: Tensor, w_out: Tensor, z: Tensor,
-    order: Tensor, starts: Tensor, plan: Tensor, capacity: int, widest: int, activation: str, split: int,
+    dy: Tensor, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor,
+    z: Tensor, order: Tensor, starts: Tensor, capacity: int, widest: int, activation: str, split: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, w_in and w_out."""
+    blocks = _blocks(x, token, offsets, widest)
     from moestro.ops import triton_ffn_backward as backward
     from moestro.ops import triton_ffn_forward as forward
+    from moestro.ops.triton_ffn_plan import make_plan
 
-    blocks = _blocks(x, token, offsets, widest)
-    dy, x, token, w_in, w_out, weight = (v.contiguous() for v in (dy, x, token, w_in, w_out, weight))
+    dy, x, token, offsets = (v.contiguous() for v in (dy, x, token, offsets))
+    weight, w_in, w_out = (v.contiguous() for v in (weight, w_in, w_out))
     gates = _gates(w_in, w_out)
+    # planned again, because the forward pass may have run with tile sizes that were the best then
+    plan = make_plan(offsets, experts, x.shape[1], blocks, split)
     if not len(z):
         z = x.new_empty(capacity * gates)
         forward.up(x, token, w_in, plan, z, None, activation, gates, blocks)
@@ -144,16 +147,16 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, x, token, weight, offsets, w_in, w_out, z, order, starts, plan, capacity, widest, activation, split):
+def _(dy, x, token, weight, offsets, experts, w_in, w_out, z, order, starts, capacity, widest, activation, split):
     return tuple(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, weight, w_in, w_out))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, token, weight, offsets, _, w_in, w_out, ctx.capacity, ctx.widest, ctx.activation, _, ctx.split = inputs
+    *tensors, ctx.capacity, ctx.widest, ctx.activation, _, ctx.split = inputs
     _, *rest = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*rest)
-    ctx.save_for_backward(x, token, weight, offsets, w_in, w_out, *rest)
+    ctx.save_for_backward(*tensors, *rest)
 
 
 def _autograd(ctx, dy, *_):
@@ -189,7 +192,7 @@ def _gates(w_in: Tensor, w_out: Tensor) -> int:
 
 
 def _blocks(x: Tensor, token: Tensor, offsets: Tensor, widest: int):
-    """Tile sizes for these shapes, the same in both directions."""
+    """Tile sizes for these shapes."""
     _check_device(x)
     from moestro.ops.triton_ffn_tuning import blocks_for
 

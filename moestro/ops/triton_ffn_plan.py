@@ -108,7 +108,7 @@ def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks, sp
     makes them cost; the dearest come first, which evens out when programs finish.
     """
     n_experts = len(offsets) - 1
-    plan = offsets.new_empty(N_PLAN_ROWS, n_experts + 1)
+    plan = offsets.new_empty(N_PLAN_ROWS, n_experts + 1, dtype=torch.int64)
     busiest_first = offsets.diff().argsort(descending=True, stable=True)
     launch(
         _plan_kernel, 1, offsets, experts, busiest_first, plan, d_model, n_experts, split,

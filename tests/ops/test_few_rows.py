@@ -1,9 +1,5 @@
 """Experts of few rows in any order, without sorting, against the definition."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -20,14 +16,14 @@ FEW = TritonOptions(few_rows=True)
 CASES = {
     "one row": ([0], [0], 1, [1]),
     "a token with three experts": ([0, 0, 0], [2, 0, 1], 1, [40, 33, 17]),
-    "several tokens, any order, one without rows": ([3, 0, 1, 0, 3], [1, 3, 3, 0, 2], 4, [7, 0, 64, 100]),
+    "several tokens, any order, one without rows": ([3, 0, 1, 0, 3], [1, 3, 3, 0, 2], 4, [7, 0, 9, 37]),
     "all rows to one": ([1, 0, 2], [1, 1, 1], 3, [5, 37, 9]),
     "no rows": ([], [], 3, [4, 6]),
     "only experts of width 0": ([0, 1], [1, 0], 2, [0, 0]),
 }
 
 
-def problem(case: str, gates: int, dtype: torch.dtype, d: int = 37):
+def problem(case: str, gates: int, dtype: torch.dtype, d: int = 19):
     token, expert, n_tokens, widths = CASES[case]
     generator = torch.Generator().manual_seed(len(case))
 
@@ -143,25 +139,3 @@ def test_triton_has_to_be_asked_for_it():
         assert not ops.skips_sorting(1, 1, 100, x.requires_grad_())
     with torch.no_grad(), backend.force("reference"):
         assert not ops.skips_sorting(1, 1, 100, x)
-
-
-COMPILED = """
-import torch
-from moestro.ops import backend
-from tests.ops.test_few_rows import FEW, layer
-from tests.ops.triton_cases import DEVICE
-
-torch.set_num_threads(1)
-moe, x = layer(), torch.randn(2, 20, device=DEVICE)
-with torch.no_grad(), backend.force("triton", FEW):
-    want = moe(x)[0]
-    have = torch.compile(moe, fullgraph=True, backend="aot_eager")(x)[0]
-assert torch.equal(have, want)
-"""
-
-
-@needs_triton
-def test_is_part_of_a_whole_graph():
-    # where jaxtyping's hook does not wrap functions: Dynamo cannot trace what it makes of them
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=dict(os.environ), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]

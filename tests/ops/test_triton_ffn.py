@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, TopP, ops
-from moestro.ops import backend
+from moestro.ops import backend, triton_ffn
 from moestro.ops.backend import TritonOptions
 from tests.ops.triton_cases import DEVICE, Problem, assert_close, outputs_and_gradients, parts, problem, why_not
 from tests.tolerances import FLOAT16_NORM, FLOAT32, FLOAT32_NORM
@@ -99,7 +99,7 @@ def test_more_experts_than_programs_and_tiles():
 def test_two_runs_are_bit_identical_whatever_the_options(monkeypatch):
     from moestro.ops import triton_ffn_plan
 
-    p = problem(*MIXED, 2, torch.float32)
+    p = problem([some(17, 9), [3], []], 9, [18, 5, 3], 2, torch.float32)
     first = outputs_and_gradients("triton", p, "silu")
     again = [outputs_and_gradients("triton", p, "silu")]
     for options in (TritonOptions(recompute=True), TritonOptions(exact=True)):
@@ -146,6 +146,26 @@ def test_infinities_stay_infinite(where):
 
 
 @needs_triton
+def test_backward_may_run_with_other_tiles_and_after_inference():
+    from moestro.ops.triton_ffn_plan import choose_blocks
+    from moestro.ops.triton_ffn_tuning import _with
+
+    p = problem(*MIXED, 2, torch.float32)
+    want = outputs_and_gradients("reference", p, "silu", torch.float64)
+    triton_ffn._cached_layout.cache_clear()
+    with torch.inference_mode(), backend.force("triton"):
+        ops.expert_ffn(p.x, p.token, p.weight, p.offsets, p.w_in, p.w_out, p.widths, "silu")
+    leaves = [v.clone().requires_grad_() for v in (p.x, p.weight, p.w_in, p.w_out)]
+    with backend.force("triton"):
+        y = ops.expert_ffn(leaves[0], p.token, leaves[1], p.offsets, *leaves[2:], p.widths, "silu")
+    slope = torch.linspace(-1.5, 1.5, y.numel(), dtype=torch.float64, device=DEVICE).to(y.dtype).view_as(y)
+    blocks = choose_blocks(len(p.token), len(p.widths), p.x.shape[1], max(p.widths), p.x.dtype)
+    with _with(blocks._replace(rows=2 * blocks.rows, units=2 * blocks.units)):
+        y.backward(slope)
+    assert_close((y.detach(), *(leaf.grad for leaf in leaves)), want, p, FLOAT32_NORM)
+
+
+@needs_triton
 def test_saves_x_z_and_the_routing_only():
     p = problem([some(20, 10), some(30, 10)], 10, [16, 40], 2, torch.float32)
     inputs = [v.requires_grad_() if v.is_floating_point() else v for v in p[:6]]
@@ -155,10 +175,10 @@ def test_saves_x_z_and_the_routing_only():
         with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
             with backend.force("triton", TritonOptions(**options)):
                 ops.expert_ffn(*inputs, (16, 40), "silu")
-        held = {v.data_ptr() for v in inputs}
+        held = {v.data_ptr() for v in (*inputs, triton_ffn._layout((16, 40), p.x.device))}
         return sum(v.numel() for v in kept if v.data_ptr() not in held)
 
-    routing = 50 + 11 + 9 * 3
+    routing = 50 + 11
     assert saved(recompute=True) == routing
     assert saved(exact=True) == routing + 2 * (20 * 16 + 30 * 40)
     assert saved() == routing + 2 * 50 * 40
@@ -245,17 +265,18 @@ COMPILED = """
 import torch
 from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, TopK, ops
 from moestro.ops import backend, triton_ffn
+from tests.ops.test_few_rows import FEW
 from tests.ops.test_triton_ffn import MIXED
 from tests.ops.triton_cases import DEVICE, outputs_and_gradients, problem
 
 torch.set_num_threads(1)
-p = problem(*MIXED, 2, torch.float32)
+p = problem([[0, 2, 1], [], [3, 0]], 4, [7, 5, 17], 2, torch.float32, d=8)
 want = outputs_and_gradients("triton", p, "silu")
 layer = MoELayer(ScoredRouter(LinearScore(20, 4), TopK(2)), [FFNBank(20, MIXED[2])]).to(DEVICE)
 x = torch.randn(5, 20, device=DEVICE)
 
 def ffn(x, token, weight, offsets, w_in, w_out, widths, activation):
-    return ops.expert_ffn(x, token, weight, offsets, w_in, w_out, MIXED[2], activation)
+    return ops.expert_ffn(x, token, weight, offsets, w_in, w_out, [7, 5, 17], activation)
 
 for dynamic in (False, True):
     torch._dynamo.reset()
@@ -266,10 +287,15 @@ for dynamic in (False, True):
     with backend.force("triton"):
         y = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend="{backend}", dynamic=dynamic)(x)
         torch.testing.assert_close(y, layer(x)[0])
+widths = [(5 * e) % 21 + 1 for e in range(33)]
+few = MoELayer(ScoredRouter(LinearScore(20, 33), TopK(2)), [FFNBank(20, widths)]).to(DEVICE)
+with torch.no_grad(), backend.force("triton", FEW):
+    y = torch.compile(lambda x: few(x)[0], fullgraph=True, backend="{backend}")(x[:2])
+    torch.testing.assert_close(y, few(x[:2])[0], rtol=0, atol=0)
 widths = tuple(p.widths)
 size = sum(n * ((w + 7) // 8 * 8) for n, w in zip(p.offsets.diff().tolist(), widths))
 x, weight, w_in, w_out = (v.requires_grad_() for v in (p.x, p.weight, p.w_in, p.w_out))
-known = size, 37, "silu", True, 0
+known = size, 17, "silu", True, 0
 arguments = (x, p.token, weight, p.offsets, triton_ffn._layout(widths, x.device), w_in, w_out, *known)
 torch.library.opcheck(torch.ops.moestro.triton_expert_ffn.default, arguments)
 """
