@@ -68,5 +68,5 @@ class FactoredLayer(MoELayer):
         return second(hidden, routing), (Trace(self, x, routing),)
 
     def expert_widths(self) -> float:
-        """Hidden units between both maps, which all experts share."""
+        """Hidden units of an expert that serves alone; of a mixture of experts they are as many, not their sum."""
         return float(self.width)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moestro.experts import CPBank, FactoredBank, TensorRingBank, TuckerBank
 from moestro.experts.factored import relative_error
-from moestro.layers import MoELayer, scaled_experts
+from moestro.layers import FactoredLayer, MoELayer, scaled_experts
 from moestro.routers import LinearScore, ModesRouter, Router, ScoredRouter, SlotRouter, Soft, TopK
 from moestro.routing import SoftRouting
 from tests.tolerances import FLOAT64
@@ -137,6 +137,18 @@ def test_experts_are_scaled_inside_the_context_alone(kind: str) -> None:
     close(twice - before, before - without, **FLOAT64)
     assert not trace.routing.dense()[:, 1].any() and (before - without).abs().max() > 1e-3
     assert torch.equal(layer(x)[0], before)
+
+
+def test_a_block_without_any_expert_leaves_the_stream_alone() -> None:
+    """Both of its maps, biases included, are edited."""
+    layer = FactoredLayer(D, ROUTERS["modes"](), [CPBank(D, [2, 2], rank=5, d_out=9)]).double()
+    x = torch.randn(T, D, dtype=torch.float64)
+    with scaled_experts(layer, dict.fromkeys(range(4), 0.0)):
+        assert torch.equal(layer(x)[0], x)
+    before, _ = layer(x)
+    with scaled_experts(layer, dict.fromkeys(range(4), 1.0)):
+        close(layer(x)[0], before, **FLOAT64)
+    assert (layer(x)[0] - x).abs().max() > 1e-3
 
 
 def test_the_context_ends_with_an_error_inside() -> None:
