@@ -4,6 +4,7 @@ from moestro.experts.base import ExpertBank
 from moestro.experts.cp import CPBank
 from moestro.experts.factored import FactoredBank
 from moestro.experts.ffn import FFNBank
+from moestro.experts.hyper import HyperExpert, HyperGenerator
 from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.mixed import MixedBank
 from moestro.experts.quantized import QuantizedBank, quantize_banks, quantized
@@ -29,6 +30,8 @@ __all__ = [
     "FFNBank",
     "FactoredBank",
     "GLUSingletonBank",
+    "HyperExpert",
+    "HyperGenerator",
     "MixedBank",
     "QuantizedBank",
     "RaggedBank",

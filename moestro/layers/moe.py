@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial, reduce
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from moestro.cost import NOTHING, Cost
 from moestro.experts.base import ExpertBank
+from moestro.experts.hyper import HyperExpert
 from moestro.experts.shared import SharedExpert
 from moestro.layers.base import TokenLayer
 from moestro.layers.recording import ActiveRows
@@ -42,10 +44,10 @@ class MoELayer(TokenLayer):
         banks = [branch for branch in branches if isinstance(branch, ExpertBank)]
         if not banks:
             raise ValueError(f"branches={[type(b).__name__ for b in branches]}, allowed: at least one bank of experts")
-        for bank in banks:
-            if bank.n_experts != router.n_experts:
-                raise ValueError(f"the router knows {router.n_experts} experts, {type(bank).__name__} {bank.n_experts}")
         self.router, self.branches, self.record = router, nn.ModuleList(branches), record
+        for part in self._numbered():
+            if part.n_experts != router.n_experts:
+                raise ValueError(f"the router knows {router.n_experts} experts, {type(part).__name__} {part.n_experts}")
         self.register_buffer("cluster", None if clusters is None else cluster_ids(clusters, router.n_experts))
 
     @property
@@ -89,8 +91,8 @@ class MoELayer(TokenLayer):
         if self.cluster is not None:
             place = torch.arange(len(index), device=index.device).clamp(max=len(self.cluster) - 1)
             self.cluster = self.cluster[torch.where(index >= 0, index, place)]
-        for bank in self.banks():
-            bank.reindex(index)
+        for part in self._numbered():
+            part.reindex(index)
 
     def expert_widths(self) -> Float[Tensor, "e"] | float:
         """Hidden units of every expert, all banks together; one number where all experts are equal."""
@@ -108,7 +110,11 @@ class MoELayer(TokenLayer):
         rows = self.router.rows_per_token()
         return self.router.flops(1) + sum(branch.expected_token_flops(rows) for branch in self._branches())
 
-    def _branches(self) -> "list[ExpertBank | SharedExpert]":
+    def _numbered(self) -> list[Any]:
+        """The branches that know experts by their numbers: banks, and what is made of a routing."""
+        return [branch for branch in self.branches if hasattr(branch, "n_experts")]
+
+    def _branches(self) -> "list[ExpertBank | SharedExpert | HyperExpert]":
         return list(self.branches)  # type: ignore[arg-type]
 
 

@@ -37,7 +37,8 @@ class Paper:
 @dataclass(frozen=True)
 class Decoder:
     """The `model` section: `ffn` in every block but those that `layers` names by index. `shared_banks` are banks of
-    experts by name, which several layers may have as a branch `{kind: shared_bank, name: ...}`."""
+    experts by name, which several layers may have as a branch `{kind: shared_bank, name: ...}`, and generators of
+    hyper-experts."""
 
     d_model: int
     n_layers: int
@@ -110,7 +111,7 @@ class Recipe:
 
     def _shared_bank(self, name: str, node: Any) -> Part:
         place = Place(self.origin, ("model", "shared_banks", name))
-        return BINDER.part("banks", _mapping(node, place), place, given=("d_model",))
+        return BINDER.part("shared_part", _mapping(node, place), place, given=("d_model",))
 
     @cached_property
     def data(self) -> Part:

@@ -19,6 +19,8 @@ from moestro.experts import (
     CPBank,
     FFNBank,
     GLUSingletonBank,
+    HyperExpert,
+    HyperGenerator,
     MixedBank,
     QuantizedBank,
     RaggedBank,
@@ -60,7 +62,7 @@ from moestro.objectives import (
     RouterZLoss,
     WeightedBalance,
 )
-from moestro.recipe.shared_banks import shared_bank
+from moestro.recipe.shared_banks import shared_bank, shared_generator
 from moestro.routers import (
     BiasedRouter,
     Capacity,
@@ -150,8 +152,10 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "expert_choice": ExpertChoice,
         "relu": ReLU,
     },
-    "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert, "shared_bank": shared_bank},
+    "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert, "shared_bank": shared_bank, "hyper": HyperExpert},
     "banks": BANKS,
+    "shared_part": {**BANKS, "hyper_generator": HyperGenerator},
+    "generator": {"shared": shared_generator},
     "record": {"active": ActiveRows, "all": AllRows, "sampled": SampledRows},
     "widths": {
         "equal": widths.equal,

@@ -1,9 +1,9 @@
-"""Banks that several layers hold together: one set of weights, named in the recipe."""
+"""What several layers hold together, banks and generators: one set of weights, named in the recipe."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from moestro.experts import ExpertBank
+from moestro.experts import ExpertBank, HyperGenerator
 from moestro.recipe.bind import Part
 from moestro.recipe.resolve import Place
 
@@ -15,10 +15,10 @@ class SharedBanks:
 
     def __init__(self, parts: Mapping[str, Part], context: Mapping[str, Any]) -> None:
         self.parts, self.context = parts, context
-        self.built: dict[str, ExpertBank] = {}
+        self.built: dict[str, Any] = {}
 
-    def bank(self, name: str, facts: Mapping[str, Any]) -> ExpertBank:
-        """The bank of that name."""
+    def bank(self, name: str, facts: Mapping[str, Any]) -> Any:
+        """The bank, or generator, of that name."""
         if name not in self.built:
             self.built[name] = self.parts[name].build({**self.context, **facts})
         return self.built[name]
@@ -35,9 +35,14 @@ def shared_bank(
     return shared_banks.bank(name, {"heads": heads, "top_k": top_k, "gate": gate})
 
 
+def shared_generator(name: str, shared_banks: SharedBanks) -> HyperGenerator:
+    """The generator `name` of `model.shared_banks`, which makes the hyper-experts of all layers that ask for it."""
+    return shared_banks.bank(name, {})
+
+
 def check_names(banks: Mapping[str, Part], layers: Sequence[Part], place: Place) -> None:
     """Raises: RecipeError for a bank at `place` that no layer has, or a layer that asks for one that is not there."""
-    asked = [part for layer in layers for part in parts_inside(layer) if part.make is shared_bank]
+    asked = [part for layer in layers for part in parts_inside(layer) if part.make in (shared_bank, shared_generator)]
     names = {part.value("name") for part in asked}
     for name in banks:
         if name not in names:

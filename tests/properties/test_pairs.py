@@ -55,13 +55,15 @@ BANKS = {
 SHARED = {"shared": {"width": 5}}
 # a bank that stands elsewhere in the recipe
 NAMED = {"shared_bank"}
+# made of a routing, by a generator: tests/systems/test_hypermoe.py
+GENERATED = {"hyper"}
 
 
 def test_every_registered_part_has_an_example():
     assert set(PARTS["score"]) == set(SCORES)
     assert set(PARTS["select"]) == set(SELECTS)
     assert set(PARTS["router"]) == set(ROUTERS) | {"scored", "biased", "residual", "grouped"}
-    assert set(PARTS["branches"]) == set(BANKS) | set(SHARED) | NAMED
+    assert set(PARTS["branches"]) == set(BANKS) | set(SHARED) | NAMED | GENERATED
     assert set(PARTS["banks"]) == set(BANKS) - {"mixed"}
 
 
