@@ -33,12 +33,15 @@ def log_choices(n_experts: int, most: int | None, fixed: bool = True, count: Cou
     return math.log(sum(math.comb(n_experts, i) for i in range(most + 1)))
 
 
-def sparse_factor(n_experts: int, k: float, m: int) -> float:
-    """sqrt(k (1 + ln(T/k)) / m): how the bound depends on k at a fixed number of experts.
+def sparse_factor(n_experts: int, k: float | None, m: int) -> float:
+    """sqrt(k (1 + ln(T/k)) / m): how the bound depends on k at a fixed number of experts; without a limit (k=None)
+    sqrt(T ln 2 / m).
 
     Raises: ValueError for impossible values.
     """
     _check_units(m)
+    if k is None:
+        return math.sqrt(n_experts * math.log(2) / m)
     if not 0 < k <= n_experts:
         raise ValueError(f"k={k}, allowed: above 0, up to {n_experts}, the number of experts")
     return math.sqrt(k * (1 + math.log(n_experts / k)) / m)

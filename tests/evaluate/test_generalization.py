@@ -14,7 +14,7 @@ import torch
 from moestro import DenseFFN, FFNBank, LinearScore, MoELayer, ScoredRouter, SingletonBank, Soft, TopK, TopP
 from moestro.evaluate.generalization import expert_term, log_choices, rademacher, router_term, sparse_factor
 from moestro.evaluate.generalization_report import generalization_report
-from moestro.experts import CopyBank
+from moestro.experts import BankSlice, CopyBank, SharedExpert
 from moestro.layers import MultiHeadLayer, StratifiedLayer
 from moestro.model import Attention, Block, Transformer
 from moestro.recipe.parts import PARTS
@@ -159,6 +159,8 @@ def test_norms_of_experts() -> None:
     want = [float(single.up[1].detach().norm()), float(single.down[1].detach().norm())]
     assert single.norms().frobenius[1].tolist() == pytest.approx(want)
     assert CopyBank(2).norms() is None
+    assert torch.equal(BankSlice(bank, 1).norms().frobenius, norms.frobenius[1:])
+    assert torch.equal(BankSlice(bank, 1).norms().spectral, norms.spectral[1:])
 
 
 def model(*layers) -> Transformer:
@@ -190,7 +192,7 @@ def test_the_report_is_made_of_the_terms() -> None:
             worst = max(layer["norm_product"]["frobenius"] * layer["input_norm"] for layer in (first, second))
             assert terms["experts"] == pytest.approx(expert_term(rademacher([worst, 1.0], 1.0, m), 2.0))
             assert terms["experts_spectral"] < terms["experts"]
-    assert len(found["heuristic"]) == 4 and len(report(model(moe()))["heuristic"]) == 2
+    assert len(found["heuristic"]) == 6 and len(report(model(moe()))["heuristic"]) == 4
 
 
 def test_an_experts_last_matrix_scales_its_complexity() -> None:
@@ -221,12 +223,30 @@ def test_passes_and_parts_are_routers_of_their_own() -> None:
     found = report(model(MultiHeadLayer(D, 2, inner)))
     (layer,) = found["layers"].values()
     assert layer["dimension"] == 6 * D // 2 and layer["parts_per_token"] == 2
-    assert found["units"]["parts"] == 2 * 10**6
+    assert found["units"]["parts"] == 2 * 10**6 and found["heuristic"][-1].startswith("parts of a token")
+    tokens, parts = (found["bounds"][unit]["paper"] for unit in ("tokens", "parts"))
+    assert parts["router"] < tokens["router"] and parts["experts"] == tokens["experts"]
+
+
+def test_banks_of_one_layer_add_up_and_shared_experts_are_named() -> None:
+    banks = [FFNBank(D, [3] * 6, activation="relu", glu=False) for _ in range(2)]
+    found = report(model(moe(branches=[*banks, SharedExpert(D, 4)])))
+    (layer,) = found["layers"].values()
+    worst = [float(bank.norms().frobenius.prod(-1).max()) for bank in banks]
+    assert layer["norm_product"]["frobenius"] == pytest.approx(sum(worst))
+    assert "SharedExpert is left out of the expert term" in layer["heuristic"]
+
+
+def test_without_a_limit_of_experts_the_sparse_factor_counts_all_sets() -> None:
+    (layer,) = report(model(moe(TopP(0.5))))["layers"].values()
+    assert layer["sparse_factor"]["tokens"] == pytest.approx(math.sqrt(6 * math.log(2) / 10**6))
 
 
 def test_without_norms_there_is_no_expert_term_and_without_a_bound_none_is_given() -> None:
     copies = report(model(moe(branches=[CopyBank(6)])))
     assert copies["bounds"]["tokens"]["paper"]["experts"] is None is copies["bounds"]["tokens"]["paper"]["total"]
+    partly = report(model(moe(), moe(branches=[CopyBank(6)])))["bounds"]["tokens"]["exact"]
+    assert partly["experts"] is None is partly["total"] and partly["router"] > 0
     torch.manual_seed(0)
     slots = MoELayer(SlotRouter(D, 6), [FFNBank(D, [3] * 6)])
     mixing = Transformer(11, D, [Block(D, Attention(D, n_heads=2), slots)], allow_non_causal=True)
