@@ -16,12 +16,13 @@ def effects_summary(result: Mapping[str, Any]) -> str:
 def source(result: Mapping[str, Any]) -> str:
     """One paragraph: script, commit, machine, seeds, budget, corpora, the rule."""
     machine, study = result["machine"], result["study"]
+    commits = ", ".join(f"`{commit[:12]}`" for commit in result["commit"].split(", "))
     corpora = ", ".join(
         f"{name} ({facts['bytes'] / 1e6:.1f} MB, {facts['fingerprint'][:12]})"
         for name, facts in result["corpora"].items()
     )
     return (
-        f"`{result['script']}` at commit `{result['commit'][:12]}`, {len(result['runs'])} runs of "
+        f"`{result['script']}` at commit {commits}, {len(result['runs'])} runs of "
         f"{study['budget']:.3g} useful training FLOPs each, seeds {', '.join(map(str, result['seeds']))}, "
         f"{corpora}; {machine['cpu']}, torch {machine['torch']}, Python {machine['python']}. Mean ± standard deviation "
         f"over seeds; {RULE}."
