@@ -27,7 +27,8 @@ def test_results_have_the_one_format(path):
     assert set(result) == top
     assert (ROOT / result["script"]).exists()
     # a study that was continued names every commit that trained some of it
-    assert re.fullmatch(r"[0-9a-f]{7,40}(, [0-9a-f]{7,40})*", result["commit"]), "results of a tree with uncommitted changes prove nothing"
+    commits = result["commit"].split(", ")
+    assert all(re.fullmatch("[0-9a-f]{7,40}", one) for one in commits), "results of a tree with uncommitted changes prove nothing"
     assert result["rows"]
     assert all(set(row) == row_keys for row in result["rows"])
 
