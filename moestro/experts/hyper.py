@@ -97,8 +97,9 @@ class HyperExpert(nn.Module):
         self.generator, self.cached, self.init_std = generator, cached, init_std
         self.experts = nn.Parameter(torch.randn(n_experts, embedding) * init_std)
         self.layer = nn.Parameter(torch.randn(generator.layer))
-        self.select = nn.Sequential(nn.Linear(embedding, hidden), nn.ReLU(), nn.Linear(hidden, generator.selection))
-        for linear in (self.select[0], self.select[2]):
+        first, second = nn.Linear(embedding, hidden), nn.Linear(hidden, generator.selection)
+        self.select = nn.Sequential(first, nn.ReLU(), second)
+        for linear in (first, second):
             nn.init.normal_(linear.weight, std=init_std)
             nn.init.zeros_(linear.bias)
         self._kept: dict[bytes, tuple[Tensor, ...]] = {}
@@ -156,7 +157,7 @@ class HyperExpert(nn.Module):
         tokens = Cost.exact(self.expected_token_flops() * routing.n_tokens)
         if not self.training:
             return tokens
-        select = sum(linear.weight.numel() for linear in (self.select[0], self.select[2]))
+        select = sum(linear.weight.numel() for linear in self.select if isinstance(linear, nn.Linear))
         each = 2.0 * (self.experts.numel() + select) + self.generator.set_flops()
         return tokens + Cost.exact(len(chosen_sets(routing)[0]) * each)
 

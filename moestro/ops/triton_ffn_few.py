@@ -12,7 +12,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from moestro.ops.triton_ffn_forward import _act
-from moestro.ops.triton_ffn_plan import interpreted
+from moestro.ops.triton_ffn_plan import interpreted, launch
 
 
 class Rows(NamedTuple):
@@ -45,8 +45,8 @@ def up(x: Tensor, rows: Rows, w_in: Tensor, activation: str, gates: int) -> Tens
     hidden = x.new_empty(n, rows.widest)
     grid = n, triton.cdiv(rows.widest, size.up_units)
     if n and rows.widest:
-        _few_up_kernel[grid](
-            x, rows.token, rows.expert, rows.units, w_in, hidden, d, rows.widest,
+        launch(
+            _few_up_kernel, grid, x, rows.token, rows.expert, rows.units, w_in, hidden, d, rows.widest,
             GATES=gates, ACT=activation, BU=size.up_units, BK=size.up_columns,
         )  # fmt: skip
     return hidden
@@ -58,7 +58,8 @@ def down(hidden: Tensor, rows: Rows, w_out: Tensor) -> Tensor:
     parts = -(-rows.widest // size.split)
     partial = hidden.new_empty(n, parts, d, dtype=torch.float32)
     if partial.numel():
-        _few_down_kernel[(n, triton.cdiv(d, size.down_columns), parts)](
+        launch(
+            _few_down_kernel, (n, triton.cdiv(d, size.down_columns), parts),
             hidden, rows.expert, rows.units, w_out, partial, d, rows.widest, parts,
             SPLIT=size.split, BU=size.down_units, BD=size.down_columns,
         )  # fmt: skip
@@ -70,7 +71,8 @@ def combine(partial: Tensor, rows: Rows, weight: Tensor, like: Tensor) -> Tensor
     n, parts, d = partial.shape
     y, size = like.new_empty(len(like), d), sizes()
     if y.numel():
-        _few_combine_kernel[(len(y), triton.cdiv(d, size.down_columns))](
+        launch(
+            _few_combine_kernel, (len(y), triton.cdiv(d, size.down_columns)),
             partial, rows.token, rows.expert, rows.units, weight, y, n, d, parts,
             SPLIT=size.split, BD=size.down_columns,
         )  # fmt: skip

@@ -94,9 +94,9 @@ def search_steps(n_experts: int) -> int:
     return max(n_experts - 1, 0).bit_length()
 
 
-def launch(kernel: Any, n_programs: int, *arguments: Any, **constants: Any) -> None:
-    """Run that many programs of a kernel."""
-    kernel[(n_programs,)](*arguments, **constants)
+def launch(kernel: Any, programs: int | tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run that many programs of a kernel, or a grid of them."""
+    kernel[(programs,) if isinstance(programs, int) else programs](*arguments, **constants)
 
 
 def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks, split: int) -> Tensor:

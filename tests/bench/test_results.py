@@ -28,7 +28,9 @@ def test_results_have_the_one_format(path):
     assert (ROOT / result["script"]).exists()
     # a study that was continued names every commit that trained some of it
     commits = result["commit"].split(", ")
-    assert all(re.fullmatch("[0-9a-f]{7,40}", one) for one in commits), "results of a tree with uncommitted changes prove nothing"
+    assert all(re.fullmatch("[0-9a-f]{7,40}", one) for one in commits), (
+        "results of a tree with uncommitted changes prove nothing"
+    )
     assert result["rows"]
     assert all(set(row) == row_keys for row in result["rows"])
 
