@@ -29,8 +29,12 @@ def busy(dense: torch.Tensor) -> list[set[int]]:
     return [set(row.nonzero().flatten().tolist()) for row in dense]
 
 
+# gates that are never 0: those of entmax tie at 0 and are no softmax of anything (test_entmax.py)
+POSITIVE = GATES.keys() - {"entmax15"}
+
+
 @pytest.mark.parametrize(("limit", "sizes"), CASES)
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", sorted(POSITIVE))
 def test_a_token_chooses_inside_its_best_groups(limit: GroupLimit, sizes: list[int], gate: str) -> None:
     logits = random(T, E)
     routing = TopK(4, renormalize=False, gate=gate, limit=limit)(logits)
@@ -82,7 +86,7 @@ def test_ties_go_to_the_lower_group() -> None:
     assert busy(TopK(4, limit=GroupLimit(4, 2))(torch.zeros(3, E)).dense()) == [{0, 1, 2, 3}] * 3
 
 
-@pytest.mark.parametrize("gate", sorted(GATES.keys() - {"interpolate"}))
+@pytest.mark.parametrize("gate", sorted(POSITIVE - {"interpolate"}))
 def test_shown_logits_are_those_of_the_normalised_scores(gate: str) -> None:
     logits = random(T, E)
     scores = GATES[gate].scores(logits)
