@@ -98,6 +98,8 @@ def test_tables_larger_than_memory_train_in_files(tmp_path):
         subprocess.run([sys.executable, "-c", LARGER_THAN_MEMORY, *where], capture_output=True, text=True, cwd=ROOT)
         for where in ([], [str(tmp_path)])
     )
-    assert in_memory.returncode != 0 and "memory" in in_memory.stderr
+    # oneDNN, too, fails without memory, in its own words
+    assert in_memory.returncode != 0
+    assert any(words in in_memory.stderr for words in ("memory", "could not create a primitive"))
     assert in_files.returncode == 0, in_files.stderr
     assert (tmp_path / "checkpoint").stat().st_size > 2**27
