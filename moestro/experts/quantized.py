@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank
-from moestro.experts.singleton import GLUSingletonBank, SingletonBank
+from moestro.experts.singleton import GLUSingletonBank, SingletonBank, one_neuron_each
 from moestro.ops.activations import activation as find
 from moestro.ops.quantized import QuantizedTable, Storage, quantize_rows, quantized_singletons
 from moestro.ops.tables import new_table
@@ -54,9 +54,7 @@ class QuantizedBank(ExpertBank):
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
         expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
         rows = {name: table.rows(expert, z.dtype) for name, table in self.tables().items()}
-        act = find(self.activation).forward
-        hidden = {name: (z * row).sum(-1, keepdim=True) for name, row in rows.items() if name != "down"}
-        return (act(hidden["gate"]) * hidden["up"] if "gate" in hidden else act(hidden["up"])) * rows["down"]
+        return one_neuron_each(z, rows, self.activation)
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         if not isinstance(routing, SparseRouting) or routing.fixed is None:

@@ -1,5 +1,7 @@
 """A million experts of one neuron each."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -44,9 +46,7 @@ class SingletonBank(TableBank):
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
         expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
         rows = {name: F.embedding(expert, t, sparse=self.sparse_gradients) for name, t in self.tables().items()}
-        act = find(self.activation).forward
-        hidden = {name: (z * row).sum(-1, keepdim=True) for name, row in rows.items() if name != "down"}
-        return (act(hidden["gate"]) * hidden["up"] if "gate" in hidden else act(hidden["up"])) * rows["down"]
+        return one_neuron_each(z, rows, self.activation)
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         if not isinstance(routing, SparseRouting) or routing.fixed is None:
@@ -69,6 +69,14 @@ class SingletonBank(TableBank):
 
     def row_widths(self) -> float:
         return 1.0
+
+
+def one_neuron_each(z: Float[Tensor, "n d"], rows: Mapping[str, Float[Tensor, "n d"]], activation: str) -> Tensor:
+    """act(u . z) v of every row, [n, d], or act(g . z) (u . z) v, from its neuron's rows `up`, `down` and, gated,
+    `gate`."""
+    act = find(activation).forward
+    hidden = {name: (z * row).sum(-1, keepdim=True) for name, row in rows.items() if name != "down"}
+    return (act(hidden["gate"]) * hidden["up"] if "gate" in hidden else act(hidden["up"])) * rows["down"]
 
 
 class GLUSingletonBank(SingletonBank):
