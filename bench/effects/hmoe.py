@@ -13,7 +13,7 @@ from bench.effects import figures as f
 from bench.effects.command import main
 from bench.effects.effect import Effect, Figure
 from bench.effects.routing_probes import difficulty, routing_history
-from bench.effects.study import Arm, Study
+from bench.effects.study import SMALL, Arm, Study
 
 TOTAL, N_EXPERTS = 256, 8
 # A loss is called no worse where it is less than this much above, as a share of the other.
@@ -37,13 +37,7 @@ EQUAL = {"model.ffn.branches.0.widths": {"kind": "equal", "n_experts": N_EXPERTS
 STUDY = Study(
     name="hmoe",
     budget=4e11,
-    common={
-        "data.tokenizer": {"kind": "bpe", "vocab_size": 512},
-        "model.d_model": 64,
-        "model.n_layers": 3,
-        "train.batch_size": 8,
-        "optim.lr": 0.01,
-    },
+    common=SMALL,
     arms={
         "equal": Arm("moe.yaml", EQUAL),
         "no-loss": unequal(objectives=[]),

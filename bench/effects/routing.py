@@ -9,7 +9,7 @@ from bench.effects.cluster_probes import relatives
 from bench.effects.command import main
 from bench.effects.pool_probes import pool
 from bench.effects.routing_probes import depth, difficulty, routing_history
-from bench.effects.study import Study
+from bench.effects.study import SMALL, Study
 from bench.effects.systems.dynamic_routing import dynamic_routing
 from bench.effects.systems.dynmoe import dynmoe
 from bench.effects.systems.moec import moec
@@ -22,13 +22,7 @@ EFFECTS = tuple(effect for system in SYSTEMS for effect in system.effects)
 STUDY = Study(
     name="routing",
     budget=4e11,
-    common={
-        "data.tokenizer": {"kind": "bpe", "vocab_size": 512},
-        "model.d_model": 64,
-        "model.n_layers": 3,
-        "train.batch_size": 8,
-        "optim.lr": 0.01,
-    },
+    common=SMALL,
     arms={name: arm for system in SYSTEMS for name, arm in system.arms.items()},
     probes={
         "history": routing_history,
