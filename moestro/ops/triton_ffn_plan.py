@@ -94,7 +94,7 @@ def search_steps(n_experts: int) -> int:
     return max(n_experts - 1, 0).bit_length()
 
 
-def launch(kernel: Any, programs: int | tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, programs: int | tuple[Any, ...], *arguments: Any, **constants: Any) -> None:
     """Run that many programs of a kernel, or a grid of them."""
     kernel[(programs,) if isinstance(programs, int) else programs](*arguments, **constants)
 
