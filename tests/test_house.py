@@ -23,6 +23,13 @@ EVERY = [*PACKAGE, *TESTS, *BENCH]
 INNER = [path for path in PACKAGE if path.relative_to(ROOT / "moestro").parts[0].removesuffix(".py") in CHECKED]
 KNOWS_AUTOCAST = {"moestro/ops/precision.py"}
 CORE = {"torch", "numpy", "safetensors", "yaml", "rich", "tokenizers", "jaxtyping", "moestro"}
+# Packages of floors above the core that stand on another library; the verbs import them when they are called.
+STANDS_ON = {
+    "hf": {"transformers", "huggingface_hub"},
+    "export": {"transformers", "huggingface_hub"},
+    "harness": {"lm_eval"},
+    "serve": {"fastapi", "pydantic", "starlette", "uvicorn"},
+}
 FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, INIT_ARGUMENTS = 300, 400, 45, 8
 BROAD = {"Exception", "BaseException"}
 BANNED_NAME = re.compile(r"^common$|(^|_)(utils?|helpers?|misc|managers?|base2)(_|$)|Utils|Helper|Manager")
@@ -127,7 +134,21 @@ def test_the_package_imports_only_its_core_dependencies(path: Path) -> None:
     roots = {module.split(".")[0] for module in at_import(parsed(path))}
     # kernels are functions of their module; `ops.triton_ffn`, which imports these modules when called, is not one
     kernels = {"triton"} if path.name.startswith("triton_ffn_") else set()
-    assert roots <= CORE | kernels | set(sys.stdlib_module_names)
+    package = path.relative_to(ROOT / "moestro").parts[0]
+    assert roots <= CORE | kernels | STANDS_ON.get(package, set()) | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_a_library_is_known_in_the_packages_that_stand_on_it(path: Path) -> None:
+    package = path.relative_to(ROOT / "moestro").parts[0]
+    elsewhere = set().union(*STANDS_ON.values()) - STANDS_ON.get(package, set())
+    assert not {module.split(".")[0] for module in imports(parsed(path))} & elsewhere
+
+
+def test_the_command_line_starts_without_the_libraries_of_single_verbs() -> None:
+    code = "import sys, moestro.cli; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not set(loaded) & set().union(*STANDS_ON.values())
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
