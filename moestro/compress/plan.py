@@ -94,9 +94,9 @@ class Group:
 @dataclass(frozen=True)
 class LayerPlan:
     """One layer. `keep`: the experts that survive, ascending; new expert j is old expert `keep[j]`. The rest is aligned
-    with `keep`, where it is given: `groups[j]` are the experts merged into new expert j, `keep[j]` among them; `ranks[j]`
-    is the rank of the factors that replace each of its matrices, None for whole ones; `units[j]` are its hidden units
-    that stay, ascending, None for all.
+    with `keep`, where it is given: `groups[j]` are the experts merged into new expert j, `keep[j]` among them;
+    `ranks[j]` is the rank of the factors that replace each of its matrices, None for whole ones; `units[j]` are its
+    hidden units that stay, ascending, None for all.
 
     `skip_below`: a token's second and further experts are left out where their weight is below this share of the first
     one's, and the others are renormalised. For reports only: `scores` of all old experts by criterion, `rows` that each
