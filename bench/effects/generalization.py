@@ -184,7 +184,7 @@ STUDY = Study(
         "most-text": mixture(held_out=MOST),
     },
     probes={"gaps": gaps},
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3, 4),
     corpora=("redpajama", "speeches"),
     checkpoints=12,
 )
