@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moestro.formats.writer import write_tensors
 from moestro.train.durable import (
     TEMPORARY,
     publish_folder,
@@ -19,7 +20,6 @@ from moestro.train.durable import (
     sha256,
     sha256_json,
 )
-from moestro.train.tensor_file import write_tensors
 
 FORMAT_VERSION = 1
 STATE = "state.json"

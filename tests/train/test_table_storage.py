@@ -67,7 +67,7 @@ from moestro.routers import ProductKeyRouter
 from moestro.experts import SingletonBank
 from moestro.train import OptimSettings
 from moestro.train.optim import build_optimizer
-from moestro.train.tensor_file import write_tensors
+from moestro.formats.writer import write_tensors
 from moestro.train.tensors import optimizer_tensors
 
 torch.set_num_threads(1)

@@ -7,14 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moestro.train import tensor_file
+from moestro.formats import writer
+from moestro.formats.shards import DTYPES, FormatError, header
+from moestro.formats.writer import Outgoing, computed, of_file, of_tensor, write_file, write_tensors
 from moestro.train.durable import sha256
-from moestro.train.tensor_file import DTYPES, write_tensors
 
 
 def test_every_dtype_and_shape_comes_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_file, "PIECE", 24)
-    tensors = {str(dtype): torch.arange(21).remainder(2).view(7, 3).to(dtype) for dtype in DTYPES}
+    monkeypatch.setattr(writer, "PIECE", 24)
+    tensors = {str(dtype): torch.arange(21).remainder(2).view(7, 3).to(dtype) for dtype in DTYPES.values()}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "transposed": torch.randn(5, 3).T}
     tensors["part"] = torch.randn(10, 4)[3:8, :2]
     digest = write_tensors(tmp_path / "file", tensors)
@@ -34,6 +35,39 @@ def test_nothing_is_a_file_too(tmp_path):
 def test_a_dtype_the_format_lacks_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"w: torch\.complex64 cannot be stored; allowed: torch\.float64"):
         write_tensors(tmp_path / "file", {"w": torch.zeros(2, dtype=torch.complex64)})
+
+
+def test_rows_and_ranges_of_other_files_are_copied_byte_for_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "PIECE", 40)
+    tensors = {"table": torch.randn(9, 3, 2), "other": torch.randn(4, dtype=torch.bfloat16), "n": torch.arange(5)}
+    write_tensors(tmp_path / "source", tensors)
+    entries, _ = header(tmp_path / "source")
+    rows = (0, 1, 2, 5, 8)
+    outgoing = [
+        of_file("rows", tmp_path, entries["table"], rows),
+        of_file("none", tmp_path, entries["n"], ()),
+        *(of_file(name, tmp_path, entry) for name, entry in entries.items()),
+        computed("made", torch.float32, (2, 2), lambda: torch.ones(2, 2)),
+    ]
+    digest = write_file(tmp_path / "file", outgoing, {"format": "pt"})
+    assert digest == sha256(tmp_path / "file") and header(tmp_path / "file")[1] == {"format": "pt"}
+    back = load_file(tmp_path / "file")
+    assert torch.equal(back["rows"], tensors["table"][list(rows)]) and torch.equal(back["made"], torch.ones(2, 2))
+    assert back["none"].shape == (0,) and all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_tensor_that_is_not_what_it_said_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"w is torch.float32 \(3,\), expected torch.float32 \(2,\)"):
+        write_file(tmp_path / "file", [computed("w", torch.float32, (2,), lambda: torch.ones(3))])
+    with pytest.raises(ValueError, match="w has 3 bytes, its header says 8"):
+        write_file(tmp_path / "file", [Outgoing("w", "F32", (2,), 8, lambda: [b"abc"])])
+    write_file(tmp_path / "source", [of_tensor("w", torch.ones(4))])
+    outgoing = of_file("w", tmp_path, header(tmp_path / "source")[0]["w"])
+    (tmp_path / "source").write_bytes(b"")
+    with pytest.raises(ValueError, match="ends at byte .* it changed while it was read"):
+        write_file(tmp_path / "file", [outgoing])
+    with pytest.raises(FormatError, match="truncated"):
+        header(tmp_path / "source")
 
 
 PEAK = """
