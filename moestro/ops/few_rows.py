@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moestro.ops import backend, triton_ffn
 from moestro.ops.activations import activation as find
+from moestro.ops.ffn import unit_major
 from moestro.ops.glu import hidden
 from moestro.ops.precision import compute_dtype
 
@@ -35,7 +36,7 @@ def few_rows_ffn(
     expert: Int[Tensor, "n"],
     weight: Float[Tensor, "n"],
     w_in: Float[Tensor, "gs d"],
-    w_out: Float[Tensor, "s d"],
+    w_out: Float[Tensor, "s d"] | Float[Tensor, "e d w"],
     widths: Sequence[int],
     activation: str,
 ) -> Float[Tensor, "t d"]:
@@ -49,7 +50,7 @@ def few_rows_ffn(
     x, weight = x.to(dtype), weight.to(dtype)
     if backend.active() == "triton":
         return triton_ffn.few_rows_ffn(
-            x, token, expert, weight, w_in.to(dtype), w_out.to(dtype), tuple(widths), activation
+            x, token, expert, weight, w_in.to(dtype), unit_major(w_out).to(dtype), tuple(widths), activation
         )
     return _one_after_another(x, token, expert, weight, w_in, w_out, widths, activation)  # type: ignore[call-arg]
 
@@ -66,14 +67,15 @@ def _one_after_another(
     activation: str,
 ) -> Tensor:
     units = [0, *accumulate(widths)]
-    gates = len(w_in) // max(len(w_out), 1)
+    gates = w_in.numel() // max(w_out.numel(), 1)
     rows = x.new_zeros(len(token), x.shape[1])
     for n, (t, e) in enumerate(zip(token.tolist(), expert.tolist(), strict=True)):
         first, last = units[e], units[e + 1]
         if last > first:
             z = x[t : t + 1] @ w_in[gates * first : gates * last].to(x.dtype).T
             middle = hidden(z, z.new_empty(1, last - first), activation)
-            torch.mm(middle, w_out[first:last].to(x.dtype), out=rows[n : n + 1])
+            own = w_out[e].T if w_out.ndim == 3 else w_out[first:last]
+            torch.mm(middle, own.to(x.dtype), out=rows[n : n + 1])
     # in float32 at least, as sums over a token's rows are elsewhere
     wide = torch.promote_types(x.dtype, torch.float32)
     weighted = rows.to(wide) * weight[:, None].to(wide)

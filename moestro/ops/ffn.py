@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from moestro.ops import backend, reference, triton_ffn
 from moestro.ops.activations import activation as find
-from moestro.ops.ffn_plan import Job, Plan
+from moestro.ops.ffn_plan import Expert, Job, Plan
 from moestro.ops.glu import hidden, hidden_backward
 from moestro.ops.precision import compute_dtype
 
@@ -20,7 +20,7 @@ def expert_ffn(
     weight: Float[Tensor, "n"],
     offsets: Int[Tensor, "e1"],
     w_in: Float[Tensor, "gs d"],
-    w_out: Float[Tensor, "s d"],
+    w_out: Float[Tensor, "s d"] | Float[Tensor, "e d w"],
     widths: Sequence[int],
     activation: str,
 ) -> Float[Tensor, "t d"]:
@@ -29,6 +29,8 @@ def expert_ffn(
     Rows lie in expert order: expert e owns rows `offsets[e]:offsets[e+1]`. Storage is unit-major: with S the sum of
     the widths, expert e owns `widths[e]` rows of `w_out` [S, d] and, for a gated expert, twice as many rows of
     `w_in` [2S, d], its gate rows before its up rows; `w_in` [S, d] means no gate. FFN(x) = (act(G x) * (U x)) @ W_out.
+    `w_out` may be stacked instead, [e, d, w] with one matrix for each expert of the same width: the layout of public
+    checkpoints, which is then read as it lies.
 
     Slicing one parameter under autograd adds a full-size gradient per expert; here each expert writes its own slice
     of one buffer. Saves only `x` and the pre-activations.
@@ -37,10 +39,15 @@ def expert_ffn(
     dtype = compute_dtype(x)
     x, w_in, w_out, weight = (v.to(dtype) for v in (x, w_in, w_out, weight))
     if backend.active() == "reference":
-        return reference.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, activation)
+        return reference.expert_ffn(x, token, weight, offsets, w_in, unit_major(w_out), widths, activation)
     if backend.active() == "triton":
-        return triton_ffn.expert_ffn(x, token, weight, offsets, w_in, w_out, tuple(widths), activation)
+        return triton_ffn.expert_ffn(x, token, weight, offsets, w_in, unit_major(w_out), tuple(widths), activation)
     return _fused(x, token, weight, w_in, w_out, offsets, tuple(widths), activation)  # type: ignore[call-arg]
+
+
+def unit_major(w_out: Float[Tensor, "s d"] | Float[Tensor, "e d w"]) -> Float[Tensor, "s d"]:
+    """One row for each unit: a copy of stacked matrices, the tensor itself where it lies so already."""
+    return w_out.mT.flatten(0, 1) if w_out.ndim == 3 else w_out
 
 
 @torch.compiler.disable
@@ -69,9 +76,9 @@ def _forward(
     z_one, h_one = _scratch(plan, x, gates if z_all is None else 0), _scratch(plan, x)
     for job in plan.jobs:
         z = _view(z_one, job, gates) if z_all is None else _of(z_all, job, gates)
-        torch.mm(rows[job.slots], w_in[_scaled(job.unit, gates)].T, out=z)
+        torch.mm(rows[job.slots], _own(w_in, job.expert, gates).T, out=z)
         # an expert's outputs take the place of its inputs
-        torch.mm(hidden(z, _view(h_one, job), activation), w_out[job.unit], out=rows[job.slots])
+        torch.mm(hidden(z, _view(h_one, job), activation), _out(w_out, job), out=rows[job.slots])
     return plan.combine(rows, weight)
 
 
@@ -90,19 +97,20 @@ class _ExpertFFN(torch.autograd.Function):
         plan, gates = ctx.plan, _gates(w_in, w_out)
         needs_x, _, needs_in, needs_out = ctx.needs_input_grad[:4]
         dw_in = _gradient(w_in, plan, gates) if needs_in else None
-        dw_out = _gradient(w_out, plan, 1) if needs_out else None
+        dw_out = _gradient(w_out, plan) if needs_out else None
         weight = plan.spread(weight)
         dweight = torch.zeros_like(weight)
         dhidden_one, scaled_one, dz_one = (_scratch(plan, x, g) for g in (1, 1, gates))
         rows, dy_rows = plan.gather(x), plan.gather(dy)
         for job in plan.jobs:
-            slots, block = job.slots, _scaled(job.unit, gates)
+            slots, block = job.slots, _scaled(job.expert.unit, gates)
             dhidden, scaled, dz = _view(dhidden_one, job), _view(scaled_one, job), _view(dz_one, job, gates)
-            torch.mm(dy_rows[slots], w_out[job.unit].T, out=dhidden)
+            torch.mm(dy_rows[slots], _out(w_out, job).T, out=dhidden)
             z = _of(z_all, job, gates)
             hidden_backward(dhidden, z, weight[slots], dz, scaled, dweight[slots], ctx.activation)
             if dw_out is not None:
-                torch.mm(scaled.T, dy_rows[slots], out=dw_out[job.unit])
+                left, right = (scaled, dy_rows[slots]) if dw_out.ndim == 2 else (dy_rows[slots], scaled)
+                torch.mm(left.T, right, out=_own(dw_out, job.expert))
             if dw_in is not None:
                 torch.mm(dz.T, rows[slots], out=dw_in[block])
             if needs_x:
@@ -125,16 +133,27 @@ def _of(z_all: Tensor, job: Job, gates: int) -> Tensor:
     return z_all[_scaled(job.hidden, gates)].view(job.n_slots, job.width * gates)
 
 
-def _gradient(parameter: Tensor, plan: Plan, gates: int) -> Tensor:
+def _gradient(parameter: Tensor, plan: Plan, gates: int = 1) -> Tensor:
     """Memory for a gradient; units that no row meets get zeros."""
     gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-    for unit in plan.idle_units:
-        gradient[_scaled(unit, gates)] = 0
+    for idle in plan.idle:
+        _own(gradient, idle, gates).zero_()
     return gradient
 
 
+def _own(w: Tensor, expert: Expert, gates: int = 1) -> Tensor:
+    """What of a weight is one expert's."""
+    return w[expert.number] if w.ndim == 3 else w[_scaled(expert.unit, gates)]
+
+
+def _out(w_out: Tensor, job: Job) -> Tensor:
+    """An expert's output matrix, [w, d]."""
+    own = _own(w_out, job.expert)
+    return own.T if w_out.ndim == 3 else own
+
+
 def _gates(w_in: Tensor, w_out: Tensor) -> int:
-    return len(w_in) // max(len(w_out), 1)
+    return w_in.numel() // max(w_out.numel(), 1)
 
 
 def _scaled(s: slice, factor: int) -> slice:

@@ -15,13 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Job(NamedTuple):
-    """One expert's work: its slots (rows with room), how many of them are rows, its units, and its hidden numbers
-    (of one gate) in a buffer for all experts."""
+class Expert(NamedTuple):
+    """One expert's number, and its units among those of all experts."""
 
+    number: int
+    unit: slice
+
+
+class Job(NamedTuple):
+    """One expert's work: its slots (rows with room), how many of them are rows, and its hidden numbers (of one gate) in
+    a buffer for all experts."""
+
+    expert: Expert
     slots: slice
     n_rows: int
-    unit: slice
     hidden: slice
 
     @property
@@ -30,7 +37,7 @@ class Job(NamedTuple):
 
     @property
     def width(self) -> int:
-        return self.unit.stop - self.unit.start
+        return self.expert.unit.stop - self.expert.unit.start
 
 
 def room(n: int) -> int:
@@ -51,18 +58,18 @@ class Plan:
         units = [0, *accumulate(widths)]
         hidden = [0, *accumulate((b - a) * w for a, b, w in zip(slots, slots[1:], widths, strict=False))]
         self.jobs: list[Job] = []
-        # slots that no product writes or that no row fills, and units that no row meets
+        # slots that no product writes or that no row fills, and experts that no row meets
         self.empty_slots: list[slice] = []
-        self.idle_units: list[slice] = []
+        self.idle: list[Expert] = []
         for e, (n, width) in enumerate(zip(counts, widths, strict=True)):
-            here, unit = slice(slots[e], slots[e + 1]), slice(units[e], units[e + 1])
+            here, expert = slice(slots[e], slots[e + 1]), Expert(e, slice(units[e], units[e + 1]))
             if n and width:
-                self.jobs.append(Job(here, n, unit, slice(hidden[e], hidden[e + 1])))
+                self.jobs.append(Job(expert, here, n, slice(hidden[e], hidden[e + 1])))
             first_empty = here.start + (n if width else 0)
             if first_empty < here.stop:
                 self.empty_slots.append(slice(first_empty, here.stop))
             if width and not n:
-                self.idle_units.append(unit)
+                self.idle.append(expert)
         self.n_hidden, self.n_tokens, self.token = hidden[-1], n_tokens, token
         self.n_slots = slots[-1]
         self.slot: Tensor | None = None

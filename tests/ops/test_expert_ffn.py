@@ -171,3 +171,28 @@ def test_backward_twice_gives_the_same_gradients():
     y = ops.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, "silu").square().sum()
     first, second = (torch.autograd.grad(y, [x, weight, w_in, w_out], retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("name", ["reference", "fused", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("counts", [[40, 0, 23, 63], [0, 0, 0, 0]], ids=["rows", "no rows"])
+def test_stacked_output_matrices_are_the_same_experts(counts, name, activation):
+    dtype = torch.float32 if name == "native" else torch.float64
+    *rest, w_in, w_out, widths = inputs(63, counts, [6] * 4, 2, dtype)
+    want, want_gradients = outputs_and_gradients("reference", (*rest, w_in, w_out, widths), activation)
+    stacked = w_out.detach().unflatten(0, (4, 6)).mT.contiguous()
+    have, have_gradients = outputs_and_gradients(name, (*rest, w_in, stacked, widths), activation)
+    have_gradients[-1] = have_gradients[-1].mT.flatten(0, 1)
+    for mine, true in zip([have, *have_gradients], [want, *want_gradients], strict=True):
+        torch.testing.assert_close(mine, true, **(FLOAT32 if name == "native" else FLOAT64))
+
+
+def test_stacked_output_matrices_of_one_token():
+    *_, w_in, w_out, widths = inputs(1, [1, 1, 0, 1], [6] * 4, 2, torch.float64)
+    x, token, expert = torch.randn(1, D, dtype=torch.float64), torch.zeros(3, dtype=torch.long), torch.tensor([3, 0, 1])
+    weight = torch.tensor([0.5, 0.2, 0.9], dtype=torch.float64)
+    with torch.no_grad():
+        want = ops.few_rows_ffn(x, token, expert, weight, w_in, w_out, widths, "silu")
+        stacked = w_out.unflatten(0, (4, 6)).mT.contiguous()
+        have = ops.few_rows_ffn(x, token, expert, weight, w_in, stacked, widths, "silu")
+    torch.testing.assert_close(have, want, **FLOAT64)

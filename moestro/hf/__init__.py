@@ -1,0 +1,9 @@
+"""Models of the library transformers: loaded, seen as our layers over the same tensors, continued, and made faster.
+
+Importing this package registers our grouped operation under the name `moestro`:
+`AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moestro")`.
+"""
+
+from moestro.hf.experts import MOESTRO, experts_modules, intercepted
+
+__all__ = ["MOESTRO", "experts_modules", "intercepted"]
