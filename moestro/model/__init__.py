@@ -3,6 +3,7 @@
 from moestro.model.attention import Attention
 from moestro.model.block import Block
 from moestro.model.cache import Cache
+from moestro.model.depths import Depths, PassedBlock
 from moestro.model.transformer import Output, Transformer
 
-__all__ = ["Attention", "Block", "Cache", "Output", "Transformer"]
+__all__ = ["Attention", "Block", "Cache", "Depths", "Output", "PassedBlock", "Transformer"]

@@ -3,6 +3,7 @@
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moestro.cost import Cost
 from moestro.layers.base import Layer
 from moestro.model.attention import Attention
 from moestro.model.cache import Cache
@@ -12,6 +13,8 @@ from moestro.routing import Trace
 class Block(nn.Module):
     """x + attention(norm x), then x + ffn(norm x), with RMS norms; `ffn` is any layer of floor 3. One that owns its
     residual is given x and returns what becomes of it."""
+
+    causal = True
 
     def __init__(self, d_model: int, attention: Attention, ffn: Layer, norm_eps: float = 1e-5) -> None:
         super().__init__()
@@ -36,3 +39,16 @@ class Block(nn.Module):
         z = self.ffn_norm(x)
         y, traces = self.ffn(z, keep, earlier) if self.ffn.follows else self.ffn(z, keep)
         return (y if self.ffn.owns_residual else x + y), traces
+
+    def flops(self, batch: int, seq_len: int) -> Cost:
+        """Forward FLOPs on `batch` sequences, those left out that the traces of this block show."""
+        untraced = self.ffn.untraced_flops(batch * seq_len)
+        return self.attention.flops(batch, seq_len) + Cost.exact(untraced)
+
+    def expected_token_flops(self, seq_len: int) -> float:
+        """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
+        return float(self.attention.flops(1, seq_len).useful) / seq_len + self.ffn.expected_token_flops()
+
+    def idle_parameters(self) -> float:
+        """Mean number of parameters, those of experts left out, that a token does not touch."""
+        return 0.0

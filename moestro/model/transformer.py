@@ -31,7 +31,7 @@ class Transformer(nn.Module):
     losses and gradients are the same. Embeddings start with standard deviation 0.02 where they are tied to the head and
     1 where they are not; the head with 0.02 or d_model^-0.5.
 
-    Raises: ValueError for layers that look at other tokens of the batch (slots, expert choice) unless
+    Raises: ValueError for parts that look at other tokens (slots, expert choice, mixture-of-depths) unless
     `allow_non_causal`: their predictions would leak the future.
     """
 
@@ -62,11 +62,12 @@ class Transformer(nn.Module):
             self._check_causal()
 
     def _check_causal(self) -> None:
-        for name, layer in self.moe_layers().items():
-            if not layer.router.causal:
+        routers = {name: layer.router for name, layer in self.moe_layers().items()}
+        for name, part in (routers | {f"blocks.{i}": block for i, block in enumerate(self._blocks())}).items():
+            if not part.causal:
                 raise ValueError(
-                    f"{name}: {type(layer.router).__name__} looks at other tokens, so predictions would depend on "
-                    "the future; say allow_non_causal: true to train it all the same"
+                    f"{name}: {type(part).__name__} looks at other tokens, so predictions would depend on the future; "
+                    "say allow_non_causal: true to train it all the same"
                 )
 
     def forward(
@@ -111,18 +112,16 @@ class Transformer(nn.Module):
 
     def flops(self, batch: int, seq_len: int, traces: Sequence[Trace]) -> Cost:
         """Forward FLOPs on `batch` sequences of what the traces show was used; attention, routers, head counted."""
-        untraced = sum(block.ffn.untraced_flops(batch * seq_len) for block in self._blocks())
-        backbone = self._backbone_flops(batch, seq_len) + Cost.exact(untraced)
+        head = Cost.exact(batch * seq_len * self._head_flops())
+        backbone = sum((block.flops(batch, seq_len) for block in self._blocks()), head)
         return sum((trace.flops() for trace in traces), backbone)
 
     def expected_token_flops(self, seq_len: int) -> float:
         """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
-        backbone = float(self._backbone_flops(1, seq_len).useful) / seq_len
-        return backbone + sum(block.ffn.expected_token_flops() for block in self._blocks())
+        return self._head_flops() + sum(block.expected_token_flops(seq_len) for block in self._blocks())
 
-    def _backbone_flops(self, batch: int, seq_len: int) -> Cost:
-        head = Cost.exact(2.0 * batch * seq_len * self.head.weight.numel())
-        return sum((block.attention.flops(batch, seq_len) for block in self._blocks()), head)
+    def _head_flops(self) -> float:
+        return 2.0 * self.head.weight.numel()
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
@@ -134,7 +133,7 @@ class Transformer(nn.Module):
         Counts as Wang 2024, arXiv:2408.10681, Table 1 does: embedding, head, attention, norms, router, experts used.
         """
         total = float(sum(p.numel() for p in self.parameters()))
-        return total - idle_parameters(traces)
+        return total - sum(block.idle_parameters() for block in self._blocks()) - idle_parameters(traces)
 
 
 def _attention_mask(tokens: Tensor, documents: Tensor | None, past: int) -> Bool[Tensor, "b 1 s l"] | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moestro.data import TokenData, Tokenizer
-from moestro.model import Block, Transformer
+from moestro.model import Block, PassedBlock, Transformer
 from moestro.ops.tables import tables_in
 from moestro.recipe.bind import built
 from moestro.recipe.load import Recipe, load_recipe
@@ -40,11 +40,15 @@ def _assemble(recipe: Recipe, vocab_size: int) -> Transformer:
     plan = recipe.model
     context: dict[str, Any] = {"d_model": plan.d_model}
     context["shared_banks"] = SharedBanks(plan.shared_banks, {"d_model": plan.d_model})
-    blocks = [
-        Block(plan.d_model, plan.attention.build(context), plan.layers.get(i, plan.ffn).build(context), plan.norm_eps)
-        for i in range(plan.n_layers)
-    ]
+    depths = plan.depths and plan.depths.build()
+    parts = [(plan.attention.build(context), plan.layers.get(i, plan.ffn).build(context)) for i in range(plan.n_layers)]
     try:
+        blocks = [
+            PassedBlock(plan.d_model, *own, plan.norm_eps, depths.share)
+            if depths and depths.passes_by(i)
+            else Block(plan.d_model, *own, plan.norm_eps)
+            for i, own in enumerate(parts)
+        ]
         return Transformer(vocab_size, plan.d_model, blocks, plan.tie_embeddings, plan.norm_eps, plan.allow_non_causal)
     except ValueError as error:
         raise Place(recipe.origin, ("model",)).error(str(error)) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.data import TokenData
-from moestro.model import Attention
+from moestro.model import Attention, Depths
 from moestro.recipe.bind import Binder, Part, describe
 from moestro.recipe.complete import completed
 from moestro.recipe.parts import PARTS
@@ -38,7 +38,7 @@ class Paper:
 class Decoder:
     """The `model` section: `ffn` in every block but those that `layers` names by index. `shared_banks` are banks of
     experts by name, which several layers may have as a branch `{kind: shared_bank, name: ...}`, and generators of
-    hyper-experts."""
+    hyper-experts. `depths` lets tokens pass by some of the blocks."""
 
     d_model: int
     n_layers: int
@@ -46,6 +46,7 @@ class Decoder:
     ffn: Any
     layers: dict = field(default_factory=dict)
     shared_banks: dict = field(default_factory=dict)
+    depths: Any = None
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
     allow_non_causal: bool = False
@@ -91,7 +92,7 @@ class Recipe:
 
     @cached_property
     def model(self) -> Decoder:
-        """The decoder's keywords; `attention`, `ffn` and the values of `layers` and `shared_banks` are parts."""
+        """The decoder's keywords; `attention`, `ffn`, `depths`, the values of `layers` and `shared_banks` are parts."""
         node, place = self._section("model")
         plan = Decoder(**BINDER.bind(Decoder, node, place, given=("shared_banks",)).keywords)
         for name in ("d_model", "n_layers"):
@@ -101,7 +102,9 @@ class Recipe:
         layers = {key: self._layer(key, node, plan.n_layers) for key, node in plan.layers.items()}
         shared = {name: self._shared_bank(name, node) for name, node in plan.shared_banks.items()}
         check_names(shared, [plan.ffn, *layers.values()], place / "shared_banks")
-        return Decoder(**{**vars(plan), "attention": attention, "layers": layers, "shared_banks": shared})
+        depths = plan.depths and BINDER.bind(Depths, plan.depths, place / "depths")
+        parts = {"attention": attention, "layers": layers, "shared_banks": shared, "depths": depths}
+        return Decoder(**{**vars(plan), **parts})
 
     def _layer(self, key: Any, node: Any, n_layers: int) -> Part:
         place = Place(self.origin, ("model", "layers", key))

@@ -15,9 +15,8 @@ class ExpertChoice(Select):
     renormalised (Zhou 2022, arXiv:2202.09368, Eqs. 1-3).
 
     Loads are even, and `factor` is the mean number of experts a token gets; some get none. Not causal: who is chosen
-    depends on all tokens of the batch, later ones included. With one expert and factor 0.125 it is the choice of
-    mixture-of-depths (Raposo 2024, arXiv:2404.02258), over a batch instead of a sequence; with one expert the softmax
-    is the constant 1 and is refused. Ties go to the earlier token.
+    depends on all tokens of the batch, later ones included. With one expert the softmax is the constant 1 and is
+    refused. Ties go to the earlier token.
     """
 
     causal = False

@@ -28,11 +28,15 @@ def expert_choice(scores: Tensor, factor: float) -> Tensor:
     return torch.stack(gates, 1)
 
 
-def mixture_of_depths(x: Tensor, weight: Tensor, share: float, f) -> Tensor:
-    """x_t + r_t f(x_t) for the share of tokens with the largest r_t = sigmoid(w . x_t), x_t for the others."""
-    r = [1 / (1 + torch.exp(-torch.dot(weight, token))) for token in x]
-    order = sorted(range(len(x)), key=lambda t: (-r[t].item(), t))[: math.ceil(share * len(x))]
-    return torch.stack([x[t] + r[t] * f(x[t]) if t in order else x[t] for t in range(len(x))])
+def mixture_of_depths(x: Tensor, weight: Tensor, share: float, block, length: int | None = None) -> Tensor:
+    """One sequence [s d]: x_t + r_t (block(chosen, positions)_t - x_t) for the share of its first `length` tokens with
+    the largest r_t = w . x_t, x_t for all others; `block` sees the chosen tokens in their order."""
+    length = len(x) if length is None else length
+    r = [torch.dot(weight, token) for token in x[:length]]
+    order = sorted(range(length), key=lambda t: (-r[t].item(), t))[: math.ceil(share * length)]
+    chosen = sorted(order)
+    y = block(torch.stack([x[t] for t in chosen]), chosen) if chosen else []
+    return torch.stack([x[t] + r[t] * (y[chosen.index(t)] - x[t]) if t in chosen else x[t] for t in range(len(x))])
 
 
 def relu_gates(logits: Tensor) -> Tensor:

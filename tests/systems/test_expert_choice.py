@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from moestro.experts import FFNBank
-from moestro.layers import MoELayer
 from moestro.recipe.build import build_model
 from moestro.recipe.load import load_recipe
 from moestro.recipe.syntax import RecipeError
@@ -55,25 +53,6 @@ def test_no_tokens() -> None:
     assert ExpertChoice(1.0)(torch.zeros(0, E)).n_rows == 0
 
 
-def test_one_expert_is_the_choice_of_mixture_of_depths() -> None:
-    torch.manual_seed(0)
-    router = ScoredRouter(LinearScore(D, 1, init_std=1.0), ExpertChoice(0.125, gate="sigmoid"))
-    moe, x = MoELayer(router, [FFNBank(D, [5])]).double(), random(T, D).requires_grad_()
-
-    def expert(token: torch.Tensor) -> torch.Tensor:
-        return moe.bank.run(token[None], torch.tensor([0, 1]))[0]
-
-    y, (trace,) = moe(x)
-    want = reference.mixture_of_depths(x, router.score.weight[0], 0.125, expert)
-    torch.testing.assert_close(x + y, want, **FLOAT64)
-    leaves = [x, *moe.parameters()]
-    mine, theirs = (torch.autograd.grad(out.square().sum(), leaves) for out in (x + y, want))
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, **FLOAT64)
-    assert trace.routing.n_rows == 4
-    assert moe.flops(trace.routing).item().useful == 2 * T * D + 4 * 6 * D * 5
-
-
 def test_impossible_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="factor=0, allowed: above 0"):
         ExpertChoice(0)
@@ -87,9 +66,7 @@ def test_impossible_choices_are_refused() -> None:
     ("name", "blocks", "experts", "factor"),
     [
         ("expert_choice", 4, 8, 2),
-        ("mixture_of_depths", 2, 1, 0.125),
         ("paper/expert-choice", 6, 64, 2),
-        ("paper/mixture-of-depths", 6, 1, 0.125),
     ],
 )
 def test_recipes_must_ask_for_what_sees_the_future(name: str, blocks: int, experts: int, factor: float) -> None:
