@@ -5,5 +5,6 @@ Importing this package registers our grouped operation under the name `moestro`:
 """
 
 from moestro.hf.experts import MOESTRO, experts_modules, intercepted
+from moestro.hf.load import load
 
-__all__ = ["MOESTRO", "experts_modules", "intercepted"]
+__all__ = ["MOESTRO", "experts_modules", "intercepted", "load"]

@@ -1,0 +1,79 @@
+"""Stock models from folders, checked before anything large is read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moestro.formats import DENSE_FAMILIES, FAMILIES, Checkpoint, FormatError
+
+
+def load(
+    folder: str | Path,
+    experts: str | None = None,
+    attention: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a folder of a known family, for evaluation; the same tensors and logits as
+    `AutoModelForCausalLM.from_pretrained`.
+
+    The folder is checked first (`moestro.formats`): nothing missing, no gaps between experts, config.json and tensors
+    agree. `experts` is how transformers computes experts: eager, grouped_mm, batched_mm, moestro; its own default where
+    None. `attention` likewise. `dtype` is the folder's own unless given. Nothing is ever fetched. Code that lies in the
+    folder runs only with `trust_remote_code`, and then a folder of any family is taken as it is.
+
+    Raises: FormatError for a folder that is missing, damaged, incomplete or of an unknown family; ValueError for an
+    unknown `experts`.
+    """
+    if experts not in (None, "eager") and experts not in ALL_EXPERTS_FUNCTIONS:
+        raise ValueError(f"experts={experts!r}, allowed: eager, {', '.join(ALL_EXPERTS_FUNCTIONS.valid_keys())}")
+    checked(folder, trust_remote_code)
+    given = {"experts_implementation": experts, "attn_implementation": attention}
+    model, found = AutoModelForCausalLM.from_pretrained(
+        Path(folder),
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if found[what]:
+            raise FormatError(f"{folder}: {what.replace('_', ' ')} for {type(model).__name__}: {_few(found[what])}")
+    return model.to(device)
+
+
+def checked(folder: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    """The folder, once it is known to be complete and of a known family.
+
+    Raises: FormatError.
+    """
+    checkpoint = Checkpoint(folder)
+    kind = checkpoint.config.get("model_type")
+    if kind in FAMILIES:
+        _ = checkpoint.family
+    elif kind not in DENSE_FAMILIES and not trust_remote_code:
+        code = " It asks for code of its own (auto_map)." if "auto_map" in checkpoint.config else ""
+        allowed = ", ".join([*FAMILIES, *DENSE_FAMILIES])
+        raise FormatError(f"{checkpoint.path / 'config.json'}: model_type {kind!r}, allowed: {allowed}.{code}")
+    return checkpoint
+
+
+def skeleton(folder: str | Path) -> PreTrainedModel:
+    """The folder's model without its weights, on the device meta.
+
+    Raises: FormatError as `load` does.
+    """
+    checked(folder)
+    config = AutoConfig.from_pretrained(Path(folder), local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _few(names: Any) -> str:
+    listed = sorted(str(name) for name in names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
