@@ -7,6 +7,7 @@ from moestro.experts.ffn import FFNBank
 from moestro.experts.hyper import HyperExpert, HyperGenerator
 from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.mixed import MixedBank
+from moestro.experts.mpo import MPOBank, MPOLinear
 from moestro.experts.quantized import QuantizedBank, quantize_banks, quantized
 from moestro.experts.ragged import RaggedBank
 from moestro.experts.shared import SharedExpert
@@ -32,6 +33,8 @@ __all__ = [
     "GLUSingletonBank",
     "HyperExpert",
     "HyperGenerator",
+    "MPOBank",
+    "MPOLinear",
     "MixedBank",
     "QuantizedBank",
     "RaggedBank",

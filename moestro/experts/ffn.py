@@ -1,4 +1,4 @@
-"""Feed-forward experts of any widths."""
+"""Feed-forward experts, however their matrices are stored, and those of any widths."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,36 +8,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank, real_device
-from moestro.experts.linears import ConcatLinear
+from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.norms import ExpertNorms, activation_remarks, norms_of
 from moestro.ops import expert_ffn, few_rows_ffn, skips_sorting
 from moestro.ops.activations import activation as find
 from moestro.routing import Routing, SparseRouting
 
 
-class FFNBank(ExpertBank):
-    """Experts FFN_e(x) = W_out,e (act(W_gate,e x) * W_up,e x), or W_out,e act(W_up,e x) without `glu`, no biases.
+class FFNExperts(ExpertBank):
+    """Experts FFN_e(x) = W_out,e (act(W_gate,e x) * W_up,e x), or W_out,e act(W_up,e x) without `glu`, no biases,
+    however `w_in` and `w_out` store their matrices."""
 
-    `widths[e]` is the hidden size of expert e (Wang 2024, arXiv:2408.10681, Eq. 1 with its own h_e for each expert);
-    equal widths are the ordinary mixture of experts, width 0 is the zero expert. Parameters: 3 d sum(widths), or
-    2 d sum(widths) without `glu`.
-    """
+    w_in: ExpertLinear
+    w_out: ExpertLinear
 
-    def __init__(
-        self,
-        d_model: int,
-        widths: Sequence[int],
-        activation: str = "silu",
-        glu: bool = True,
-        out_init: Literal["per_width", "shared"] = "per_width",
-    ) -> None:
+    def __init__(self, w_in: ExpertLinear, w_out: ExpertLinear, activation: str, glu: bool) -> None:
         super().__init__()
-        if not widths or any(width < 0 for width in widths):
-            raise ValueError(f"widths={list(widths)}, allowed: at least one width, none negative")
         find(activation)
         self.activation, self.glu = activation, glu
-        self.w_in = ConcatLinear(d_model, widths, side="in", blocks=2 if glu else 1)
-        self.w_out = ConcatLinear(d_model, widths, side="out", init=out_init)
+        self.w_in, self.w_out = w_in, w_out
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -75,7 +64,7 @@ class FFNBank(ExpertBank):
         self.w_out.reindex(index, widths)
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
-        return tuple((linear.weight, linear.rows_of(expert)) for linear in (self.w_in, self.w_out))
+        return (*self.w_in.weights_of(expert), *self.w_out.weights_of(expert))
 
     def norms(self) -> ExpertNorms:
         pairs = zip(self.w_in.matrices(), self.w_out.matrices(), strict=True)
@@ -85,4 +74,27 @@ class FFNBank(ExpertBank):
         return self.row_widths() * (2.0 * self.w_out.d_model * (3 if self.glu else 2))
 
     def row_widths(self) -> Float[Tensor, "e"]:
-        return torch.tensor(self.widths, dtype=torch.float64, device=real_device(self.w_out.weight.device))
+        device = next(self.parameters()).device
+        return torch.tensor(self.widths, dtype=torch.float64, device=real_device(device))
+
+
+class FFNBank(FFNExperts):
+    """Feed-forward experts of any widths in one parameter for each projection.
+
+    `widths[e]` is the hidden size of expert e (Wang 2024, arXiv:2408.10681, Eq. 1 with its own h_e for each expert);
+    equal widths are the ordinary mixture of experts, width 0 is the zero expert. Parameters: 3 d sum(widths), or
+    2 d sum(widths) without `glu`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        widths: Sequence[int],
+        activation: str = "silu",
+        glu: bool = True,
+        out_init: Literal["per_width", "shared"] = "per_width",
+    ) -> None:
+        if not widths or any(width < 0 for width in widths):
+            raise ValueError(f"widths={list(widths)}, allowed: at least one width, none negative")
+        w_in = ConcatLinear(d_model, widths, side="in", blocks=2 if glu else 1)
+        super().__init__(w_in, ConcatLinear(d_model, widths, side="out", init=out_init), activation, glu)

@@ -121,6 +121,11 @@ class HyperExpert(nn.Module):
         y = torch.cat(rows) if rows else x
         return torch.zeros_like(y).index_copy(0, order, y)
 
+    def train(self, mode: bool = True) -> "HyperExpert":
+        """Also forgets the adapters that were kept: not every optimizer tells that it changed a weight."""
+        self._kept = {}
+        return super().train(mode)
+
     def generated(self, sets: Bool[Tensor, "u e"]) -> Adapters:
         """The adapters for tokens that chose these sets of experts."""
         unchosen = (~sets).to(self.experts.dtype) @ self.experts

@@ -9,9 +9,19 @@ from torch import Tensor, nn
 
 
 class ExpertLinear(nn.Module):
-    """E matrices, [out_e, in_e] each. `matrices` is the definition; `forward` maps one group of rows an expert."""
+    """E matrices, [out_e, in_e] each. `matrices` is the definition; `forward` maps one group of rows an expert.
 
-    n_experts: int
+    `weight` are all of them in one tensor, unit-major: as `ConcatLinear` stores them and others build them.
+    """
+
+    d_model: int
+    widths: tuple[int, ...]
+    weight: Tensor
+
+    @property
+    def n_experts(self) -> int:
+        """Number of matrices."""
+        return len(self.widths)
 
     def matrices(self) -> Sequence[Float[Tensor, "_ _"]]:
         """The matrix of every expert."""
@@ -25,6 +35,10 @@ class ExpertLinear(nn.Module):
         """Make new expert j the old expert `index[j]`, of width `widths[j]`; -1 draws a fresh one."""
         raise NotImplementedError
 
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        """Parameters that hold one expert's matrix, and the rows of each that are its own."""
+        raise NotImplementedError
+
 
 class ConcatLinear(ExpertLinear):
     """Matrices of any widths in one unit-major tensor [blocks * S, d_model], S the sum of the widths.
@@ -36,6 +50,8 @@ class ConcatLinear(ExpertLinear):
     Initialisation: normal with standard deviation d_model^-0.5 for "in"; for "out" width_e^-0.5 of each expert's own
     width ("per_width"), or of the mean width for all ("shared").
     """
+
+    weight: nn.Parameter
 
     def __init__(
         self,
@@ -52,10 +68,6 @@ class ConcatLinear(ExpertLinear):
         self.widths = tuple(widths)
         self.weight = nn.Parameter(self._fresh(self.widths))
 
-    @property
-    def n_experts(self) -> int:  # type: ignore[override]
-        return len(self.widths)
-
     def matrices(self) -> list[Float[Tensor, "_ _"]]:
         views = self.weight.split([self.blocks * width for width in self.widths])
         return list(views) if self.side == "in" else [view.T for view in views]
@@ -64,6 +76,9 @@ class ConcatLinear(ExpertLinear):
         """The rows of the weight that are one expert's."""
         first = sum(self.widths[:expert])
         return slice(self.blocks * first, self.blocks * (first + self.widths[expert]))
+
+    def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
+        return ((self.weight, self.rows_of(expert)),)
 
     def reindex(self, index: Int[Tensor, "m"], widths: Sequence[int]) -> None:
         old = self.weight.detach().split([self.blocks * width for width in self.widths])

@@ -22,6 +22,7 @@ from moestro.experts import (
     HyperExpert,
     HyperGenerator,
     MixedBank,
+    MPOBank,
     QuantizedBank,
     RaggedBank,
     SharedExpert,
@@ -87,6 +88,7 @@ from moestro.routers import (
     TopP,
 )
 from moestro.train.adaptive_experts import AdaptiveExperts
+from moestro.train.central_mask import CentralMask
 from moestro.train.expert_dropout import ExpertDropout
 from moestro.train.gate_sparsity import GateSparsity
 from moestro.train.rules import BiasBalance
@@ -113,6 +115,7 @@ BANKS: dict[str, Callable[..., Any]] = {
     "cp": CPBank,
     "tensor_ring": TensorRingBank,
     "tucker": TuckerBank,
+    "mpo": MPOBank,
 }
 
 LAYERS: dict[str, Callable[..., Any]] = {
@@ -193,6 +196,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "rules": {
         "adaptive_experts": AdaptiveExperts,
         "bias_balance": BiasBalance,
+        "central_mask": CentralMask,
         "expert_dropout": ExpertDropout,
         "gate_sparsity": GateSparsity,
         "steer_threshold": SteerThreshold,

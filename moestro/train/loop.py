@@ -93,6 +93,8 @@ def run(
         optimizer.zero_grad(set_to_none=True)
         now = [(name, weight_at(weight, share, counters.step), part) for name, weight, part in objectives]
         sums = backward(forward, batch, settings, now, state.rules)
+        for rule in state.rules:
+            rule.gradients(counters.step + 1)
         grad_norm = clip_gradients(model, settings.optim.clip)
         measured = measure(sums, grad_norm, batch, now)
 

@@ -1,4 +1,4 @@
-"""Rules: the only things besides the optimizer that change a model, between steps, from what traces showed."""
+"""Rules: the only things besides the optimizer that change a model or its gradients, between steps."""
 
 from typing import Any, Literal
 
@@ -28,9 +28,12 @@ class Rule:
     def observe(self, trace: Trace) -> None:
         """Take note of one layer's forward in one training micro-batch."""
 
+    def gradients(self, step: int) -> None:
+        """Change the gradients of optimizer step `step` (the first is 1): all micro-batches are in them, nothing is
+        clipped yet. The same on every rank."""
+
     def apply(self, step: int) -> None:
-        """Change the model after optimizer step `step` (the first is 1)."""
-        raise NotImplementedError
+        """Change the model after optimizer step `step`."""
 
     def state_dict(self) -> dict:
         """What it must know to go on."""

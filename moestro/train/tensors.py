@@ -79,16 +79,27 @@ def load_optimizer(model: nn.Module, optimizer: Optimizers, tensors: dict[str, T
     if unknown := entries.keys() - trained:
         raise CheckpointError(f"the checkpoint has optimizer state of {min(unknown)!r}, which is not trained here")
     for part in optimizer.parts:
-        order = [names[id(parameter)] for group in part.param_groups for parameter in group["params"]]
+        parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+        order = [names[id(parameter)] for parameter in parameters]
         state = {index: entries[name] for index, name in enumerate(order) if name in entries}
         rows = isinstance(part, RowAdamW)
         if odd := [order[index] for index, stored in state.items() if ("clock" in stored) is not rows]:
             kinds = ("dense", "sparse") if rows else ("sparse", "dense")
             raise CheckpointError(f"{odd[0]} was trained with {kinds[0]} gradients, here they are {kinds[1]}")
         if not rows:
-            # tensors that were read are views of a mapped file, which torch would keep: all of it, as long as one lives
-            state = {index: {key: value.clone() for key, value in stored.items()} for index, stored in state.items()}
+            state = {
+                index: {key: laid_out_like(parameters[index], value) for key, value in stored.items()}
+                for index, stored in state.items()
+            }
         part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+
+
+def laid_out_like(parameter: Tensor, stored: Tensor) -> Tensor:
+    """A copy in which elements lie as those of the parameter do, where it has as many: fused kernels walk both in the
+    order of memory. What was read is a view of a mapped file, all of which torch would keep as long as one lives."""
+    if stored.shape != parameter.shape:
+        return stored.clone()
+    return torch.empty_like(parameter, dtype=stored.dtype, device=stored.device).copy_(stored)
 
 
 def split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:

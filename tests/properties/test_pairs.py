@@ -50,6 +50,7 @@ BANKS = {
     "cp": lambda make: make(D, [E], rank=4),
     "tensor_ring": lambda make: make(D, [E], ranks=[2, 3, 4]),
     "tucker": lambda make: make(D, [E], ranks=[2, 4, 3]),
+    "mpo": lambda make: make(D, E, 4, width_factors=[2, 1, 2], d_factors=[1, 3, 2]),
     "mixed": lambda make: make([FFNBank(D, [3, 5, 0, 8]), CopyBank(), ConstantBank(D, 2), SingletonBank(D, 2)]),
 }
 SHARED = {"shared": {"width": 5}}

@@ -140,6 +140,20 @@ def test_the_cache() -> None:
     torch.testing.assert_close(moe.train()(x)[0], changed, **FLOAT64)
 
 
+def test_the_cache_does_not_outlive_an_optimizer_step() -> None:
+    """Fused kernels do not say that they changed a weight."""
+    moe, branch = layer("top-2")
+    optimizer, x = torch.optim.AdamW(branch.parameters(), lr=0.1, fused=True), tokens()
+    with torch.no_grad():
+        before = moe.eval()(x)[0]
+    moe.train()(x)[0].square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = moe.eval()(x)[0]
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(moe.train()(x)[0], after, **FLOAT64)
+
+
 def test_unchosen_is_all_less_chosen() -> None:
     table = layer()[1].experts.detach()
     for chosen in ({0}, {1, 3}, {0, 2, 4}, set(range(E))):

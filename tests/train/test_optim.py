@@ -6,6 +6,7 @@ from torch import nn
 
 from moestro.train import OptimSettings, ParameterGroup
 from moestro.train.optim import build_optimizer, clip_gradients, parameter_groups, set_learning_rate
+from moestro.train.tensors import load_optimizer, optimizer_tensors
 from tests.tolerances import FLOAT32
 from tests.train.tiny import tiny_model
 
@@ -135,3 +136,28 @@ def test_rows_are_forgotten_and_no_others():
                 if parameter is forgotten and key == "charged":
                     value[row] = entries["log_decay"]
             assert torch.equal(optimizer.state[parameter][key], value), (names[parameter], key)
+
+
+def test_state_lies_in_memory_as_its_parameter_does():
+    """Fused kernels walk parameter, gradient and moments in the order of memory, whatever their strides."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Linear(3, 5)
+        made.weight = nn.Parameter(torch.randn(3, 5).T)
+        return made
+
+    def step(of, optimizer) -> None:
+        optimizer.zero_grad()
+        of(torch.linspace(-1, 1, 6).view(2, 3)).square().sum().backward()
+        optimizer.step()
+
+    settings = OptimSettings(lr=0.1)
+    whole, part = model(), model()
+    first, second = build_optimizer(whole, settings), build_optimizer(part, settings)
+    step(whole, first)
+    part.load_state_dict(whole.state_dict())
+    load_optimizer(part, second, {name: t.clone().contiguous() for name, t in optimizer_tensors(whole, first).items()})
+    step(whole, first)
+    step(part, second)
+    assert torch.equal(whole.weight, part.weight) and torch.equal(whole.bias, part.bias)
