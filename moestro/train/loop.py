@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moestro.evaluate.perplexity import evaluate
 from moestro.evaluate.scoring import check_precision
@@ -93,9 +94,7 @@ def run(
         optimizer.zero_grad(set_to_none=True)
         now = [(name, weight_at(weight, share, counters.step), part) for name, weight, part in objectives]
         sums = backward(forward, batch, settings, now, state.rules)
-        for rule in state.rules:
-            rule.gradients(counters.step + 1)
-        grad_norm = clip_gradients(model, settings.optim.clip)
+        grad_norm = finish_gradients(state)
         measured = measure(sums, grad_norm, batch, now)
 
         # The rate of the middle of the step: neither 0 in the first nor past the schedule's end in the last.
@@ -122,6 +121,13 @@ def run(
         if saved is not None and stop.name is not None and not finished:
             raise TrainingStopped(f"stopped by {stop.name}, saved {saved}; the same command continues from there")
         log.skip()
+
+
+def finish_gradients(state: TrainState) -> Tensor:
+    """Let rules change the step's gradients, then clip them; returns their norm before that, on the device."""
+    for rule in state.rules:
+        rule.gradients(state.counters.step + 1)
+    return clip_gradients(state.model, state.settings.optim.clip)
 
 
 def weights_of(objectives: ScheduledObjectives) -> dict[str, float | str]:
