@@ -62,6 +62,7 @@ class Continuation:
         self._text = TextStream(reads.decode, prompt[-CONTEXT_TOKENS:])
         self._stops = StopFilter(options.stops)
         self._tokens, self._cached, self._cache = list(prompt), 0, None
+        self.n_prompt = len(prompt)
         self.new_tokens: list[int] = []
         self.reason: Reason | None = None
 
