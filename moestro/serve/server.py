@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
 from moestro.generation import TextModel
 from moestro.serve.app import build_app
@@ -44,7 +45,7 @@ def run_server(text_model: TextModel, settings: ServeSettings, ready: Callable[[
             server.run(sockets=[bound])
 
 
-def make_server(app, settings: ServeSettings) -> Server:
+def make_server(app: FastAPI, settings: ServeSettings) -> Server:
     """A uvicorn server that says nothing but errors and warnings."""
     config = uvicorn.Config(
         app,
