@@ -1,12 +1,11 @@
 """Causal self-attention with rotary positions and grouped keys."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moestro.cost import Cost
-from moestro.model.cache import Cache
+from moestro.model.cache import Cache, attend
 
 
 class Attention(nn.Module):
@@ -60,16 +59,10 @@ class Attention(nn.Module):
         values = self.value(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
         cos, sin = self._rotation(positions, heads.dtype)
         heads, keys = _rotate(heads, cos, sin), _rotate(keys, cos, sin)
-        if cache is not None:
-            keys, values = cache.extend(block, keys, values)
-        y = F.scaled_dot_product_attention(
-            heads,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.n_heads != self.n_kv_heads,
-        )
+        if cache is None:
+            y = attend(heads, keys, values, mask)
+        else:
+            y = cache.attend(block, heads, keys, values, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _rotation(self, positions: Int[Tensor, "#b s"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

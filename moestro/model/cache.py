@@ -1,7 +1,23 @@
-"""Keys and values of the tokens seen so far."""
+"""Keys and values of the tokens seen so far, and looking into them."""
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+def attend(
+    heads: Float[Tensor, "b h s c"],
+    keys: Float[Tensor, "b g l c"],
+    values: Float[Tensor, "b g l c"],
+    mask: Bool[Tensor, "b 1 s l"] | None = None,
+) -> Float[Tensor, "b h s c"]:
+    """softmax(heads @ keys.T / sqrt(c)) @ values, each of the g keys serving h / g heads; causal where there is no
+    `mask` (true = may look)."""
+    grouped = heads.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(
+        heads, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
 
 
 class Cache:
@@ -22,3 +38,9 @@ class Cache:
             keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
         self._layers[block] = keys, values
         return keys, values
+
+    def attend(
+        self, block: int, heads: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+    ) -> Float[Tensor, "b h s c"]:
+        """`attend` to all keys and values of a block, these appended."""
+        return attend(heads, *self.extend(block, keys, values), mask)

@@ -91,7 +91,19 @@ class Transformer(nn.Module):
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
         mask = _attention_mask(tokens, documents, past)
-        x = self.embedding(tokens)
+        x, traces = self.hidden(self.embedding(tokens), positions, mask, keep, cache)
+        return Output(self.head(x), traces)
+
+    def hidden(
+        self,
+        x: Float[Tensor, "b s d"],
+        positions: Int[Tensor, "#b s"],
+        mask: Bool[Tensor, "b 1 s l"] | None = None,
+        keep: Bool[Tensor, "b s"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Tensor, "b s d"], tuple[Trace, ...]]:
+        """What the head reads, of embedded tokens, and the traces; `mask` (true = may look) and `positions` are what
+        `forward` derives for tokens without padding on the left."""
         traces: list[Trace] = []
         for index, block in enumerate(self.blocks):
             earlier = tuple(traces)
@@ -100,7 +112,7 @@ class Transformer(nn.Module):
             else:
                 x, new = block(x, positions, mask, keep, cache, index, earlier)
             traces.extend(new)
-        return Output(self.head(self.norm(x)), tuple(traces))
+        return self.norm(x), tuple(traces)
 
     def moe_layers(self) -> dict[str, MoELayer]:
         """Every MoE layer by its name in the model, in block order."""

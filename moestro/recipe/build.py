@@ -9,8 +9,8 @@ from moestro.data import TokenData, Tokenizer
 from moestro.model import Block, PassedBlock, Transformer
 from moestro.ops.tables import tables_in
 from moestro.recipe.bind import built
-from moestro.recipe.load import Recipe, load_recipe
-from moestro.recipe.resolve import Place
+from moestro.recipe.load import Decoder, Recipe, load_recipe
+from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.shared_banks import SharedBanks
 from moestro.recipe.sources import PlacedSource
 from moestro.recipe.syntax import RecipeError
@@ -30,14 +30,17 @@ def build_model(recipe: Recipe, vocab_size: int, device: str | torch.device = "c
     """
     if torch.device(device).type == "meta":
         with torch.device("meta"):
-            return _assemble(recipe, vocab_size)
+            return assemble(recipe.model, vocab_size, recipe.origin)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.value("seed"))
-        return _assemble(recipe, vocab_size).to(device)
+        return assemble(recipe.model, vocab_size, recipe.origin).to(device)
 
 
-def _assemble(recipe: Recipe, vocab_size: int) -> Transformer:
-    plan = recipe.model
+def assemble(plan: Decoder, vocab_size: int, origin: Origin) -> Transformer:
+    """The decoder of a bound `model` section; weights are drawn from torch's default generator.
+
+    Raises: RecipeError where a part refuses its values.
+    """
     context: dict[str, Any] = {"d_model": plan.d_model}
     context["shared_banks"] = SharedBanks(plan.shared_banks, {"d_model": plan.d_model})
     depths = plan.depths and plan.depths.build()
@@ -51,7 +54,7 @@ def _assemble(recipe: Recipe, vocab_size: int) -> Transformer:
         ]
         return Transformer(vocab_size, plan.d_model, blocks, plan.tie_embeddings, plan.norm_eps, plan.allow_non_causal)
     except ValueError as error:
-        raise Place(recipe.origin, ("model",)).error(str(error)) from error
+        raise Place(origin, ("model",)).error(str(error)) from error
 
 
 def build_data(recipe: Recipe) -> TokenData:

@@ -45,7 +45,8 @@ class TopAny(Select):
         self.gradient = gradient
         self.thresholds = nn.Parameter(torch.zeros(n_experts))
         self.log_sharpness: Tensor
-        log = torch.tensor(math.log(sharpness))
+        # a constant has its value on the meta device, too
+        log = torch.tensor(math.log(sharpness), device=None if learn_sharpness else "cpu")
         if learn_sharpness:
             self.log_sharpness = nn.Parameter(log)
         else:

@@ -1,0 +1,13 @@
+"""Floor 8: models that leave the house, in Hugging Face's format. Importing this registers them with transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from moestro.export.configuration import MoestroConfig
+from moestro.export.modeling import MoestroForCausalLM, MoestroModel
+from moestro.export.opening import Opened, open_model
+
+AutoConfig.register(MoestroConfig.model_type, MoestroConfig)
+AutoModel.register(MoestroConfig, MoestroModel)
+AutoModelForCausalLM.register(MoestroConfig, MoestroForCausalLM)
+
+__all__ = ["MoestroConfig", "MoestroForCausalLM", "MoestroModel", "Opened", "open_model"]

@@ -1,0 +1,97 @@
+"""Models to use: a run's folder, an exported one, or any causal language model in Hugging Face's format."""
+
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from moestro import __version__
+from moestro.data import load_tokenizer
+from moestro.export.configuration import MoestroConfig
+from moestro.export.construction import construction
+from moestro.export.modeling import MoestroForCausalLM, stays_wide
+from moestro.export.tokenizers import fast_tokenizer
+from moestro.recipe.evaluation import CHECKPOINTS
+from moestro.recipe.load import Recipe, load_recipe
+from moestro.recipe.syntax import RecipeError
+from moestro.train import load_weights
+
+
+class Opened(NamedTuple):
+    """A model in evaluation mode, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    checkpoint: str = "newest",
+    trust_remote_code: bool = False,
+) -> Opened:
+    """The model in a folder: a run's `newest` or `best` checkpoint, or a folder that `from_pretrained` loads. `dtype`
+    is that of the weights, where None what the folder keeps. Code that lies in a folder runs only with
+    `trust_remote_code`; exported folders need none here.
+
+    Raises: FileNotFoundError where there is no folder, RecipeError where it holds neither; CheckpointError where a run
+    has no intact checkpoint; OSError and ValueError as transformers has them.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if (folder / "recipe.yaml").is_file():
+        return open_run(folder, device, dtype, checkpoint)
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"{folder} holds no model: neither recipe.yaml (a run) nor config.json (Hugging Face)")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto" if dtype is None else dtype, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    return _opened(model, tokenizer, device)
+
+
+def _opened(model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: str | torch.device) -> Opened:
+    return Opened(model.to(device).eval(), tokenizer)  # type: ignore[arg-type]
+
+
+def open_run(
+    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, checkpoint: str = "newest"
+) -> Opened:
+    """A run's checkpoint as a transformers model.
+
+    Raises: as `open_model`.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    path = CHECKPOINTS[checkpoint](folder)
+    own = load_tokenizer(folder / "tokenizer")
+    model = MoestroForCausalLM(configured(recipe, own.vocab_size))
+    load_weights(model.decoder, path)
+    tokenizer = fast_tokenizer(folder / "tokenizer", recipe.data.value("seq_len"))
+    model.generation_config = GenerationConfig(
+        eos_token_id=own.eos_id, pad_token_id=own.eos_id, use_cache=model.model.causal
+    )
+    return _opened(in_dtype(model, dtype or torch.float32), tokenizer, device)
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model, its floating-point tensors in `dtype`, but for those that stay in float32 (`stays_wide`)."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point():
+            wide = stays_wide(name, tensor) and dtype.itemsize < 4
+            tensor.data = tensor.data.to(torch.float32 if wide else dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def configured(recipe: Recipe, vocab_size: int) -> MoestroConfig:
+    """The configuration of a recipe's model.
+
+    Raises: RecipeError where a part refuses its values.
+    """
+    made_of, length = construction(recipe, vocab_size), recipe.data.value("seq_len")
+    return MoestroConfig(made_of, recipe.resolved, __version__, length, dtype="float32")

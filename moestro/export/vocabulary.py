@@ -1,0 +1,14 @@
+"""The constructors that a stored construction may name: those that recipes name, and the decoder around them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from moestro.model import Attention, Block, Transformer
+from moestro.recipe.parts import PARTS
+from moestro.routers.groups import GroupLimit
+
+
+def vocabulary() -> dict[str, Callable[..., Any]]:
+    """Constructors by their names. A folder's configuration can call nothing else."""
+    parts = {make.__name__: make for slot in PARTS.values() for make in slot.values()}
+    return parts | {make.__name__: make for make in (Attention, Block, Transformer, GroupLimit)}
