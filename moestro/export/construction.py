@@ -71,8 +71,11 @@ class Calls:
     def decoder(self, model: Transformer, plan: Decoder) -> Transformer:
         """The decoder of a plan, noted like the parts it is made of."""
         for block in model.blocks:
-            known = {"attention": block.attention, "ffn": block.ffn}
-            self.note(block, type(block), {"d_model": plan.d_model, **known, "norm_eps": plan.norm_eps})
+            known = {"d_model": plan.d_model, "norm_eps": plan.norm_eps}
+            own = {
+                name: getattr(block, name) for name in inspect.signature(type(block)).parameters if name not in known
+            }
+            self.note(block, type(block), known | own)
         own = {name: getattr(plan, name) for name in ("d_model", "tie_embeddings", "norm_eps", "allow_non_causal")}
         return self.note(model, type(model), {"vocab_size": model.vocab_size, "blocks": list(model.blocks), **own})
 

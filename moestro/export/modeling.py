@@ -72,7 +72,6 @@ class MoestroModel(MoestroPreTrainedModel):
         # in a tuple: its modules are registered above, but for the head, which is not this model's
         self._decoder = (decoder,)
         self.gradient_checkpointing = False
-        self.causal = all(layer.router.causal for layer in decoder.moe_layers().values())
         host(_attentions(decoder))
         self._note_tensors()
         self.post_init()
@@ -121,7 +120,7 @@ class MoestroModel(MoestroPreTrainedModel):
         implementation = self.config._attn_implementation or OWN[0]
         if past is None and implementation in OWN:
             return None
-        if past is not None and not self.causal:
+        if past is not None and not self.decoder.causal:
             raise ValueError("tokens of this model depend on later ones, so nothing can be cached: use_cache=False")
         if past is not None and getattr(past, "is_compileable", False):
             raise ValueError(f"{type(past).__name__} has a fixed size; allowed: caches that grow, such as DynamicCache")

@@ -73,7 +73,7 @@ def open_run(
     load_weights(model.decoder, path)
     tokenizer = fast_tokenizer(folder / "tokenizer", recipe.data.value("seq_len"))
     model.generation_config = GenerationConfig(
-        eos_token_id=own.eos_id, pad_token_id=own.eos_id, use_cache=model.model.causal
+        eos_token_id=own.eos_id, pad_token_id=own.eos_id, use_cache=model.decoder.causal
     )
     return _opened(in_dtype(model, dtype or torch.float32), tokenizer, device)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from moestro.model import Attention, Block, Transformer
+from moestro.model import Attention, Block, PassedBlock, Transformer
 from moestro.recipe.parts import PARTS
 from moestro.routers.groups import GroupLimit
 
@@ -11,4 +11,4 @@ from moestro.routers.groups import GroupLimit
 def vocabulary() -> dict[str, Callable[..., Any]]:
     """Constructors by their names. A folder's configuration can call nothing else."""
     parts = {make.__name__: make for slot in PARTS.values() for make in slot.values()}
-    return parts | {make.__name__: make for make in (Attention, Block, Transformer, GroupLimit)}
+    return parts | {make.__name__: make for make in (Attention, Block, PassedBlock, Transformer, GroupLimit)}

@@ -62,13 +62,22 @@ class Transformer(nn.Module):
             self._check_causal()
 
     def _check_causal(self) -> None:
+        for name, part in self._looking_ahead().items():
+            raise ValueError(
+                f"{name}: {type(part).__name__} looks at other tokens, so predictions would depend on the future; "
+                "say allow_non_causal: true to train it all the same"
+            )
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token depends on later ones, so that a cache of earlier ones can be continued."""
+        return not self._looking_ahead()
+
+    def _looking_ahead(self) -> dict[str, nn.Module]:
+        """The parts to which tokens are more than themselves and earlier ones, by name."""
         routers = {name: layer.router for name, layer in self.moe_layers().items()}
-        for name, part in (routers | {f"blocks.{i}": block for i, block in enumerate(self._blocks())}).items():
-            if not part.causal:
-                raise ValueError(
-                    f"{name}: {type(part).__name__} looks at other tokens, so predictions would depend on the future; "
-                    "say allow_non_causal: true to train it all the same"
-                )
+        parts = routers | {f"blocks.{i}": block for i, block in enumerate(self._blocks())}
+        return {name: part for name, part in parts.items() if not part.causal}
 
     def forward(
         self,
