@@ -1,0 +1,171 @@
+"""What routing still works after compression, and what a folder of each kind can say; asked before anything is measured.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moestro.compress.plan import LayerPlan, Plan, PlanError, Semantics
+from moestro.formats import Checkpoint
+
+Layout = Literal["stock", "padded", "custom"]
+
+
+class InfeasibleError(PlanError):
+    """What was asked for cannot be routed, or not be written in this kind of folder; the message lists what can."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a router asks of its experts: `top_k` of them for a token, out of the best `topk_group` of `n_group` equal
+    groups of consecutive experts, each of which is scored by its best `scored_by`."""
+
+    top_k: int
+    n_group: int = 1
+    topk_group: int = 1
+    scored_by: int = 1
+
+    def group_of(self, expert: int, n_experts: int) -> int:
+        """The routing group of an expert."""
+        return expert // (n_experts // self.n_group)
+
+    def per_group(self, layer: LayerPlan) -> list[int]:
+        """Survivors of every routing group."""
+        groups = [self.group_of(expert, layer.n_experts) for expert in layer.keep]
+        return [groups.count(group) for group in range(self.n_group)]
+
+    def n_kept(self, n_experts: int, ratio: float) -> int:
+        """Experts that are left when this share of `n_experts` goes, equally from every routing group.
+
+        Raises: InfeasibleError where routing would not work, with the ratios between which it was.
+        """
+        removed = int(ratio * n_experts + 0.5)
+        if removed % self.n_group:
+            below = removed // self.n_group * self.n_group
+            near = [count / n_experts for count in (below, below + self.n_group) if count < n_experts]
+            raise InfeasibleError(
+                f"ratio={ratio} removes {removed} of {n_experts} experts, but {self.n_group} routing groups must lose "
+                f"equally many: allowed near it: {', '.join(f'{value:g}' for value in near)}"
+            )
+        kept = n_experts - removed
+        if (why := self.refusal(kept // self.n_group)) is not None:
+            raise InfeasibleError(
+                f"ratio={ratio} leaves {kept} of {n_experts} experts, {why}: allowed up to "
+                f"{(n_experts - self.fewest) / n_experts:g}"
+            )
+        return kept
+
+    @property
+    def fewest(self) -> int:
+        """The least number of experts, equal in all groups, with which every token finds its `top_k`."""
+        return self.n_group * max(self.scored_by, -(-self.top_k // self.topk_group))
+
+    def refusal(self, each: int) -> str | None:
+        """Why `each` experts in every group are too few, None where they are not."""
+        if each < self.scored_by:
+            return f"{each} in a routing group that is scored by its best {self.scored_by}"
+        if self.topk_group * each < self.top_k:
+            among = f" of its best {self.topk_group} groups" if self.n_group > 1 else ""
+            return f"fewer than the {self.top_k} experts that a token visits{among}"
+        return None
+
+    def check(self, layer: LayerPlan, equal: bool = True) -> None:
+        """Raises: InfeasibleError where the survivors of a layer leave a token without experts, or where groups have
+        different numbers of them and `equal` ones are needed."""
+        counts = self.per_group(layer)
+        if equal and len(set(counts)) > 1:
+            raise InfeasibleError(
+                f"layer {layer.layer} keeps {counts} experts of its {self.n_group} routing groups; a folder without "
+                "padding would route by wrong groups: allowed: the same number from each"
+            )
+        if (why := self.refusal(min(counts))) is not None:
+            raise InfeasibleError(f"layer {layer.layer} keeps {layer.n_kept} of {layer.n_experts} experts, {why}")
+
+
+def limits_of(checkpoint: Checkpoint) -> Limits:
+    """What the routers of a folder ask for, by its config.json."""
+    config, family = checkpoint.config, checkpoint.family
+    groups = config.get("n_group") or 1
+    by_one = family.correction is None
+    limited = family.grouped and groups > 1 and (not by_one or config.get("topk_method") == "group_limited_greedy")
+    if not limited:
+        return Limits(checkpoint.top_k)
+    return Limits(checkpoint.top_k, groups, config["topk_group"], 1 if by_one else 2)
+
+
+def pads_exactly(checkpoint: Checkpoint) -> bool:
+    """Whether a dead expert can be given a bias with which it is never chosen."""
+    return checkpoint.family.correction is not None or checkpoint.family.bias is not None
+
+
+def check_request(checkpoint: Checkpoint, layout: Layout, semantics: Semantics, per_layer: bool) -> None:
+    """Raises: InfeasibleError where no plan of this kind could be written in a folder of kind `layout`."""
+    if semantics != "slice" and layout != "custom":
+        raise InfeasibleError(_cannot(layout, f"semantics {semantics!r}", checkpoint))
+    if per_layer and layout == "stock":
+        raise InfeasibleError(_cannot(layout, "a number of experts of its own for every layer", checkpoint))
+    if layout == "padded" and not pads_exactly(checkpoint):
+        raise InfeasibleError(_cannot(layout, "a dead expert that is never chosen", checkpoint))
+
+
+def check_plan(plan: Plan, checkpoint: Checkpoint, layout: Layout) -> None:
+    """Raises: PlanError where plan and checkpoint do not fit, InfeasibleError where routing would fail or a folder of
+    kind `layout` cannot say what the plan does."""
+    _check_layers(plan, checkpoint)
+    limits = limits_of(checkpoint)
+    for layer in plan.layers:
+        if plan.semantics == "slice":
+            limits.check(layer, equal=layout != "padded")
+    if plan.identical:
+        return
+    inside = [layer for layer in plan.layers if layer.layer in checkpoint.moe_layers]
+    differ = len({layer.n_kept for layer in inside}) > 1
+    check_request(checkpoint, layout, plan.semantics, differ)
+    if layout != "custom":
+        for what, present in (
+            ("low-rank factors", any(layer.factors for layer in plan.layers)),
+            ("experts of different widths", len(_widths(inside)) > 1),
+            ("skipping by gates", any(layer.skip_below is not None for layer in plan.layers)),
+        ):
+            if present:
+                raise InfeasibleError(_cannot(layout, what, checkpoint))
+
+
+def _check_layers(plan: Plan, checkpoint: Checkpoint) -> None:
+    numbers = [layer.layer for layer in plan.layers if layer.layer in checkpoint.moe_layers]
+    allowed = {*checkpoint.moe_layers, *checkpoint.extra_layers}
+    if numbers != list(checkpoint.moe_layers) or any(layer.layer not in allowed for layer in plan.layers):
+        raise PlanError(
+            f"the plan has layers {[layer.layer for layer in plan.layers]}, {checkpoint.path} has experts in layers "
+            f"{[*checkpoint.moe_layers, *checkpoint.extra_layers]} (layers)"
+        )
+    for layer in plan.layers:
+        width, stored = checkpoint.width(layer.layer), checkpoint.n_experts(layer.layer)
+        if layer.n_experts != stored:
+            raise PlanError(f"layer {layer.layer} has {stored} experts, n_experts={layer.n_experts} in the plan")
+        for units in layer.units or ():
+            if units is not None and units[-1] >= width:
+                raise PlanError(f"layer {layer.layer}: unit {units[-1]} of an expert of width {width} (units)")
+        for rank in layer.ranks or ():
+            if rank is not None and rank > min(width, checkpoint.hidden_size):
+                raise PlanError(f"layer {layer.layer}: rank {rank} of {width} x {checkpoint.hidden_size} matrices (ranks)")
+
+
+def _widths(layers: list[LayerPlan]) -> set[int | None]:
+    """Numbers of units that experts keep; None stands for all."""
+    return {None if units is None else len(units) for layer in layers for units in layer.units or [None]}
+
+
+def _cannot(layout: Layout, what: str, checkpoint: Checkpoint) -> str:
+    """The refusal, with what can be done in its place."""
+    padding = (
+        "format 'padded' (dead experts that the router's selection bias never lets through: exact, saves no memory; for "
+        "different numbers of experts only)"
+        if pads_exactly(checkpoint)
+        else f"format 'padded' is none for {checkpoint.family.model_type}: its router has no selection bias, dead experts "
+        "would be chosen"
+    )
+    return (
+        f"a {layout} folder cannot say {what}. Alternatives: semantics 'slice' with the same number of experts and units "
+        f"in every layer (loads everywhere; --uniform makes a plan so); {padding}; format 'custom' (a modeling file in "
+        "the folder: transformers with trust_remote_code, no other server)"
+    )
