@@ -42,7 +42,7 @@ class NewExperts:
 
     def part(self, layer: LayerPlan, new: int, part: str) -> Tensor:
         """One of its matrices or biases, whole."""
-        matrix = getattr(self.made(_Key(layer), new), part)
+        matrix = getattr(self.made(layer, new), part)
         rank = self.rank(layer, new)
         if rank is None or part not in MATRICES:
             return matrix
@@ -54,15 +54,14 @@ class NewExperts:
 
         Raises: PlanError where the rank is no rank of the matrix.
         """
-        matrix, rank = getattr(self.made(_Key(layer), new), part), self.rank(layer, new)
+        matrix, rank = getattr(self.made(layer, new), part), self.rank(layer, new)
         side = "hidden" if part == "down" else "input"
         moments = self.moments.get(f"moments.{layer.layer}.{layer.keep[new]}.{side}")
         if rank is None or rank > min(matrix.shape):
             raise PlanError(f"layer {layer.layer}, new expert {new}: rank {rank} of a {tuple(matrix.shape)} matrix (ranks)")
         return factors(matrix, rank, moments)
 
-    def _made(self, key: "_Key", new: int) -> ExpertMatrices:
-        layer = key.layer
+    def _made(self, layer: LayerPlan, new: int) -> ExpertMatrices:
         kept = layer.keep[new]
         group = None if layer.groups is None else layer.groups[new]
         made = self.checkpoint.expert(layer.layer, kept)
@@ -71,19 +70,6 @@ class NewExperts:
             made = merged_experts(experts, group.weights, group.align, group.members.index(kept))
         units = None if layer.units is None else layer.units[new]
         return made if units is None else narrowed(made, units)
-
-
-class _Key:
-    """A layer's plan, known by its number: plans hold lists, which no cache can look up."""
-
-    def __init__(self, layer: LayerPlan) -> None:
-        self.layer = layer
-
-    def __hash__(self) -> int:
-        return hash(self.layer.layer)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.layer is other.layer
 
 
 def merged_experts(

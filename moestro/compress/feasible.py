@@ -107,7 +107,7 @@ def check_request(checkpoint: Checkpoint, layout: Layout, semantics: Semantics, 
         raise InfeasibleError(_cannot(layout, "a dead expert that is never chosen", checkpoint))
 
 
-def check_plan(plan: Plan, checkpoint: Checkpoint, layout: Layout) -> None:
+def check_plan(plan: Plan, checkpoint: Checkpoint, layout: Layout, densify: bool = False) -> None:
     """Raises: PlanError where plan and checkpoint do not fit, InfeasibleError where routing would fail or a folder of
     kind `layout` cannot say what the plan does."""
     _check_layers(plan, checkpoint)
@@ -117,13 +117,12 @@ def check_plan(plan: Plan, checkpoint: Checkpoint, layout: Layout) -> None:
             limits.check(layer, equal=layout != "padded")
     if plan.identical:
         return
-    inside = [layer for layer in plan.layers if layer.layer in checkpoint.moe_layers]
-    differ = len({layer.n_kept for layer in inside}) > 1
+    differ = len({layer.n_kept for layer in plan.layers}) > 1
     check_request(checkpoint, layout, plan.semantics, differ)
     if layout != "custom":
         for what, present in (
-            ("low-rank factors", any(layer.factors for layer in plan.layers)),
-            ("experts of different widths", len(_widths(inside)) > 1),
+            ("low-rank factors (but multiplied out: --densify)", not densify and any(map(_factors, plan.layers))),
+            ("experts of different widths", len(_widths(plan)) > 1),
             ("skipping by gates", any(layer.skip_below is not None for layer in plan.layers)),
         ):
             if present:
@@ -140,19 +139,24 @@ def _check_layers(plan: Plan, checkpoint: Checkpoint) -> None:
         )
     for layer in plan.layers:
         width, stored = checkpoint.width(layer.layer), checkpoint.n_experts(layer.layer)
+        d_model = checkpoint.shape(checkpoint.router_tensors(layer.layer)["weight"])[1]
         if layer.n_experts != stored:
             raise PlanError(f"layer {layer.layer} has {stored} experts, n_experts={layer.n_experts} in the plan")
         for units in layer.units or ():
             if units is not None and units[-1] >= width:
                 raise PlanError(f"layer {layer.layer}: unit {units[-1]} of an expert of width {width} (units)")
         for rank in layer.ranks or ():
-            if rank is not None and rank > min(width, checkpoint.hidden_size):
-                raise PlanError(f"layer {layer.layer}: rank {rank} of {width} x {checkpoint.hidden_size} matrices (ranks)")
+            if rank is not None and rank > min(width, d_model):
+                raise PlanError(f"layer {layer.layer}: rank {rank} of {width} x {d_model} matrices (ranks)")
 
 
-def _widths(layers: list[LayerPlan]) -> set[int | None]:
+def _factors(layer: LayerPlan) -> bool:
+    return layer.factors
+
+
+def _widths(plan: Plan) -> set[int | None]:
     """Numbers of units that experts keep; None stands for all."""
-    return {None if units is None else len(units) for layer in layers for units in layer.units or [None]}
+    return {None if units is None else len(units) for layer in plan.layers for units in layer.units or [None]}
 
 
 def _cannot(layout: Layout, what: str, checkpoint: Checkpoint) -> str:

@@ -110,7 +110,7 @@ class LayerPlan:
     ranks: tuple[int | None, ...] | None = None
     units: tuple[tuple[int, ...] | None, ...] | None = None
     skip_below: float | None = None
-    scores: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, list[float]] = field(default_factory=dict, hash=False)
     rows: tuple[int, ...] | None = None
     entropy: float | None = None
 
@@ -211,11 +211,11 @@ class Plan:
     merged_rows: Literal["kept", "mean"] = "kept"
     quantise: Quantisation | None = None
     tensors: TensorFile | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     seed: int = 0
     reference: Fingerprint | None = None
     calibration: Calibration | None = None
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:

@@ -31,9 +31,14 @@ class Outgoing:
     pieces: Callable[[], Iterable[bytes | memoryview]]
 
     @property
+    def n_elements(self) -> int:
+        """Numbers of the tensor."""
+        return math.prod(self.shape)
+
+    @property
     def element_size(self) -> float:
         """Bytes of one number; 0 where there is none."""
-        return self.nbytes / max(1, math.prod(self.shape))
+        return self.nbytes / max(1, self.n_elements)
 
 
 def of_tensor(name: str, tensor: Tensor) -> Outgoing:

@@ -1,0 +1,95 @@
+"""A folder that is filled file by file under a temporary name, by one process at a time, and continued after a kill."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from moestro.compress.plan import PlanError
+from moestro.formats.writer import Outgoing, file_pieces, write_file
+from moestro.train.durable import TEMPORARY, publish_folder, remove_temporary, sync_file, write_json
+
+JOB, DONE, LOCK = "job.json", "done.json", "lock"
+
+
+class FolderJob:
+    """What becomes the folder `destination`. `job` (JSON) says what is written: files that an interrupted process
+    finished are kept where it was the same, and everything begins anew where it was another.
+
+    Entered, it holds a lock until it is left. Raises: PlanError where another process holds it.
+    """
+
+    def __init__(self, destination: Path, job: Mapping[str, Any]) -> None:
+        self.destination, self.job = destination, dict(job)
+        self.path = destination.with_name(TEMPORARY + destination.name)
+        self.control = destination.with_name(TEMPORARY + destination.name + ".job")
+
+    def __enter__(self) -> Self:
+        self.control.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.control / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self.lock)
+            raise PlanError(f"another process is writing {self.destination}: wait for it, or stop it") from error
+        if _read(self.control / JOB) != self.job:
+            shutil.rmtree(self.path, ignore_errors=True)
+            (self.control / DONE).unlink(missing_ok=True)
+            write_json(self.control / JOB, self.job)
+        self.path.mkdir(exist_ok=True)
+        remove_temporary(self.path)
+        self.done: dict[str, dict[str, Any]] = _read(self.control / DONE) or {}
+        for name in [name for name in self.done if not self._intact(name)]:
+            del self.done[name]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self.lock)
+
+    def _intact(self, name: str) -> bool:
+        file = self.path / name
+        return file.is_file() and file.stat().st_size == self.done[name]["bytes"]
+
+    def write(self, name: str, tensors: Sequence[Outgoing], metadata: Mapping[str, str]) -> None:
+        """Write one file of tensors, unless it is there."""
+        if name not in self.done:
+            half = self.path / (TEMPORARY + name)
+            digest = write_file(half, tensors, metadata)
+            self._finish(half, name, digest)
+
+    def copy(self, name: str, source: Path) -> None:
+        """Copy a file byte by byte, unless it is there."""
+        if name not in self.done:
+            half = self.path / (TEMPORARY + name)
+            half.parent.mkdir(parents=True, exist_ok=True)
+            digest = hashlib.sha256()
+            with half.open("wb") as file:
+                for piece in file_pieces(source, 0, source.stat().st_size):
+                    digest.update(piece)
+                    file.write(piece)
+            self._finish(half, name, digest.hexdigest())
+
+    def _finish(self, half: Path, name: str, digest: str) -> None:
+        sync_file(half)
+        os.replace(half, self.path / name)
+        sync_file(self.path)
+        self.done[name] = {"bytes": (self.path / name).stat().st_size, "sha256": digest}
+        write_json(self.control / DONE, self.done)
+
+    def publish(self) -> Path:
+        """Give the folder its own name, in one step."""
+        publish_folder(self.path, self.destination)
+        shutil.rmtree(self.control)
+        return self.destination
+
+
+def _read(path: Path) -> Any:
+    """What a file of this module says; None where there is none, or half of one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
