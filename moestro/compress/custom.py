@@ -14,6 +14,8 @@ from moestro.formats.complete import COUNTS_BY_LAYER
 
 CLASS = "CompressedForCausalLM"
 EXPERTS = "moestro_experts"
+# families whose own loop over experts does not know the number that stands for no expert (transformers 5.23)
+NO_EXPERT_FAILS = {"gpt_oss"}
 
 
 def modeling_text(checkpoint: Checkpoint) -> str:
@@ -34,19 +36,20 @@ def modeling_text(checkpoint: Checkpoint) -> str:
         count_keys=repr(family.count_keys),
         width_key=family.width_key,
         model_type=family.model_type,
+        eager_passes=family.model_type not in NO_EXPERT_FAILS,
     )
 
 
 def custom_changes(rewriting: Rewriting, file: str) -> dict[str, Any]:
     """What config.json says of the layers of a custom folder, and where its class is.
 
-    The scalar count is that of the largest router; 0 where a layer's experts have names of their own, so that stock
-    code, which would find no expert and draw random ones, stops at the router's shape.
+    The scalar count is that of the largest router; one more where a layer's experts have names of their own, so that
+    stock code, which would find no expert and draw random ones, stops at the router's shape.
     """
     said = {str(layer): _layer(rewriting, layer) for layer in rewriting.checkpoint.moe_layers}
     routed = [layer["routed"] for layer in said.values()]
     counts = {COUNTS_BY_LAYER: routed} if len(set(routed)) > 1 else {}
-    scalar = 0 if rewriting.unequal else max(routed)
+    scalar = max(routed) + bool(rewriting.unequal)
     return {
         **dict.fromkeys(rewriting.family.count_keys, scalar),
         **counts,

@@ -58,7 +58,9 @@ class NewExperts:
         side = "hidden" if part == "down" else "input"
         moments = self.moments.get(f"moments.{layer.layer}.{layer.keep[new]}.{side}")
         if rank is None or rank > min(matrix.shape):
-            raise PlanError(f"layer {layer.layer}, new expert {new}: rank {rank} of a {tuple(matrix.shape)} matrix (ranks)")
+            raise PlanError(
+                f"layer {layer.layer}, new expert {new}: rank {rank} of a {tuple(matrix.shape)} matrix (ranks)"
+            )
         return factors(matrix, rank, moments)
 
     def _made(self, layer: LayerPlan, new: int) -> ExpertMatrices:

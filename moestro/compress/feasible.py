@@ -1,5 +1,4 @@
-"""What routing still works after compression, and what a folder of each kind can say; asked before anything is measured.
-"""
+"""What routing still works after compression, and what a folder of each kind can say; asked before any measurement."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -162,14 +161,14 @@ def _widths(plan: Plan) -> set[int | None]:
 def _cannot(layout: Layout, what: str, checkpoint: Checkpoint) -> str:
     """The refusal, with what can be done in its place."""
     padding = (
-        "format 'padded' (dead experts that the router's selection bias never lets through: exact, saves no memory; for "
-        "different numbers of experts only)"
+        "format 'padded' (dead experts that the router's selection bias never lets through: exact, saves no memory, "
+        "and for different numbers of experts only)"
         if pads_exactly(checkpoint)
-        else f"format 'padded' is none for {checkpoint.family.model_type}: its router has no selection bias, dead experts "
-        "would be chosen"
+        else f"format 'padded' is none for {checkpoint.family.model_type}: its router has no selection bias, and dead "
+        "experts would be chosen"
     )
     return (
-        f"a {layout} folder cannot say {what}. Alternatives: semantics 'slice' with the same number of experts and units "
-        f"in every layer (loads everywhere; --uniform makes a plan so); {padding}; format 'custom' (a modeling file in "
-        "the folder: transformers with trust_remote_code, no other server)"
+        f"a {layout} folder cannot say {what}. Alternatives: semantics 'slice' with the same number of experts and "
+        f"units in every layer (loads everywhere; --uniform makes a plan so); {padding}; format 'custom' (a modeling "
+        "file in the folder: transformers with trust_remote_code, no other server)"
     )

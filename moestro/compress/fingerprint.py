@@ -38,8 +38,9 @@ def require_source(plan: Plan, found: Fingerprint, folder: Path) -> None:
     for name, meaning in CHANGED.items():
         if getattr(expected, name) != getattr(found, name):
             raise PlanError(
-                f"the plan was made for another checkpoint than {folder}: {meaning} ({name} {getattr(found, name)[:12]}, "
-                f"expected {getattr(expected, name)[:12]}). Make the plan again, or give the checkpoint it was made for"
+                f"the plan was made for another checkpoint than {folder}: {meaning} ({name} is "
+                f"{getattr(found, name)[:12]}, expected {getattr(expected, name)[:12]}). Make the plan again, or give "
+                "the checkpoint it was made for"
             )
 
 

@@ -54,8 +54,8 @@ class Rewriting:
             raise PlanError(f"the experts of {self.checkpoint.path} are quantised: dead ones cannot be added (padded)")
         if self.unequal and isinstance(self.family.experts, Fused):
             raise PlanError(
-                f"layer {min(self.unequal)}: {self.family.model_type} keeps the experts of a layer in one tensor, which "
-                "holds no factors and no unequal widths: allowed: densify, and equal widths"
+                f"layer {min(self.unequal)}: {self.family.model_type} keeps the experts of a layer in one tensor, "
+                "which holds no factors and no unequal widths: allowed: densify, and equal widths"
             )
 
     @property
@@ -156,13 +156,13 @@ class Rewriting:
 
     @cached_property
     def rows(self) -> dict[str, tuple[LayerPlan, str]]:
-        """{name: layer, role} of the tensors with one row for every expert: the router's, and those of fused experts."""
+        """{name: layer, role} of the tensors with a row for every expert: the router's, and those of fused experts."""
         found = {}
         for layer in self.plan.layers:
             routers = self.checkpoint.router_tensors(layer.layer)
             found |= {name: (layer, role) for role, name in routers.items()}
             if isinstance(self.family.experts, Fused):
-                found |= {name: (layer, "experts") for name in self.family.experts.tensors(layer.layer)}
+                found |= dict.fromkeys(self.family.experts.tensors(layer.layer), (layer, "experts"))
         return found
 
     def _rows(self, name: str, layer: LayerPlan, role: str) -> Iterator[Outgoing]:

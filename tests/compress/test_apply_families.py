@@ -1,0 +1,64 @@
+"""Compressed folders of every family: plain transformers loads them, and they compute what masking computes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moestro.compress.applying import RECORD, apply_plan
+from moestro.formats import FAMILIES as KNOWN
+from moestro.formats import Checkpoint
+from tests.compress.folders import FAMILIES, GROUPED, loaded, masked, plan_for, saved, some_of
+from tests.hf.families import some_tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_folders_load_in_plain_transformers_and_equal_masking(tmp_path, family):
+    model = saved(family, tmp_path / "src", shards=True)
+    keep = some_of(family)
+    apply_plan(tmp_path / "src", plan_for(tmp_path / "src", keep), tmp_path / "dst")
+    small = loaded(tmp_path / "dst")
+    with torch.no_grad(), masked(model, dict.fromkeys(range(9), keep)):
+        want = model(some_tokens()).logits
+    with torch.no_grad():
+        have = small(some_tokens()).logits
+    torch.testing.assert_close(have, want, rtol=0, atol=3e-6)
+    config = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("src", "dst")]
+    changed = {key for key in config[0].keys() | config[1].keys() if config[0].get(key) != config[1].get(key)}
+    assert changed == set(KNOWN[family].count_keys)
+    assert {config[1][key] for key in changed} == {len(keep)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_the_loaded_model_again_gives_the_same_tensors(tmp_path, family):
+    saved(family, tmp_path / "src")
+    apply_plan(tmp_path / "src", plan_for(tmp_path / "src", some_of(family)), tmp_path / "dst")
+    loaded(tmp_path / "dst").save_pretrained(tmp_path / "again")
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("dst", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_that_changes_nothing_copies_bytes(tmp_path, family):
+    saved(family, tmp_path / "src", shards=True)
+    everyone = range(16 if family in GROUPED else 8)
+    apply_plan(tmp_path / "src", plan_for(tmp_path / "src", everyone), tmp_path / "dst")
+    files = {path.name for path in (tmp_path / "src").iterdir()}
+    for name in files:
+        assert (tmp_path / "dst" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
+    assert {path.name for path in (tmp_path / "dst").iterdir()} == files | {RECORD, "compression_plan.json"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_index_says_exactly_what_is_there(tmp_path, family):
+    saved(family, tmp_path / "src", shards=True)
+    apply_plan(tmp_path / "src", plan_for(tmp_path / "src", some_of(family)), tmp_path / "dst")
+    index = json.loads((tmp_path / "dst" / "model.safetensors.index.json").read_text())
+    files = {path.name: load_file(path) for path in (tmp_path / "dst").glob("*.safetensors")}
+    placed = {name: file for file, tensors in files.items() for name in tensors}
+    tensors = [tensor for file in files.values() for tensor in file.values()]
+    assert index["weight_map"] == placed
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors)
+    assert Checkpoint(tmp_path / "dst").n_experts(Checkpoint(tmp_path / "dst").moe_layers[0]) == len(some_of(family))
