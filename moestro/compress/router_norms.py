@@ -1,13 +1,12 @@
-"""Pruning by how much the routers' rows grew in fine-tuning (Chowdhury 2024, arXiv:2405.16646): no data, no forward pass,
+"""Pruning by how much routers' rows grew in fine-tuning (Chowdhury 2024, arXiv:2405.16646): no data, no forward pass,
 no tensor but the routers'."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.compress.feasible import InfeasibleError
+from moestro.compress.criteria import highest
 from moestro.compress.plan import PlanError
 from moestro.formats import Checkpoint
 
@@ -81,20 +80,14 @@ def require_moved(changes: Mapping[int, Float[Tensor, "e"]]) -> None:
         )
 
 
-def largest(scores: Float[Tensor, "e"] | Sequence[float], n_kept: int, groups: int = 1) -> tuple[int, ...]:
-    """The experts of the largest scores, ascending, equally many of each of `groups` groups of consecutive experts. Of
-    equal ones the lowest number goes first, as in the paper's ascending order.
+def kept_by_change(change: Float[Tensor, "e"], n_kept: int, groups: int = 1) -> tuple[int, ...]:
+    """The experts whose norms grew most, ascending, equally many of each of `groups` groups. Of equal ones the lowest
+    number goes first, as in the paper's ascending order; the authors' sort leaves such ties to chance.
 
-    Raises: InfeasibleError where the groups do not share so many.
+    Raises: ValueError for a number that the groups do not share.
     """
-    values = torch.as_tensor(scores, dtype=torch.float64)
-    if len(values) % groups or n_kept % groups or not 0 < n_kept <= len(values):
-        raise InfeasibleError(f"{n_kept} of {len(values)} experts in {groups} groups, allowed: equally many of each")
-    size, kept = len(values) // groups, []
-    for group in range(groups):
-        order = values[group * size : (group + 1) * size].sort(stable=True).indices
-        kept += (order[size - n_kept // groups :] + group * size).tolist()
-    return tuple(sorted(kept))
+    last = len(change) - 1
+    return tuple(sorted(last - expert for expert in highest(change.flip(0), n_kept, groups)))
 
 
 def _gain(checkpoint: Checkpoint, layer: int) -> Tensor:
