@@ -2,6 +2,7 @@
 
 from moestro.experts.base import ExpertBank
 from moestro.experts.cp import CPBank
+from moestro.experts.dense_mlp import DenseMatrices, DenseMLP
 from moestro.experts.factored import FactoredBank
 from moestro.experts.ffn import FFNBank
 from moestro.experts.hyper import HyperExpert, HyperGenerator
@@ -14,6 +15,7 @@ from moestro.experts.shared import SharedExpert
 from moestro.experts.singleton import GLUSingletonBank, SingletonBank
 from moestro.experts.slices import BankSlice
 from moestro.experts.split import split_ffn
+from moestro.experts.stacked import ClampedBank, StackedBank
 from moestro.experts.tables import TableBank
 from moestro.experts.tensor_ring import TensorRingBank
 from moestro.experts.tucker import TuckerBank
@@ -23,9 +25,12 @@ from moestro.experts.zero_compute import ConstantBank, CopyBank
 __all__ = [
     "BankSlice",
     "CPBank",
+    "ClampedBank",
     "ConcatLinear",
     "ConstantBank",
     "CopyBank",
+    "DenseMLP",
+    "DenseMatrices",
     "ExpertBank",
     "ExpertLinear",
     "FFNBank",
@@ -40,6 +45,7 @@ __all__ = [
     "RaggedBank",
     "SharedExpert",
     "SingletonBank",
+    "StackedBank",
     "TableBank",
     "TensorRingBank",
     "TuckerBank",

@@ -6,5 +6,6 @@ Importing this package registers our grouped operation under the name `moestro`:
 
 from moestro.hf.experts import MOESTRO, experts_modules, intercepted
 from moestro.hf.load import load
+from moestro.hf.view import dense_view, view
 
-__all__ = ["MOESTRO", "experts_modules", "intercepted", "load"]
+__all__ = ["MOESTRO", "dense_view", "experts_modules", "intercepted", "load", "view"]

@@ -33,7 +33,7 @@ def load(
         raise ValueError(f"experts={experts!r}, allowed: eager, {', '.join(ALL_EXPERTS_FUNCTIONS.valid_keys())}")
     checked(folder, trust_remote_code)
     given = {"experts_implementation": experts, "attn_implementation": attention}
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         Path(folder),
         dtype=dtype,
         local_files_only=True,
@@ -41,6 +41,7 @@ def load(
         output_loading_info=True,
         **{name: value for name, value in given.items() if value is not None},
     )
+    model, found = loaded
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if found[what]:
             raise FormatError(f"{folder}: {what.replace('_', ' ')} for {type(model).__name__}: {_few(found[what])}")

@@ -3,6 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moestro.experts.dense_mlp import DenseMLP
 from moestro.experts.shared import SharedExpert
 from moestro.layers.base import Layer
 from moestro.routing import Trace
@@ -13,7 +14,15 @@ class DenseFFN(Layer):
 
     def __init__(self, d_model: int, width: int, activation: str = "silu", glu: bool = True) -> None:
         super().__init__()
-        self.expert = SharedExpert(d_model, width, activation, glu)
+        self.expert: SharedExpert | DenseMLP = SharedExpert(d_model, width, activation, glu)
+
+    @classmethod
+    def of(cls, expert: SharedExpert | DenseMLP) -> "DenseFFN":
+        """The layer that this expert makes."""
+        layer = cls.__new__(cls)
+        super().__init__(layer)
+        layer.expert = expert
+        return layer
 
     def forward(
         self, x: Float[Tensor, "*b d"], keep: Bool[Tensor, "*b"] | None = None

@@ -16,10 +16,12 @@ def without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def linear_fp32(x: Float[Tensor, "*b i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*b o"]:
-    """`x @ weight.T` in float32 at least, also under autocast (router scores decide discrete choices)."""
+def linear_fp32(
+    x: Float[Tensor, "*b i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, "o"] | None = None
+) -> Float[Tensor, "*b o"]:
+    """`x @ weight.T + bias` in float32 at least, also under autocast (router scores decide discrete choices)."""
     with without_autocast(x):
-        return F.linear(at_least_fp32(x), at_least_fp32(weight))
+        return F.linear(at_least_fp32(x), at_least_fp32(weight), None if bias is None else at_least_fp32(bias))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from moestro.data import (
     TextSource,
 )
 from moestro.experts import (
+    ClampedBank,
     ConstantBank,
     CopyBank,
     CPBank,
@@ -27,6 +28,7 @@ from moestro.experts import (
     RaggedBank,
     SharedExpert,
     SingletonBank,
+    StackedBank,
     TensorRingBank,
     TuckerBank,
     ValueBank,
@@ -65,6 +67,7 @@ from moestro.objectives import (
 )
 from moestro.recipe.shared_banks import shared_bank, shared_generator
 from moestro.routers import (
+    AffineScore,
     BiasedRouter,
     Capacity,
     CosineScore,
@@ -82,6 +85,8 @@ from moestro.routers import (
     ScoredRouter,
     SlotRouter,
     Soft,
+    SoftmaxOfChosen,
+    SparseMixer,
     SteeredTopP,
     TopAny,
     TopK,
@@ -105,6 +110,8 @@ SOURCES: dict[str, Callable[..., Any]] = {
 
 BANKS: dict[str, Callable[..., Any]] = {
     "ffn": FFNBank,
+    "stacked": StackedBank,
+    "clamped": ClampedBank,
     "singleton": SingletonBank,
     "glu_singleton": GLUSingletonBank,
     "value": ValueBank,
@@ -142,10 +149,18 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "modes": ModesRouter,
         "slots": SlotRouter,
     },
-    "score": {"linear": LinearScore, "noisy": NoisyScore, "cosine": CosineScore, "low_rank_cosine": LowRankCosineScore},
+    "score": {
+        "linear": LinearScore,
+        "affine": AffineScore,
+        "noisy": NoisyScore,
+        "cosine": CosineScore,
+        "low_rank_cosine": LowRankCosineScore,
+    },
     "select": {
         "top_k": TopK,
         "muted_top_k": MutedTopK,
+        "softmax_of_chosen": SoftmaxOfChosen,
+        "sparse_mixer": SparseMixer,
         "top_p": TopP,
         "steered_top_p": SteeredTopP,
         "top_any": TopAny,

@@ -10,13 +10,15 @@ from moestro.routers.modes import ModesRouter
 from moestro.routers.product_key import ProductKeyRouter
 from moestro.routers.residual import ResidualRouter
 from moestro.routers.sampling import SampledSecond
-from moestro.routers.scores import CosineScore, LinearScore, LowRankCosineScore, NoisyScore, Score
-from moestro.routers.selects import MutedTopK, Select, Soft, TopK, TopP
+from moestro.routers.scores import AffineScore, CosineScore, LinearScore, LowRankCosineScore, NoisyScore, Score
+from moestro.routers.selects import MutedTopK, Select, Soft, SoftmaxOfChosen, TopK, TopP
 from moestro.routers.slots import SlotRouter
+from moestro.routers.sparse_mixer import SparseMixer
 from moestro.routers.steered import SteeredTopP
 from moestro.routers.top_any import TopAny
 
 __all__ = [
+    "AffineScore",
     "BiasedRouter",
     "CosineScore",
     "GroupedRouter",
@@ -33,6 +35,8 @@ __all__ = [
     "Select",
     "SlotRouter",
     "Soft",
+    "SoftmaxOfChosen",
+    "SparseMixer",
     "SteeredTopP",
     "TopAny",
     "TopK",

@@ -61,6 +61,21 @@ class LinearScore(Score):
         return linear_fp32(x, self.weight)
 
 
+class AffineScore(LinearScore):
+    """logit_te = w_e . x_t + b_e, biases from 0 (gpt-oss)."""
+
+    def __init__(self, d_model: int, n_experts: int, init_std: float = 0.02) -> None:
+        super().__init__(d_model, n_experts, init_std)
+        self.bias = nn.Parameter(torch.zeros(n_experts))
+
+    def forward(self, x: Float[Tensor, "t d"]) -> Float[Tensor, "t e"]:
+        return linear_fp32(x, self.weight, self.bias)
+
+    def reindex(self, index: Int[Tensor, "m"]) -> None:
+        super().reindex(index)
+        self.bias = nn.Parameter(self.bias.detach()[index.clamp(min=0)] * (index >= 0))
+
+
 class NoisyScore(LinearScore):
     """logit_te = w_e . x_t + noise, in training: noise = N(0, 1) softplus(v_e . x_t) (Shazeer 2017, arXiv:1701.06538,
     Eq. 4; with `TopK` the noisy top-k routing of MoDSE, arXiv:2409.12210). In evaluation the first term alone.

@@ -55,17 +55,24 @@ class TopK(Select):
     Wang 2024, arXiv:2408.10681, Eq. 8: softmax over all experts first. Ties go to the lower expert index. With k = 1
     the renormalised gate is the constant 1, and the router learns from objectives only. Other gates are those of
     `GATES`, such as independent sigmoids (Csordas 2023, arXiv:2310.10837); `limit` confines a token to its best groups
-    of experts.
+    of experts; `scale` multiplies all gates (DeepSeek-V2, arXiv:2405.04434).
     """
 
     def __init__(
-        self, top_k: int, renormalize: bool = True, gate: str = "softmax", limit: GroupLimit = EVERYWHERE
+        self,
+        top_k: int,
+        renormalize: bool = True,
+        gate: str = "softmax",
+        limit: GroupLimit = EVERYWHERE,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         if top_k < 1:
             raise ValueError(f"top_k={top_k}, allowed: at least 1")
+        if not scale > 0:
+            raise ValueError(f"scale={scale}, allowed: above 0")
         find(gate)
-        self.top_k, self.renormalize, self.gate, self.limit = top_k, renormalize, gate, limit
+        self.top_k, self.renormalize, self.gate, self.limit, self.scale = top_k, renormalize, gate, limit, scale
 
     def check(self, n_experts: int) -> None:
         if self.top_k > n_experts:
@@ -84,13 +91,28 @@ class TopK(Select):
         gates = scores.gather(1, expert)
         if self.renormalize:
             gates = gates / gates.sum(-1, keepdim=True)
-        return SparseRouting.from_topk(expert, gates, logits.shape[1], gate.shown(logits))
+        return SparseRouting.from_topk(expert, self.scale * gates, logits.shape[1], gate.shown(logits))
 
     def rows_per_token(self, n_experts: int) -> float:
         return self.top_k
 
     def choices(self, n_experts: int) -> tuple[int | None, bool, tuple[str, ...]]:
         return self.top_k, True, ("experts are limited to groups",) if self.limit.limits else ()
+
+
+class SoftmaxOfChosen(TopK):
+    """The k experts of largest logits; gates are the softmax of the k chosen logits alone (GraniteMoE, gpt-oss).
+
+    The same numbers as `TopK` but for rounding, which here is that of the models made so. Ties go to the lower expert.
+    """
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__(top_k)
+
+    def forward(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
+        chosen, expert = logits.sort(dim=-1, descending=True, stable=True)
+        gates = chosen[:, : self.top_k].softmax(-1)
+        return SparseRouting.from_topk(expert[:, : self.top_k].contiguous(), gates, logits.shape[1], logits)
 
 
 class MutedTopK(TopK):
