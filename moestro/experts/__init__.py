@@ -1,6 +1,7 @@
 """Floor 2: what experts compute and how their weights are stored. Experts do not know who routed to them."""
 
 from moestro.experts.base import ExpertBank
+from moestro.experts.biased_ffn import BiasedFFNBank
 from moestro.experts.cp import CPBank
 from moestro.experts.dense_mlp import DenseMatrices, DenseMLP
 from moestro.experts.factored import FactoredBank
@@ -11,7 +12,7 @@ from moestro.experts.mixed import MixedBank
 from moestro.experts.mpo import MPOBank, MPOLinear
 from moestro.experts.quantized import QuantizedBank, quantize_banks, quantized
 from moestro.experts.ragged import RaggedBank
-from moestro.experts.shared import SharedExpert
+from moestro.experts.shared import OutputBias, SharedExpert
 from moestro.experts.singleton import GLUSingletonBank, SingletonBank
 from moestro.experts.slices import BankSlice
 from moestro.experts.split import split_ffn
@@ -24,6 +25,7 @@ from moestro.experts.zero_compute import ConstantBank, CopyBank
 
 __all__ = [
     "BankSlice",
+    "BiasedFFNBank",
     "CPBank",
     "ClampedBank",
     "ConcatLinear",
@@ -41,6 +43,7 @@ __all__ = [
     "MPOBank",
     "MPOLinear",
     "MixedBank",
+    "OutputBias",
     "QuantizedBank",
     "RaggedBank",
     "SharedExpert",

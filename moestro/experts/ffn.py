@@ -38,8 +38,11 @@ class FFNExperts(ExpertBank):
         return len(self.widths)
 
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
+        return self.outputs(self.w_in(z.split(offsets.diff().tolist())))
+
+    def outputs(self, hidden: Sequence[Float[Tensor, "_ _"]]) -> Float[Tensor, "n d"]:
+        """Of every expert's rows, from what its first map made of them."""
         act = find(self.activation).forward
-        hidden = self.w_in(z.split(offsets.diff().tolist()))
         if self.glu:
             hidden = [act(h[:, :width]) * h[:, width:] for h, width in zip(hidden, self.widths, strict=True)]
         else:

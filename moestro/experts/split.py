@@ -18,10 +18,12 @@ def split_ffn(dense: SharedExpert, widths: Sequence[int], gate: float = 1.0) -> 
     output weights are divided by `gate`, for routers whose gates sum to 1 by 1 / n_experts (the dense variant of XMoE,
     arXiv:2403.18926, whose released code leaves the procedure out; contiguous blocks are ours).
 
-    Raises: ValueError where the widths do not sum to the dense width, or gate is not above 0.
+    Raises: ValueError where the widths do not sum to the dense width, gate is not above 0, or there are biases.
     """
     if sum(widths) != dense.width:
         raise ValueError(f"widths={list(widths)} sum to {sum(widths)}, allowed: {dense.width}, the dense width")
+    if dense.w_in.bias is not None:
+        raise ValueError("bias=True, allowed: a network without biases; moestro.convert splits those with them")
     if not gate > 0:
         raise ValueError(f"gate={gate}, allowed: above 0")
     bank = FFNBank(dense.d_model, widths, dense.activation, dense.glu).to(dense.w_in.weight)

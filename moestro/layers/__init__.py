@@ -10,6 +10,7 @@ from moestro.layers.multi_head import MultiHeadLayer
 from moestro.layers.peer_pytorch import from_peer_pytorch
 from moestro.layers.recording import ActiveRows, AllRows, SampledRows
 from moestro.layers.stratified import StratifiedLayer
+from moestro.layers.taught import TaughtLayer
 
 __all__ = [
     "ActiveRows",
@@ -23,6 +24,7 @@ __all__ = [
     "SampledRows",
     "SequenceLayer",
     "StratifiedLayer",
+    "TaughtLayer",
     "from_peer_pytorch",
     "scaled_experts",
 ]

@@ -12,9 +12,11 @@ from moestro.routing import Trace
 class DenseFFN(Layer):
     """One expert for every token and no router: y = FFN(x). Leaves no traces."""
 
-    def __init__(self, d_model: int, width: int, activation: str = "silu", glu: bool = True) -> None:
+    def __init__(
+        self, d_model: int, width: int, activation: str = "silu", glu: bool = True, bias: bool = False
+    ) -> None:
         super().__init__()
-        self.expert: SharedExpert | DenseMLP = SharedExpert(d_model, width, activation, glu)
+        self.expert: SharedExpert | DenseMLP = SharedExpert(d_model, width, activation, glu, bias)
 
     @classmethod
     def of(cls, expert: SharedExpert | DenseMLP) -> "DenseFFN":

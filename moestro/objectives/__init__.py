@@ -13,6 +13,7 @@ from moestro.objectives.first_choice import FirstChoiceBalance
 from moestro.objectives.gate_l1 import GateL1
 from moestro.objectives.groups import GroupPenalty, IntraGroupBalance
 from moestro.objectives.retrieved import RetrievedParameterPenalty
+from moestro.objectives.router_target import RouterTarget
 from moestro.objectives.top_any import GateBalance, GateEfficiency, RouterDiversity, RouterSimplicity
 from moestro.routing import Trace
 
@@ -31,6 +32,7 @@ __all__ = [
     "RouterDiversity",
     "RouterEntropy",
     "RouterSimplicity",
+    "RouterTarget",
     "RouterZLoss",
     "WeightedBalance",
     "ClusterVariance",

@@ -235,8 +235,10 @@ class Binder:
 
 
 def parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keywords a constructor takes."""
-    return dict(inspect.signature(make).parameters)
+    """The keywords a constructor takes, by name; a module without a constructor of its own takes none."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = inspect.signature(make).parameters.items()
+    return {name: parameter for name, parameter in named if parameter.kind not in several}
 
 
 def _scalar(value: Any, hint: type, place: Place) -> Any:

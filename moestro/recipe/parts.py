@@ -14,6 +14,7 @@ from moestro.data import (
     TextSource,
 )
 from moestro.experts import (
+    BiasedFFNBank,
     ClampedBank,
     ConstantBank,
     CopyBank,
@@ -24,6 +25,7 @@ from moestro.experts import (
     HyperGenerator,
     MixedBank,
     MPOBank,
+    OutputBias,
     QuantizedBank,
     RaggedBank,
     SharedExpert,
@@ -46,6 +48,7 @@ from moestro.layers import (
     SampledRows,
     SequenceLayer,
     StratifiedLayer,
+    TaughtLayer,
 )
 from moestro.objectives import (
     ClusterVariance,
@@ -62,6 +65,7 @@ from moestro.objectives import (
     RouterDiversity,
     RouterEntropy,
     RouterSimplicity,
+    RouterTarget,
     RouterZLoss,
     WeightedBalance,
 )
@@ -82,6 +86,7 @@ from moestro.routers import (
     ReLU,
     ResidualRouter,
     SampledSecond,
+    ScaledTopK,
     ScoredRouter,
     SlotRouter,
     Soft,
@@ -112,6 +117,7 @@ BANKS: dict[str, Callable[..., Any]] = {
     "ffn": FFNBank,
     "stacked": StackedBank,
     "clamped": ClampedBank,
+    "biased_ffn": BiasedFFNBank,
     "singleton": SingletonBank,
     "glu_singleton": GLUSingletonBank,
     "value": ValueBank,
@@ -133,6 +139,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "stratified": StratifiedLayer,
     "multi_head": MultiHeadLayer,
     "factored": FactoredLayer,
+    "taught": TaughtLayer,
 }
 
 PARTS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -140,6 +147,8 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "ffn": LAYERS,
     "sublayers": LAYERS,
     "layer": LAYERS,
+    "student": {"moe": MoELayer},
+    "teacher": {"dense": DenseFFN},
     "router": {
         "scored": ScoredRouter,
         "biased": BiasedRouter,
@@ -161,6 +170,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "muted_top_k": MutedTopK,
         "softmax_of_chosen": SoftmaxOfChosen,
         "sparse_mixer": SparseMixer,
+        "scaled_top_k": ScaledTopK,
         "top_p": TopP,
         "steered_top_p": SteeredTopP,
         "top_any": TopAny,
@@ -170,7 +180,14 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "expert_choice": ExpertChoice,
         "relu": ReLU,
     },
-    "branches": {**BANKS, "mixed": MixedBank, "shared": SharedExpert, "shared_bank": shared_bank, "hyper": HyperExpert},
+    "branches": {
+        **BANKS,
+        "mixed": MixedBank,
+        "shared": SharedExpert,
+        "bias": OutputBias,
+        "shared_bank": shared_bank,
+        "hyper": HyperExpert,
+    },
     "banks": BANKS,
     "shared_part": {**BANKS, "hyper_generator": HyperGenerator},
     "generator": {"shared": shared_generator},
@@ -205,6 +222,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "router_z_loss": RouterZLoss,
         "router_diversity": RouterDiversity,
         "router_simplicity": RouterSimplicity,
+        "router_target": RouterTarget,
         "gate_balance": GateBalance,
         "gate_efficiency": GateEfficiency,
     },

@@ -73,9 +73,10 @@ class Place:
         return (self / got).error(unknown("key", got, allowed))
 
 
-def read_tree(path: Path, overrides: Iterable[str] = ()) -> tuple[dict, Origin]:
-    """The file at `path` over the one it extends, with `a.b.c=value` overrides set last."""
-    own = read_yaml(path)
+def read_tree(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict, Origin]:
+    """The file at `path` (None: nothing) over the one it extends, with `a.b.c=value` overrides set last."""
+    own = {} if path is None else read_yaml(path)
+    path = path or Path("command line")
     base_path, base = _base_of(path, own)
     tree = merge(base or {}, {key: value for key, value in own.items() if key != "extends"})
     settings = [_split(text) for text in overrides]

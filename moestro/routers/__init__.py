@@ -10,6 +10,7 @@ from moestro.routers.modes import ModesRouter
 from moestro.routers.product_key import ProductKeyRouter
 from moestro.routers.residual import ResidualRouter
 from moestro.routers.sampling import SampledSecond
+from moestro.routers.scaled import ScaledTopK
 from moestro.routers.scores import AffineScore, CosineScore, LinearScore, LowRankCosineScore, NoisyScore, Score
 from moestro.routers.selects import MutedTopK, Select, Soft, SoftmaxOfChosen, TopK, TopP
 from moestro.routers.slots import SlotRouter
@@ -31,6 +32,7 @@ __all__ = [
     "Router",
     "SampledSecond",
     "Score",
+    "ScaledTopK",
     "ScoredRouter",
     "Select",
     "SlotRouter",

@@ -62,7 +62,7 @@ class LinearScore(Score):
 
 
 class AffineScore(LinearScore):
-    """logit_te = w_e . x_t + b_e, biases from 0 (gpt-oss)."""
+    """logit_te = w_e . x_t + b_e, biases from 0 (gpt-oss; the router of FactorLLM, Zhao 2024, arXiv:2408.11855)."""
 
     def __init__(self, d_model: int, n_experts: int, init_std: float = 0.02) -> None:
         super().__init__(d_model, n_experts, init_std)

@@ -67,7 +67,8 @@ class Trace:
     """What one `MoELayer` did in one forward: its input tokens, its routing and, where the layer records them, the
     experts' outputs before they are combined, `overheard` those on tokens that chose others. `step` is there where
     training knows the whole step's traffic, which it finds out for objectives that ask for it. `origin` is there where
-    the routed tokens are not the model's tokens one by one."""
+    the routed tokens are not the model's tokens one by one. `target` is what a teacher says that the outputs of each
+    token's experts should add up to, where the layer has one."""
 
     layer: TracedLayer
     x: Float[Tensor, "t d"]
@@ -76,6 +77,7 @@ class Trace:
     step: StepTraffic | None = None
     origin: Origin | None = None
     overheard: Overheard | None = None
+    target: Float[Tensor, "t o"] | None = None
 
     @property
     def n_tokens(self) -> int:

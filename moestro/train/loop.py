@@ -52,9 +52,7 @@ def train(
     with RunFolder(run_dir) as folder, StopSignal() as stop, progress or Silent() as display:
         if claim is not None:
             claim(folder)
-        same = {"data": {"fingerprint": dataset.fingerprint}, "objectives": weights_of(objectives)}
-        rules = [QueryNormStatistics(), *rules]
-        state = TrainState(model, build_optimizer(model, settings.optim), rules, settings, same)
+        state = first_state(model, dataset, settings, objectives, rules)
         newest = folder.newest_checkpoint
         if folder.result is not None:
             if newest is not None:
@@ -64,7 +62,7 @@ def train(
         keep_freed_memory()
         torch.manual_seed(settings.seed)
         model.recompute = settings.recompute
-        for rule in rules:
+        for rule in state.rules:
             rule.start(model, state.optimizer)
         if newest is not None:
             state.restore(newest)
@@ -73,6 +71,19 @@ def train(
         with MetricsLog(folder, settings, state.counters, display) as log:
             run(dataset, objectives, state, folder, log, stop)
         return folder.finish(state.result())
+
+
+def first_state(
+    model: Transformer,
+    dataset: Batches,
+    settings: TrainSettings,
+    objectives: ScheduledObjectives,
+    rules: Sequence[Rule],
+) -> TrainState:
+    """A run before its first step; its rules have not started."""
+    same = {"data": {"fingerprint": dataset.fingerprint}, "objectives": weights_of(objectives)}
+    optimizer = build_optimizer(model, settings.optim)
+    return TrainState(model, optimizer, [QueryNormStatistics(), *rules], settings, same)
 
 
 def run(

@@ -60,7 +60,7 @@ def test_help_is_quick_and_waits_for_no_torch() -> None:
     assert done.returncode == 0 and "--out DIR" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "inspect", "compare", "prepare", "version"])
+@pytest.mark.parametrize("verb", ["train", "eval", "inspect", "compare", "convert", "prepare", "version"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as done:
         main([verb, "--help"])

@@ -25,6 +25,7 @@ SELECTS = {
     "muted_top_k": {"top_k": 3, "muted": [2, 5]},
     "softmax_of_chosen": {"top_k": 3},
     "sparse_mixer": {"jitter": 0.2},
+    "scaled_top_k": {"top_k": 3, "gate": "straight_through", "scale": 1.7},
     "top_p": {"threshold": 0.6},
     "steered_top_p": {"start": 0.6},
     "top_any": {"n_experts": 9},
@@ -45,6 +46,7 @@ BANKS = {
     "ffn": lambda make: make(D, [3, 5, 0, 8, 1, 2, 2, 7, 4]),
     "stacked": lambda make: make(D, E, width=5),
     "clamped": lambda make: make(D, E, width=5),
+    "biased_ffn": lambda make: make(D, [3, 5, 0, 8, 1, 2, 2, 7, 4]),
     "singleton": lambda make: make(D, E),
     "glu_singleton": lambda make: make(D, E),
     "value": lambda make: make(D, E),
@@ -58,7 +60,7 @@ BANKS = {
     "mpo": lambda make: make(D, E, 4, width_factors=[2, 1, 2], d_factors=[1, 3, 2]),
     "mixed": lambda make: make([FFNBank(D, [3, 5, 0, 8]), CopyBank(), ConstantBank(D, 2), SingletonBank(D, 2)]),
 }
-SHARED = {"shared": {"width": 5}}
+SHARED = {"shared": {"width": 5}, "bias": {}}
 # a bank that stands elsewhere in the recipe
 NAMED = {"shared_bank"}
 # made of a routing, by a generator: tests/systems/test_hypermoe.py

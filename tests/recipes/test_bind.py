@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from moestro.recipe.bind import Binder, Part
+from moestro.layers import AllRows
+from moestro.recipe.bind import Binder, Part, parameters
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.syntax import RecipeError
 
@@ -259,3 +260,8 @@ def test_a_layer_without_experts_has_nothing_to_tell_its_router() -> None:
 def test_d_model_is_asked_for_where_nobody_supplies_it() -> None:
     node = {"router": {"kind": "scored", "score": {"kind": "linear"}}, "branches": [{"kind": "bank"}]}
     assert refusal(Layer, node) == "missing key 'd_model' (r.yaml: room.router.score)"
+
+
+def test_a_module_without_a_constructor_takes_no_keywords() -> None:
+    """`record: {kind: all}` asked for a keyword `args` of torch's Module."""
+    assert parameters(AllRows) == {}

@@ -15,7 +15,9 @@ from moestro.train.optim import build_optimizer
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "recipes"
-EVERY = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml") if "compare" not in path.parts)
+EVERY = sorted(
+    str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml") if not {"compare", "convert"} & set(path.parts)
+)
 TINY = [name for name in EVERY if "/" not in name]
 # What makes a recipe at the top small enough to be trained in a test.
 SHRUNK = {

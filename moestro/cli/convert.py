@@ -1,0 +1,47 @@
+"""moestro convert"""
+
+from argparse import Namespace
+from pathlib import Path
+
+from moestro.cli.arguments import Parser, add_device, device_named
+
+
+def add_arguments(parser: Parser) -> None:
+    """SRC, key=value ..., --out, --recipe, --back, --drop-teacher, --checkpoint, --device"""
+    parser.add_argument("source", type=Path, metavar="SRC", help="a run folder of a dense model")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a value to set: method.top_k=2")
+    parser.add_argument("--out", type=Path, required=True, metavar="DST", help="the folder to write")
+    parser.add_argument("--recipe", type=Path, metavar="RECIPE", help="how: recipes/convert/factorllm.yaml, ...")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--back", action="store_true", help="the inverse: the dense model of a converted run")
+    instead.add_argument("--drop-teacher", action="store_true", help="a converted run without its frozen teachers")
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="default: newest")
+    add_device(parser)
+
+
+def run(arguments: Namespace) -> int:
+    """Turn a dense model into a mixture of experts, or back, and check that it is the same."""
+    if arguments.back or arguments.drop_teacher:
+        return _inverse(arguments)
+    from rich.console import Console
+
+    from moestro.convert.plan import load_conversion
+    from moestro.convert.report import report_table
+    from moestro.convert.run import convert_run
+
+    conversion = load_conversion(arguments.recipe, arguments.overrides)
+    device = device_named(arguments.device)
+    report = convert_run(arguments.source, arguments.out, conversion, device, arguments.checkpoint)
+    Console().print(report_table(report))
+    print(f"{arguments.out}: go on with moestro train {arguments.out / 'recipe.yaml'} --out {arguments.out}")
+    return 0
+
+
+def _inverse(arguments: Namespace) -> int:
+    from moestro.convert.back import drop_teachers, restore_dense
+
+    invert = restore_dense if arguments.back else drop_teachers
+    blocks = invert(arguments.source, arguments.out, arguments.checkpoint)
+    what = "dense again" if arguments.back else "without its teacher"
+    print(f"{arguments.out}: {len(blocks)} layers, each {what}")
+    return 0

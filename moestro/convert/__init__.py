@@ -1,0 +1,1 @@
+"""Floor 8: dense models turned into mixtures of experts, and back."""

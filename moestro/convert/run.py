@@ -1,0 +1,163 @@
+"""A run folder of a dense model -> a run folder of a mixture that `moestro train` goes on with."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from moestro.convert.layers import ConversionError, Converted, Site, convert_layers, every_expert, warning_of
+from moestro.convert.network import of_expert
+from moestro.convert.plan import Conversion
+from moestro.data import Batch, Dataset
+from moestro.evaluate import evaluate
+from moestro.layers import DenseFFN, MoELayer
+from moestro.model import Transformer
+from moestro.recipe.build import build_model, build_training, claim_folder
+from moestro.recipe.evaluation import Run, opened_run
+from moestro.recipe.load import Recipe, check_recipe, load_recipe
+from moestro.recipe.resolve import Origin, copy_tree, merge
+from moestro.train.folder import RunFolder
+from moestro.train.start import write_start
+
+# Files of a converted run besides those of every run: the figures, the dense recipe, where its units lie.
+REPORT, DENSE_RECIPE, UNITS = "convert.json", "dense.yaml", "units.safetensors"
+# Held-out tokens on which the model is measured before and after.
+MEASURED = 32_768
+
+
+def convert_run(
+    source: str | Path,
+    out: str | Path,
+    conversion: Conversion,
+    device: str = "cpu",
+    checkpoint: str = "newest",
+    held_out: int = MEASURED,
+) -> dict[str, Any]:
+    """Convert the dense layers of a run's checkpoint and write `out`, a run folder at step 0; returns the report, which
+    is also in its convert.json.
+
+    Raises: RecipeError for a folder that is no run or a recipe that does not fit; ConversionError where nothing is to
+    be converted or a layer is not what it should be; CheckpointError without an intact checkpoint.
+    """
+    run = opened_run(source, device=device, checkpoint=checkpoint)
+    dense = load_recipe(Path(source) / "recipe.yaml")
+    sites = dense_sites(run.model, conversion.layers)
+    before = evaluate(run.model, run.dataset.val_batches(run.batch_size, held_out), precision=run.precision)
+    batches = partial(calibration, run.dataset, run.batch_size, conversion)
+    made = list(convert_layers(run.model, sites, conversion, batches, run.precision))
+    recipe = converted_recipe(dense, made, conversion, Path(out))
+    model = assembled(recipe, run, made, device)
+    report = {
+        **report_of(source, run.checkpoint.name, made),
+        "warning": warning_of(made[0].mixture.node, recipe.resolved["objectives"]),
+        "loss": {"dense": before["loss"], **losses(model, made, run, held_out)},
+    }
+    if report["warning"]:
+        warnings.warn(report["warning"], stacklevel=2)
+    units = {str(one.site.index): one.mixture.rows for one in made}
+    write_run(Path(out), recipe, model, run.dataset, partial(_add_files, report=report, dense=dense, units=units))
+    return report
+
+
+def dense_sites(model: Transformer, layers: tuple[int, ...] | None) -> list[Site]:
+    """The dense layers of a decoder, all or those of the blocks that are named.
+
+    Raises: ConversionError where there are none, or one named is not dense.
+    """
+    blocks: list[Any] = list(model.blocks)
+    dense = [index for index, block in enumerate(blocks) if isinstance(block.ffn, DenseFFN)]
+    chosen = dense if layers is None else list(layers)
+    if not chosen or not set(chosen) <= set(dense):
+        raise ConversionError(f"layers={chosen}, allowed: some of {dense}, the blocks with a dense feed-forward layer")
+
+    def put(index: int, layer: nn.Module) -> None:
+        blocks[index].ffn = layer
+
+    return [
+        Site(index, blocks[index].ffn, of_expert(blocks[index].ffn.expert), partial(put, index)) for index in chosen
+    ]
+
+
+def calibration(dataset: Dataset, batch_size: int, conversion: Conversion) -> Iterator[Batch]:
+    """The training batches that calibration reads."""
+    for step in range(math.ceil(conversion.tokens / (batch_size * dataset.seq_len))):
+        yield dataset.train_batch(step, batch_size, conversion.seed)
+
+
+def converted_recipe(dense: Recipe, made: list[Converted], conversion: Conversion, out: Path) -> Recipe:
+    """The dense recipe with the converted layers in their blocks, and what the conversion says of the run.
+
+    Raises: RecipeError where that is no recipe.
+    """
+    tree = copy_tree(dense.resolved)
+    for one in made:
+        index, node = one.site.index, one.mixture.node
+        old = tree["model"]["layers"].get(index, tree["model"]["ffn"])
+        if conversion.taught:
+            student = {**node, "record": {"kind": "all"}}
+            node = {"kind": "taught", "student": student, "teacher": copy_tree(old)}
+        tree["model"]["layers"][index] = node
+    tree = merge(tree, conversion.run)
+    return check_recipe(Recipe(tree, Origin(out / "recipe.yaml", tree)))
+
+
+def assembled(recipe: Recipe, run: Run, made: list[Converted], device: str) -> Transformer:
+    """The converted model: the dense model's other weights, the new layers' own, teachers where there are any."""
+    model = build_model(recipe, run.dataset.vocab_size, device)
+    weights = dict(run.model.state_dict())
+    for one in made:
+        place = f"blocks.{one.site.index}.ffn."
+        new: Any = model.blocks[one.site.index]
+        inside = "" if isinstance(new.ffn, MoELayer) else "student."
+        teacher = {} if not inside else {f"{place}teacher.{k}": v for k, v in one.site.module.state_dict().items()}
+        layer = {f"{place}{inside}{name}": value for name, value in one.mixture.layer.state_dict().items()}
+        weights = {name: value for name, value in weights.items() if not name.startswith(place)} | layer | teacher
+    model.load_state_dict(weights)
+    return model
+
+
+def losses(model: Transformer, made: list[Converted], run: Run, held_out: int) -> dict[str, float]:
+    """Held-out loss of the converted model and, where that should be the dense one's, with all experts."""
+
+    def measured() -> float:
+        batches = run.dataset.val_batches(run.batch_size, held_out)
+        return evaluate(model, batches, precision=run.precision)["loss"]
+
+    found = {"converted": measured()}
+    if made[0].mixture.exact == "all":
+        with every_expert(model.moe_layers()[name] for name in _names(model, made)):
+            found["all_experts"] = measured()
+    return found
+
+
+def _names(model: Transformer, made: list[Converted]) -> list[str]:
+    indices = {str(one.site.index) for one in made}
+    return [name for name in model.moe_layers() if name.split(".")[1] in indices]
+
+
+def report_of(source: str | Path, checkpoint: str, made: list[Converted]) -> dict[str, Any]:
+    """Where the model comes from, and what is said of every layer."""
+    return {"source": str(source), "checkpoint": checkpoint, "layers": [one.figures for one in made]}
+
+
+def write_run(out: Path, recipe: Recipe, model: Transformer, dataset: Dataset, add: Any) -> None:
+    """A run folder at step 0; `add` is called with it to add files."""
+    settings, objectives, rules = build_training(recipe)
+
+    def claim(folder: RunFolder) -> None:
+        claim_folder(folder, recipe, dataset.tokenizer)
+        add(folder)
+
+    write_start(model, dataset, settings, objectives, rules, out, claim)
+
+
+def _add_files(folder: RunFolder, report: dict[str, Any], dense: Recipe, units: dict[str, torch.Tensor]) -> None:
+    folder.write_json(REPORT, report)
+    dense.write(folder.path / DENSE_RECIPE)
+    save_file({name: rows.contiguous() for name, rows in units.items()}, folder.path / UNITS)
