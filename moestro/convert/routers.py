@@ -71,7 +71,7 @@ def wanted_sum(layer: MoELayer, seen: Seen, x: Float[Tensor, "t d"]) -> Float[Te
 @torch.no_grad()
 def labels_of(mixture: Mixture, seen: Seen, kind: LabelKind) -> Bool[Tensor, "t e"]:
     """The experts that each calibration token should choose."""
-    select = mixture.layer.router.select
+    select: Any = mixture.layer.router.select
     found = []
     for x in seen.x.split(PIECE):
         outputs, target = expert_outputs(mixture.layer, x), wanted_sum(mixture.layer, seen, x)
@@ -175,7 +175,8 @@ def fitted_scale(mixture: Mixture, seen: Seen) -> float:
 
 def set_scale(mixture: Mixture, scale: float) -> None:
     """In the layer and in its recipe."""
-    mixture.layer.router.select.scale = scale
+    select: Any = mixture.layer.router.select
+    select.scale = scale
     mixture.node["router"]["select"]["scale"] = scale
 
 

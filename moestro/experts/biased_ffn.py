@@ -19,6 +19,8 @@ class BiasedFFNBank(ExpertBank):
     however many experts a token meets. Computes by the definition; the compiled operations know no biases.
     """
 
+    ffn: FFNBank
+
     def __init__(self, d_model: int, widths: Sequence[int], activation: str = "silu", glu: bool = True) -> None:
         super().__init__()
         self.ffn = FFNBank(d_model, widths, activation, glu)

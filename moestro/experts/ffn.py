@@ -89,6 +89,9 @@ class FFNBank(FFNExperts):
     2 d sum(widths) without `glu`.
     """
 
+    w_in: ConcatLinear
+    w_out: ConcatLinear
+
     def __init__(
         self,
         d_model: int,
