@@ -1,5 +1,6 @@
 """A trained feed-forward network as a list of hidden units, to be dealt to experts and gathered again."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -61,7 +62,7 @@ class Network:
 
         return self.mapped(rows)
 
-    def mapped(self, change) -> Self:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The network with `change` made to every tensor that has a row for each unit."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         each = {name: value for name, value in named.items() if isinstance(value, Tensor) and name != "out_bias"}
