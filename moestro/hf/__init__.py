@@ -5,7 +5,8 @@ Importing this package registers our grouped operation under the name `moestro`:
 """
 
 from moestro.hf.experts import MOESTRO, experts_modules, intercepted
+from moestro.hf.hosted import Hosted
 from moestro.hf.load import load
 from moestro.hf.view import dense_view, view
 
-__all__ = ["MOESTRO", "dense_view", "experts_modules", "intercepted", "load", "view"]
+__all__ = ["MOESTRO", "Hosted", "dense_view", "experts_modules", "intercepted", "load", "view"]

@@ -1,0 +1,250 @@
+"""`Hosted`: a decoder of transformers whose feed-forward blocks are our layers, called as our own decoder is."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.pytorch_utils import Conv1D
+
+from moestro.cost import Cost
+from moestro.hf.view import layer_of, places
+from moestro.layers import Layer, MoELayer
+from moestro.model import Output
+from moestro.model.active import idle_parameters
+from moestro.routers import BiasedRouter, ScoredRouter
+from moestro.routing import Trace
+
+# Families whose decoder layers take what the block returned besides its output.
+RETURNS_A_PAIR = {"gpt_oss"}
+# Families whose attention masks do not look at the positions, from which documents are known (transformers 5.23).
+MASKS_WITHOUT_POSITIONS = {"gpt_oss"}
+
+
+class HostedBlock(nn.Module):
+    """What a decoder layer of another library calls in place of its feed-forward block: `ffn`, any layer of ours that
+    returns what is added to the residual stream."""
+
+    causal = True
+
+    def __init__(self, ffn: Layer) -> None:
+        super().__init__()
+        self.ffn = ffn
+
+
+class Bridge(nn.Module):
+    """Stands where the library's block stood. Its layer belongs to `Hosted`, which tells it what the library does not
+    pass on: which tokens count, and where traces go."""
+
+    def __init__(self, host: "Hosted", block: HostedBlock, pair: bool) -> None:
+        super().__init__()
+        # not as submodules: they are named under `Hosted.blocks`, once
+        self.to_host, self.pair = (host, block), pair
+
+    def forward(self, x: Float[Tensor, "b s d"]) -> Any:
+        host, block = self.to_host
+        ffn: Any = block.ffn
+        y, traces = ffn(x, host.keep, tuple(host.traces)) if ffn.follows else ffn(x, host.keep)
+        host.traces.extend(traces)
+        return (y, None) if self.pair else y
+
+
+class Hosted(nn.Module):
+    """A decoder of transformers in which every feed-forward block is a layer of ours: over the block's own tensors
+    (`hf.view`), or the one that `layers` names by the block's number. Called as `moestro.model.Transformer` is.
+
+    `blocks[i].ffn` is the layer of block i, `decoder` everything else. Positions restart with every packed document, as
+    transformers has it; the layers of a state-space model (Jamba) carry on across them all the same.
+
+    Raises: ValueError for a family that is not known, a layer that owns its residual, a number that is no block, and,
+    unless `allow_non_causal`, a layer that looks at other tokens.
+    """
+
+    def __init__(
+        self, decoder: PreTrainedModel, layers: Mapping[int, Layer] | None = None, allow_non_causal: bool = False
+    ) -> None:
+        super().__init__()
+        layers, found = dict(layers or {}), places(decoder)
+        if unknown := layers.keys() - found.keys():
+            raise ValueError(f"layer {min(unknown)}, allowed: 0 to {len(found) - 1}")
+        self.decoder = decoder
+        self.stock_blocks = {number: place.block for number, place in found.items()}
+        own = {number: layers.get(number) or layer_of(decoder.config, place.block) for number, place in found.items()}
+        self.blocks = nn.ModuleList(HostedBlock(own[number]) for number in found)
+        for number, block in enumerate(self._blocks()):
+            if block.ffn.owns_residual:
+                raise ValueError(
+                    f"layer {number}: {type(block.ffn).__name__} owns its residual, which transformers adds"
+                )
+            found[number].put(Bridge(self, block, decoder.config.model_type in RETURNS_A_PAIR))
+        self.vocab_size: int = decoder.config.vocab_size
+        self.d_model: int = decoder.config.hidden_size
+        self.keep: Tensor | None = None
+        self.traces: list[Trace] = []
+        self._recompute = False
+        if not allow_non_causal:
+            self._check_causal()
+
+    def _check_causal(self) -> None:
+        for name, layer in self.moe_layers().items():
+            if not layer.router.causal:
+                raise ValueError(
+                    f"{name}: {type(layer.router).__name__} looks at other tokens, so predictions would depend on the "
+                    "future; say allow_non_causal: true to train it all the same"
+                )
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b s"],
+        *,
+        documents: Int[Tensor, "b s"] | None = None,
+        keep: Bool[Tensor, "b s"] | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Logits of the next token after each token, and a trace for every MoE layer; arguments as those of
+        `Transformer.forward`, `cache` as from `new_cache`.
+
+        Raises: ValueError where `documents` and `cache` come together.
+        """
+        if documents is not None and cache is not None:
+            raise ValueError("documents (packed training text) and cache (generation) exclude each other")
+        positions = None if documents is None else positions_within(documents)
+        # `keep` stays for blocks that are computed again in the backward pass, traces do not
+        self.keep, self.traces = keep, []
+        decoder: Any = self.decoder
+        mask = None if positions is None else packed_mask(self.decoder, tokens, positions)
+        known = {"position_ids": positions, "attention_mask": mask, "past_key_values": cache}
+        found = decoder(input_ids=tokens, use_cache=cache is not None, **known)
+        traces, self.traces = tuple(self.traces), []
+        return Output(found.logits, traces)
+
+    def new_cache(self) -> Cache:
+        """An empty cache of earlier tokens."""
+        return DynamicCache(config=self.decoder.config)
+
+    @property
+    def head(self) -> nn.Module:
+        """What maps hidden states to logits."""
+        return self.decoder.get_output_embeddings()  # type: ignore[return-value]
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token depends on later ones."""
+        return all(layer.router.causal for layer in self.moe_layers().values())
+
+    @property
+    def recompute(self) -> bool:
+        """Whether blocks are computed again in the backward pass while training instead of stored."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, wanted: bool) -> None:
+        if wanted and any(block.ffn.follows for block in self._blocks()):
+            raise ValueError("recompute: true with a layer that follows others, whose traces are gone by then")
+        # the old name, which transformers 6 drops, where there is no new one yet
+        name = "activation" if hasattr(self.decoder, "activation_checkpointing_enable") else "gradient"
+        if wanted:
+            getattr(self.decoder, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        elif self._recompute:
+            getattr(self.decoder, f"{name}_checkpointing_disable")()
+        self._recompute = wanted
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        """Every MoE layer by its name in the model, in block order."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, MoELayer)}
+
+    def n_mixtures(self) -> int:
+        """Blocks whose feed-forward layer has experts, however many MoE layers it is made of."""
+        return len({name.split(".")[1] for name in self.moe_layers()})
+
+    def flops(self, batch: int, seq_len: int, traces: Sequence[Trace]) -> Cost:
+        """Forward FLOPs on `batch` sequences of what the traces show was used: projections, scores and sums of
+        attention (sliding windows as if they were none), routers, experts, head. Scans of state-space layers are not
+        counted."""
+        untraced = sum(block.ffn.untraced_flops(batch * seq_len) for block in self._blocks())
+        backbone = self._backbone_flops(batch, seq_len) + Cost.exact(untraced)
+        return sum((trace.flops() for trace in traces), backbone)
+
+    def expected_token_flops(self, seq_len: int) -> float:
+        """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
+        backbone = float(self._backbone_flops(1, seq_len).useful) / seq_len
+        return backbone + sum(block.ffn.expected_token_flops() for block in self._blocks())
+
+    def active_parameters(self, traces: Sequence[Trace]) -> Float[Tensor, ""] | float:
+        """Mean number of parameters a token touches, as `Transformer.active_parameters` counts."""
+        return float(sum(p.numel() for p in self.parameters())) - idle_parameters(traces)
+
+    @contextmanager
+    def stock(self) -> Iterator[PreTrainedModel]:
+        """Inside, the decoder as transformers has it, with its own blocks over the same tensors: to save or to run.
+
+        Raises: ValueError where a block is no longer one of transformers': replaced, its experts moved or not all
+        available.
+        """
+        found = places(self.decoder)
+        for number, block in enumerate(self._blocks()):
+            self._require_stock(number, block)
+        bridges = {number: place.block for number, place in found.items()}
+        try:
+            for number, place in found.items():
+                place.put(self.stock_blocks[number].train(self.training))
+            yield self.decoder
+        finally:
+            for number, place in found.items():
+                place.put(bridges[number])
+
+    def _require_stock(self, number: int, block: HostedBlock) -> None:
+        old = self.stock_blocks[number]
+        router: Any = getattr(block.ffn, "router", None)
+        same = {id(p) for p in block.parameters()} == {id(p) for p in old.parameters()}
+        if not same or isinstance(router, ScoredRouter) and not bool(router.available.all()):
+            raise ValueError(
+                f"layer {number} is no longer the {type(old).__name__} of {self.decoder.config.model_type}: it was "
+                "replaced, or experts were added, removed or switched off"
+            )
+        if isinstance(router, BiasedRouter):
+            old.gate.e_score_correction_bias = router.bias
+
+    def _backbone_flops(self, batch: int, seq_len: int) -> Cost:
+        """Linear modules outside of the blocks, and attention, of which causality needs (s + 1) / 2s."""
+        kinds = (nn.Linear, Conv1D)
+        weights = sum(m.weight.numel() for m in self.decoder.modules() if isinstance(m, kinds))
+        linear = 2.0 * batch * seq_len * weights
+        square = 2.0 * batch * seq_len * seq_len * _attended(self.decoder)
+        return Cost(linear + square * (seq_len + 1) / (2 * seq_len), linear + square)
+
+    def _blocks(self) -> list[Any]:
+        return list(self.blocks)
+
+
+def positions_within(documents: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
+    """Each token's place in its document."""
+    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return place - torch.where(begins, place, 0).cummax(dim=1).values
+
+
+def packed_mask(decoder: PreTrainedModel, tokens: Tensor, positions: Tensor) -> dict[str, Any] | None:
+    """Attention masks for packed documents, for families that do not derive them from the positions."""
+    if decoder.config.model_type not in MASKS_WITHOUT_POSITIONS:
+        return None
+    embedded = decoder.get_input_embeddings()(tokens)
+    known: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "position_ids": positions}
+    makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    return {kind: make(decoder.config, embedded, **known) for kind, make in makers.items()}
+
+
+def _attended(decoder: PreTrainedModel) -> int:
+    """Widths of scores and of sums over values, of all heads and layers that attend."""
+    config: Any = decoder.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    latent = getattr(config, "kv_lora_rank", None)
+    widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim if latent else 2 * head_dim
+    layers = [place.layer for place in places(decoder).values()]
+    return sum(heads * widths for layer in layers if hasattr(layer, "self_attn") or hasattr(layer, "attn"))
