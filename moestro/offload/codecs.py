@@ -50,7 +50,8 @@ class Plain:
 
 @dataclass(frozen=True)
 class Grouped:
-    """w = code * scale + shift, codes of `bits` bits, scale and shift in bfloat16 for every `group` numbers of a row.
+    """w = code * scale + shift: codes of `bits` bits, and for every `group` numbers of a row a scale and shift in bfloat16
+    (float32 with 8 bits).
 
     `searched`: of each group, scale and shift of least error sum_j h_j (w_j - w'_j)^2 are looked for, h the importance
     of the columns: the best of some clippings of its range, then least squares and rounding in turn (as in
@@ -69,9 +70,13 @@ class Grouped:
         if self.group < 8 or self.group % (8 // self.bits):
             raise ValueError(f"group={self.group}, allowed: at least 8, a multiple of {8 // self.bits}")
 
+    @property
+    def _scales(self) -> torch.dtype:
+        return torch.float32 if self.bits == 8 else torch.bfloat16
+
     def fields(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         groups = -(-shape[1] // self.group)
-        scales = (torch.bfloat16, (shape[0], groups))
+        scales = (self._scales, (shape[0], groups))
         codes = (torch.uint8, (shape[0], groups, self.group * self.bits // 8))
         return {"codes": codes, "scale": scales, "shift": scales}
 
@@ -99,7 +104,7 @@ class Grouped:
         """Scale and shift of evenly spaced codes over the middle `share` of each group's range."""
         low, high = grouped.amin(-1), grouped.amax(-1)
         scale = (high - low) * share / (2**self.bits - 1)
-        return scale.bfloat16(), (low + (high - low) * (1 - share) / 2).bfloat16()
+        return scale.to(self._scales), (low + (high - low) * (1 - share) / 2).to(self._scales)
 
     def _codes(self, grouped: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         step = scale.float().masked_fill(scale == 0, 1.0)[..., None]
@@ -155,14 +160,14 @@ def _fitted(grouped: Tensor, codes: Tensor, weight: Tensor, scale: Tensor) -> tu
     deviation = codes - mean_code[..., None]
     spread = (deviation.square() * weight).sum(-1)
     slope = (deviation * (grouped - mean[..., None]) * weight).sum(-1) / spread.clamp_min(1e-20)
-    fitted = torch.where(spread > 1e-12, slope, scale.float()).bfloat16()
-    return fitted, (mean - fitted.float() * mean_code).bfloat16()
+    fitted = torch.where(spread > 1e-12, slope, scale.float()).to(scale.dtype)
+    return fitted, (mean - fitted.float() * mean_code).to(scale.dtype)
 
 
 CODECS: dict[str, Codec] = {
     "same": Plain(),
     "bf16": Plain("bf16", torch.bfloat16),
-    "int8": Grouped("int8", 8, 64),
+    "int8": Grouped("int8", 8, 128),
     "int4": Grouped("int4", 4, 64),
     "int2": Grouped("int2", 2, 16),
 }

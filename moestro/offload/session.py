@@ -1,0 +1,193 @@
+"""A model that is larger than its memory, opened to run: what goes where, and what it did."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.formats import Checkpoint
+from moestro.offload.blobs import Experts
+from moestro.offload.cache import SlotCache
+from moestro.offload.calibration import Calibration
+from moestro.offload.codecs import Codec
+from moestro.offload.engine import Engine
+from moestro.offload.files import OffloadError
+from moestro.offload.folders import experts_in
+from moestro.offload.loader import Loader
+from moestro.offload.memory import SlotMemory
+from moestro.offload.policies import SINGLE, Policy, Records
+from moestro.offload.predictor import StackedGates, gates_of
+from moestro.offload.replay import budget
+from moestro.offload.scorer import Precision, Thresholds
+from moestro.offload.sources import FileSource, HostSource, Source, Tiers
+from moestro.offload.store import Store, open_store
+from moestro.offload.threads import ThreadTransport
+from moestro.offload.trace import Header, Recorder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model runs.
+
+    `memory`: bytes of fast memory for weights, those besides the experts included. `low`: the codec of LOW copies, None
+    for none; `low_share`: their part of the slots. `depth` layers are looked ahead. `host`: all experts in host memory
+    instead of files; `cooperative`: misses are computed there.
+    """
+
+    memory: int
+    low: Codec | None = None
+    low_share: float = 0.25
+    thresholds: Thresholds = field(default=Thresholds())
+    policy: Policy = field(default=SINGLE["lru"])
+    depth: int = 0
+    host: bool = False
+    cooperative: bool = False
+    renormalise: bool = False
+    per_sequence: bool = True
+
+    def __post_init__(self) -> None:
+        if self.low is None and not self.thresholds.exact and self.thresholds.high < self.thresholds.low:
+            raise ValueError(f"{self.thresholds} ask for LOW copies, and there are none: give their precision")
+        if self.cooperative and not self.host:
+            raise ValueError("cooperative: experts in files cannot be computed there; it needs them in host memory")
+
+
+class Session:
+    """A folder's model without its experts, and the engine that brings them. Close it, or use it as a context."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        plan: Plan,
+        device: str | torch.device = "cpu",
+        store: Path | None = None,
+        calibration: Calibration | None = None,
+        progress: Callable[[str], None] = lambda text: None,
+        poison: bool = False,
+    ) -> None:
+        from moestro.hf.expertless import load_without_experts
+        from moestro.hf.experts import eager_experts
+
+        self.plan, self.device = plan, torch.device(device)
+        self.checkpoint = Checkpoint(folder)
+        high = experts_in(self.checkpoint)
+        self.low = self._low(high, store, calibration, progress)
+        self.tiers: Tiers = {Precision.HIGH: high, **({Precision.LOW: self.low.experts} if self.low else {})}
+        self.header = header_of(self.checkpoint, high, self.low.experts if self.low else high)
+        self.model = load_without_experts(folder, self.device)
+        self.resident = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+        gates = StackedGates(gates_of(self.checkpoint), self.device) if plan.depth else None
+        self.capacity = self._capacity(self.resident + (gates.size if gates else 0))
+        self.memory = SlotMemory(self.tiers, self._source(), self.capacity, self.device, poison)
+        self.transport = ThreadTransport(1 if self.device.type == "cuda" else 2)
+        records = Records(plan.per_sequence)
+        cache = SlotCache(self.capacity, plan.policy, len(high), records)
+        self.loader = Loader(cache, self.memory, self.transport, plan.depth, plan.cooperative)
+        layers, scored = self.checkpoint.moe_layers, plan.thresholds
+        self.engine = Engine(layers, self.loader, self.memory, eager_experts, scored, gates, plan.renormalise)
+
+    def _low(
+        self, high: Experts, store: Path | None, calibration: Calibration | None, progress: Callable[[str], None]
+    ) -> Store | None:
+        if self.plan.low is None:
+            return None
+        path = self.checkpoint.path
+        folder = store or path.with_name(f"{path.name}.offload-{self.plan.low.name}")
+        return open_store(folder, high, self.plan.low, calibration, progress)
+
+    def _source(self) -> Source:
+        return (HostSource if self.plan.host else FileSource)(self.tiers, self.device)
+
+    def _capacity(self, resident: int) -> dict[Precision, int]:
+        """Bytes of each pool: what is left of the memory without the other weights and the scratch slot."""
+        scratch = max(stored.blob.size for layer in self.tiers[Precision.HIGH] for stored in layer)
+        left = self.plan.memory - resident - scratch
+        if left < scratch:
+            raise OffloadError(
+                f"{self.plan.memory:,} bytes do not do: {resident:,} for what is no expert, and two of the largest "
+                f"expert's {scratch:,}, make {resident + 2 * scratch:,} the least for {self.checkpoint.path}"
+            )
+        return budget(self.header, left, self.plan.low_share if self.low else 0.0)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the model computes."""
+        from moestro.hf.experts import intercepted
+
+        with torch.no_grad(), intercepted(self.model, self.engine):
+            yield
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Inside, every expert is asked for in HIGH."""
+        before, self.engine.thresholds = self.engine.thresholds, Thresholds()
+        try:
+            yield
+        finally:
+            self.engine.thresholds = before
+
+    @contextmanager
+    def recording(self, path: Path, depth: int = 3) -> Iterator[Recorder]:
+        """Inside, routing is written to `path`, with predictions `depth` layers ahead."""
+        if self.engine.predictor is None:
+            self.engine.predictor = StackedGates(gates_of(self.checkpoint), self.device)
+        recorder = self.engine.recorder = Recorder(path, self.header)
+        self.engine.recorded_depth = depth
+        try:
+            yield recorder
+        finally:
+            self.engine.recorder = None
+            recorder.close()
+
+    def calibrate(self, tokens: Tensor, window: int = 256) -> Calibration:
+        """What this text [n] shows of every expert's inputs, computed exactly."""
+        found = self.engine.watcher = Calibration()
+        try:
+            with self.running(), self.exactly():
+                for part in tokens.split(window):
+                    self.engine.start_sequence()
+                    self.model(part[None].to(self.device), use_cache=False, logits_to_keep=1)
+        finally:
+            self.engine.watcher = None
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """What was done, and the bytes of every tier."""
+        counts = self.loader.counts
+        tiers = {
+            "resident_bytes": self.resident,
+            "slots_bytes": {precision.name.lower(): size for precision, size in self.capacity.items()},
+            "slots_peak_bytes": self.memory.peak,
+            "host_bytes": self.memory.source.size if isinstance(self.memory.source, HostSource) else 0,
+            "experts_bytes": {precision.name.lower(): total(tier) for precision, tier in self.tiers.items()},
+        }
+        if self.device.type == "cuda":
+            tiers["device_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return {"counts": counts.as_json(), "penalty": counts.penalty(self.header.ratio), "memory": tiers}
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        self.transport.close()
+        if isinstance(self.memory.source, FileSource):
+            self.memory.source.files.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def total(tier: Experts) -> int:
+    """Bytes of all experts of a tier."""
+    return sum(stored.blob.size for layer in tier for stored in layer)
+
+
+def header_of(checkpoint: Checkpoint, high: Experts, low: Experts) -> Header:
+    """What a trace says of the experts."""
+    sizes = [[[stored.blob.size for stored in layer] for layer in tier] for tier in (high, low)]
+    return Header(checkpoint.path.name, sizes[0], sizes[1], checkpoint.top_k)

@@ -1,0 +1,97 @@
+"""Threads that copy: order, giving way, giving up, errors."""
+
+import threading
+
+import pytest
+
+from moestro.offload.files import OffloadError
+from moestro.offload.scorer import Precision
+from moestro.offload.threads import ThreadTransport
+from moestro.offload.transport import AHEAD, DEMAND, Job
+
+
+def job(name: int, blocks: list) -> Job:
+    return Job((0, name), Precision.HIGH, 10, blocks)
+
+
+@pytest.fixture
+def one_thread():
+    transport = ThreadTransport(1)
+    yield transport
+    transport.close()
+
+
+def test_demand_goes_between_two_blocks_of_a_fetch(one_thread: ThreadTransport) -> None:
+    order, started, go = [], threading.Event(), threading.Event()
+
+    def first() -> None:
+        started.set()
+        go.wait(10)
+        order.append("a1")
+
+    slow = one_thread.submit(job(0, [first, lambda: order.append("a2")]), AHEAD)
+    assert started.wait(10)
+    later = one_thread.submit(job(1, [lambda: order.append("b")]), AHEAD)
+    quick = one_thread.submit(job(2, [lambda: order.append("c1"), lambda: order.append("c2")]), DEMAND)
+    assert not one_thread.arrived(quick)
+    go.set()
+    for ticket in (quick, slow, later):
+        one_thread.wait(ticket)
+    assert order == ["a1", "c1", "c2", "a2", "b"] and one_thread.moved == 30
+
+
+def test_a_promoted_fetch_overtakes(one_thread: ThreadTransport) -> None:
+    order, go = [], threading.Event()
+    gate = one_thread.submit(job(0, [lambda: go.wait(10)]), DEMAND)
+    tickets = [one_thread.submit(job(i, [lambda i=i: order.append(i)]), AHEAD) for i in (1, 2)]
+    one_thread.promote(tickets[1])
+    go.set()
+    for ticket in (gate, *tickets):
+        one_thread.wait(ticket)
+    assert order == [2, 1]
+
+
+def test_giving_up_waits_for_the_block_that_runs(one_thread: ThreadTransport) -> None:
+    done, started, go = [], threading.Event(), threading.Event()
+
+    def first() -> None:
+        started.set()
+        go.wait(10)
+        done.append(1)
+
+    ticket = one_thread.submit(job(0, [first, lambda: done.append(2)]), AHEAD)
+    assert started.wait(10)
+    threading.Timer(0.05, go.set).start()
+    one_thread.cancel(ticket)
+    # its memory is free now: nothing of it runs, and nothing will
+    assert done == [1]
+    one_thread.wait(one_thread.submit(job(1, []), DEMAND))
+    assert done == [1] and ticket.cancelled and not one_thread.arrived(ticket)
+    with pytest.raises(OffloadError, match="given up"):
+        one_thread.wait(ticket)
+
+
+def test_errors_reach_whoever_waits(one_thread: ThreadTransport) -> None:
+    def fails() -> None:
+        raise OffloadError("the disk is gone")
+
+    ticket = one_thread.submit(job(0, [fails, lambda: None]), DEMAND)
+    with pytest.raises(OffloadError, match="the disk is gone"):
+        one_thread.wait(ticket)
+    assert not one_thread.arrived(ticket) and one_thread.moved == 0
+    # the thread goes on
+    one_thread.wait(one_thread.submit(job(1, [lambda: None]), DEMAND))
+
+
+def test_closing_ends_what_waits() -> None:
+    transport, go = ThreadTransport(1), threading.Event()
+    transport.submit(job(0, [lambda: go.wait(10)]), DEMAND)
+    waiting = transport.submit(job(1, [lambda: None]), DEMAND)
+    threading.Timer(0.05, go.set).start()
+    transport.close()
+    with pytest.raises(OffloadError, match="given up"):
+        transport.wait(waiting)
+    with pytest.raises(OffloadError, match="closed"):
+        transport.submit(job(2, []), DEMAND)
+    with pytest.raises(ValueError, match="workers=0"):
+        ThreadTransport(0)
