@@ -4,6 +4,7 @@ Importing this package registers our grouped operation under the name `moestro`:
 `AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moestro")`.
 """
 
+from moestro.hf.expertless import load_without_experts
 from moestro.hf.experts import MOESTRO, experts_modules, intercepted
 from moestro.hf.hosted import Hosted
 from moestro.hf.load import load

@@ -49,7 +49,7 @@ class Files:
 
         Raises: OffloadError where the file ended, changed, or cannot be read.
         """
-        descriptor, view, done = self._descriptor(extent.file), memoryview(into.numpy()), 0
+        descriptor, view, done = self._descriptor(extent.file), into.numpy().data, 0
         while done < extent.size:
             try:
                 read = os.preadv(descriptor, [view[done : extent.size]], extent.start + done)

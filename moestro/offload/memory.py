@@ -52,7 +52,7 @@ class SlotMemory:
             buffer.view(torch.uint8).fill_(0xFF)
         return Job(key, precision, size, self._blocks(key, precision, buffer))
 
-    def _blocks(self, key: Key, precision: Precision, buffer: Tensor) -> list[Callable[[], None]]:
+    def _blocks(self, key: Key, precision: Precision, buffer: Tensor) -> list[Callable[[], object]]:
         blocks = self.source.blocks(key, precision, buffer)
         if self.device.type != "cuda":
             return blocks

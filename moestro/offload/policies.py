@@ -64,7 +64,8 @@ class Records:
 class Policy(Protocol):
     """The cached expert with the least priority goes; ties go to the lower (layer, expert)."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def priority(self, key: Key, records: Records, layer: int, n_layers: int) -> float:
         """How much `key` is worth keeping when an expert of `layer` is put in."""

@@ -78,7 +78,7 @@ class Session:
         self.low = self._low(high, store, calibration, progress)
         self.tiers: Tiers = {Precision.HIGH: high, **({Precision.LOW: self.low.experts} if self.low else {})}
         self.header = header_of(self.checkpoint, high, self.low.experts if self.low else high)
-        self.model = load_without_experts(folder, self.device)
+        self.model: Any = load_without_experts(folder, self.device)
         self.resident = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
         gates = StackedGates(gates_of(self.checkpoint), self.device) if plan.depth else None
         self.capacity = self._capacity(self.resident + (gates.size if gates else 0))

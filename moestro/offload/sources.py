@@ -21,7 +21,7 @@ Tiers = Mapping[Precision, Experts]
 class Source(Protocol):
     """Where copies come from."""
 
-    def blocks(self, key: Key, precision: Precision, into: Tensor) -> list[Callable[[], None]]:
+    def blocks(self, key: Key, precision: Precision, into: Tensor) -> list[Callable[[], object]]:
         """Steps that fill an expert's bytes, in order."""
         ...
 
@@ -40,11 +40,11 @@ class FileSource:
         for path in {e.file for tier in tiers.values() for layer in tier for stored in layer for e in stored.extents}:
             self.files.open(path)
 
-    def blocks(self, key: Key, precision: Precision, into: Tensor) -> list[Callable[[], None]]:
+    def blocks(self, key: Key, precision: Precision, into: Tensor) -> list[Callable[[], object]]:
         stored = self.tiers[precision][key[0]][key[1]]
         check = Check(stored, key) if stored.checksum is not None and (key, precision) not in self._checked else None
         pieces = [piece for extent in stored.extents for piece in extent.pieces(BLOCK)]
-        steps: list[Callable[[], None]] = [lambda piece=piece: self._piece(piece, into, check) for piece in pieces]
+        steps: list[Callable[[], object]] = [lambda piece=piece: self._piece(piece, into, check) for piece in pieces]
         if check is not None:
             steps.append(lambda: self._verified(key, precision, check))
         return steps
@@ -74,7 +74,7 @@ class Check:
 
     def add(self, piece: Tensor) -> None:
         """The next bytes."""
-        self.found = zlib.crc32(memoryview(piece.numpy()), self.found)
+        self.found = zlib.crc32(piece.numpy().data, self.found)
 
     def verify(self) -> None:
         """Raises: OffloadError where the bytes are not those that were written."""
@@ -106,7 +106,7 @@ class HostSource:
         """Bytes held."""
         return sum(buffer.nbytes for buffer in self._held.values())
 
-    def blocks(self, key: Key, precision: Precision, into: Tensor) -> list[Callable[[], None]]:
+    def blocks(self, key: Key, precision: Precision, into: Tensor) -> list[Callable[[], object]]:
         held = self._held[key, precision]
         pairs = zip(held.split(BLOCK), into.split(BLOCK), strict=True)
         if self._copies is not None:

@@ -112,7 +112,7 @@ def fingerprint(high: Experts) -> str:
             begin = torch.empty(min(first.size, 4096), dtype=torch.uint8)
             files.read(Extent(first.file, first.start, len(begin), 0), begin)
             places = [(extent.file.name, extent.start, extent.size) for extent in stored.extents]
-            seen.append([places, zlib.crc32(begin.numpy())])
+            seen.append([places, zlib.crc32(begin.numpy().data)])
     files.close()
     return sha256_json(seen)
 
@@ -145,7 +145,7 @@ def _build(folder: Path, layer: int, experts: Sequence[Stored], codec: Codec, ca
         layout = _low_layout(experts[expert].blob, codec)
         buffer = torch.zeros(layout.size, dtype=torch.uint8)
         layout.write(buffer, tensors, importance)
-        checksums[expert] = zlib.crc32(buffer.numpy())
+        checksums[expert] = zlib.crc32(buffer.numpy().data)
         errors[expert] = _error(tensors, layout.read(buffer), importance)
         return buffer
 

@@ -20,7 +20,7 @@ class Job:
     key: Key
     precision: Precision
     size: int
-    blocks: Sequence[Callable[[], None]] = ()
+    blocks: Sequence[Callable[[], object]] = ()
 
 
 @dataclass(eq=False)
