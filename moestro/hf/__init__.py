@@ -10,4 +10,4 @@ from moestro.hf.hosted import Hosted
 from moestro.hf.load import load
 from moestro.hf.view import dense_view, view
 
-__all__ = ["MOESTRO", "Hosted", "dense_view", "experts_modules", "intercepted", "load", "view"]
+__all__ = ["MOESTRO", "Hosted", "dense_view", "experts_modules", "intercepted", "load", "load_without_experts", "view"]

@@ -50,8 +50,8 @@ class Plain:
 
 @dataclass(frozen=True)
 class Grouped:
-    """w = code * scale + shift: codes of `bits` bits; scale and shift of every `group` numbers of a row in bfloat16, with
-    8 bits in float32.
+    """w = code * scale + shift: codes of `bits` bits; scale and shift of every `group` numbers of a row in bfloat16,
+    or float32 with 8 bits.
 
     `searched`: of each group, scale and shift of least error sum_j h_j (w_j - w'_j)^2 are looked for, h the importance
     of the columns: the best of some clippings of its range, then least squares and rounding in turn (as in
