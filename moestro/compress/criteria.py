@@ -69,7 +69,7 @@ def skip_threshold(weights: Float[Tensor, "t k"]) -> float:
     """
     if weights.ndim != 2 or weights.shape[1] < 2 or not len(weights):
         raise ValueError(f"weights of shape {tuple(weights.shape)}, allowed: [tokens, at least 2 experts]")
-    first, second = weights.double().topk(2).values.unbind(-1)
+    first, second = weights.detach().double().topk(2).values.unbind(-1)
     return float((second / first.clamp(min=torch.finfo(torch.float64).tiny)).quantile(0.5))
 
 

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moestro.experts import FFNBank
 from moestro.layers.moe import MoELayer
+from moestro.ops.activations import activation as find
 from moestro.routing import Routing
 
 
@@ -17,13 +19,15 @@ class Observed:
     `rows` [e]: tokens routed to it. `gates` [e]: sum of their gates. `norms` [e] and `gated_norms` [e]: sums of the
     norm of its output, and of that times its share of the token's gates, over those tokens. `together` [e e]: tokens
     that both experts got. `outputs` [e d]: sum of its outputs over all tokens, its own or not, where `everywhere`.
-    `entropy`: sum of the entropy of the router's probabilities, nats, where there are logits. `inputs`: the layer's
-    inputs of the sampled tokens."""
+    `entropy`: sum of the entropy of the router's probabilities, nats, where there are logits. `input_moments_E` [d d]
+    and `hidden_moments_E` [w w]: sums of x x' of the inputs of expert E's matrices, over its tokens, where asked for.
+    `inputs` [n d]: the layer's inputs of sampled tokens; `keys` [n] are what the sample was drawn by."""
 
     n_experts: int
     tokens: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
-    inputs: list[Tensor] = field(default_factory=list)
+    inputs: Tensor | None = None
+    keys: Tensor | None = None
 
     def __getattr__(self, name: str) -> Tensor:
         # only asked where no field has the name
@@ -62,6 +66,39 @@ class Observed:
         if everywhere:
             self.add("outputs", torch.stack(outputs))
 
+    @torch.no_grad()
+    def observe_moments(self, layer: MoELayer, x: Float[Tensor, "t d"], routing: Routing) -> None:
+        """Add the second moments of what every expert's matrices multiplied."""
+        met = gates_of(routing)[1]
+        for expert in range(self.n_experts):
+            rows = x[met[:, expert]].double()
+            hidden = hidden_units(layer, expert, x[met[:, expert]]).double()
+            self.add(f"input_moments_{expert}", rows.T @ rows)
+            self.add(f"hidden_moments_{expert}", hidden.T @ hidden)
+
+    def sample(self, x: Float[Tensor, "t d"], size: int, seed: int, batch: int) -> None:
+        """Keep `size` tokens of all that were offered, each as likely; which ones depends on seed and places alone, so
+        they are the same tokens in every layer."""
+        generator = torch.Generator().manual_seed(1_000_003 * seed + batch)
+        keys = torch.rand(len(x), generator=generator, dtype=torch.float64)
+        rows = x.detach().cpu()
+        if self.keys is not None and self.inputs is not None:
+            keys, rows = torch.cat([self.keys, keys]), torch.cat([self.inputs, rows])
+        kept = keys.argsort(stable=True)[:size].sort().values
+        self.keys, self.inputs = keys[kept], rows[kept]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything collected, as tensors."""
+        more = {"inputs": self.inputs, "keys": self.keys, "tokens": torch.tensor(self.tokens)}
+        return {**self.sums, **{name: value for name, value in more.items() if value is not None}}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """What `state` gave."""
+        state = dict(state)
+        self.tokens = int(state.pop("tokens"))
+        self.inputs, self.keys = state.pop("inputs", None), state.pop("keys", None)
+        self.sums = state
+
     def unseen(self, least: int = 1) -> list[int]:
         """Experts that fewer than `least` tokens met: what is said of them is said of too little."""
         return (self.rows < least).nonzero().flatten().tolist()
@@ -96,3 +133,33 @@ def expert_output(layer: MoELayer, expert: int, x: Float[Tensor, "n d"]) -> Floa
     offsets[expert + 1 :] = n
     first, *others = (bank.run(x, offsets) for bank in layer.banks())
     return sum(others, first)
+
+
+def hidden_units(layer: MoELayer, expert: int, x: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
+    """What the hidden units of one expert are on these tokens: the inputs of its last matrix.
+
+    Raises: ValueError where the layer's bank is not of feed-forward experts.
+    """
+    bank = feed_forward(layer)
+    return hidden_of(bank, bank.w_in.matrices()[expert], x)
+
+
+def hidden_of(bank: FFNBank, inside: Float[Tensor, "_ d"], x: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
+    """The hidden units of an expert of the bank's kind with this in-projection, gate rows first."""
+    hidden, act = x @ inside.T, find(bank.activation).forward
+    if not bank.glu:
+        return act(hidden)
+    gate, up = hidden.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+def feed_forward(layer: MoELayer) -> FFNBank:
+    """The layer's experts, where they are feed-forward networks in one bank.
+
+    Raises: ValueError for others.
+    """
+    banks = layer.banks()
+    if len(banks) != 1 or not isinstance(banks[0], FFNBank):
+        kinds = ", ".join(type(bank).__name__ for bank in banks)
+        raise ValueError(f"banks {kinds}, allowed for methods that read matrices of experts: one FFNBank")
+    return banks[0]

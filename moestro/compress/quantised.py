@@ -1,6 +1,7 @@
 """Matrices of experts in 8 or 4 bits, as `compressed-tensors` stores them: readable by transformers, also for families
 that hold experts in one tensor, and by vLLM. Packing and formats are that library's; calibration (GPTQ) is here."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,7 +76,13 @@ def quantisation_config(how: Quantisation) -> dict[str, Any]:
     }
 
 
-def gptq(matrix: Float[Tensor, "o i"], moments: Float[Tensor, "i i"], scales: Any, levels: tuple[int, int], group: int):
+def gptq(
+    matrix: Float[Tensor, "o i"],
+    moments: Float[Tensor, "i i"],
+    scales: Callable[[Tensor], Tensor],
+    levels: tuple[int, int],
+    group: int,
+) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o g"]]:
     """Rounds column after column, each column's error spread over those to come so that outputs change least (Frantar
     2022, GPTQ, arXiv:2210.17323, Alg. 1); a group's scales are found when its first column is reached.
 

@@ -8,11 +8,13 @@ from moestro.routers.groups import GroupLimit
 from moestro.routers.limits import Capacity
 from moestro.routers.modes import ModesRouter
 from moestro.routers.product_key import ProductKeyRouter
+from moestro.routers.remapped import RemappedRouter
 from moestro.routers.residual import ResidualRouter
 from moestro.routers.sampling import SampledSecond
 from moestro.routers.scaled import ScaledTopK
 from moestro.routers.scores import AffineScore, CosineScore, LinearScore, LowRankCosineScore, NoisyScore, Score
 from moestro.routers.selects import MutedTopK, Select, Soft, SoftmaxOfChosen, TopK, TopP
+from moestro.routers.skipping import SkippingTopK
 from moestro.routers.slots import SlotRouter
 from moestro.routers.sparse_mixer import SparseMixer
 from moestro.routers.steered import SteeredTopP
@@ -28,6 +30,7 @@ __all__ = [
     "MutedTopK",
     "NoisyScore",
     "ProductKeyRouter",
+    "RemappedRouter",
     "ResidualRouter",
     "Router",
     "SampledSecond",
@@ -35,6 +38,7 @@ __all__ = [
     "ScaledTopK",
     "ScoredRouter",
     "Select",
+    "SkippingTopK",
     "SlotRouter",
     "Soft",
     "SoftmaxOfChosen",

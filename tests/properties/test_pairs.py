@@ -8,7 +8,16 @@ from moestro.experts import ConstantBank, CopyBank, ExpertBank, FFNBank, Singlet
 from moestro.layers import ActiveRows, MoELayer
 from moestro.ops import backend
 from moestro.recipe.parts import PARTS
-from moestro.routers import BiasedRouter, GroupedRouter, LinearScore, ResidualRouter, ScoredRouter, TopK, TopP
+from moestro.routers import (
+    BiasedRouter,
+    GroupedRouter,
+    LinearScore,
+    RemappedRouter,
+    ResidualRouter,
+    ScoredRouter,
+    TopK,
+    TopP,
+)
 from moestro.routing import SlotRouting, SparseRouting
 from tests.tolerances import FLOAT64
 
@@ -26,6 +35,7 @@ SELECTS = {
     "softmax_of_chosen": {"top_k": 3},
     "sparse_mixer": {"jitter": 0.2},
     "scaled_top_k": {"top_k": 3, "gate": "straight_through", "scale": 1.7},
+    "skipping_top_k": {"top_k": 3, "skip_below": 0.7},
     "top_p": {"threshold": 0.6},
     "steered_top_p": {"start": 0.6},
     "top_any": {"n_experts": 9},
@@ -70,7 +80,7 @@ GENERATED = {"hyper"}
 def test_every_registered_part_has_an_example():
     assert set(PARTS["score"]) == set(SCORES)
     assert set(PARTS["select"]) == set(SELECTS)
-    assert set(PARTS["router"]) == set(ROUTERS) | {"scored", "biased", "residual", "grouped"}
+    assert set(PARTS["router"]) == set(ROUTERS) | {"scored", "biased", "residual", "grouped", "remapped"}
     assert set(PARTS["branches"]) == set(BANKS) | set(SHARED) | NAMED | GENERATED
     assert set(PARTS["banks"]) == set(BANKS) - {"mixed"}
 
@@ -87,10 +97,17 @@ def biased(gate: str) -> BiasedRouter:
     return router
 
 
+def remapped() -> RemappedRouter:
+    """12 old experts: two that expert 0 answers for, two for expert 4, one without an answer."""
+    router = ScoredRouter(LinearScore(D, 12, init_std=1.0), TopK(4, renormalize=False))
+    return RemappedRouter(router, [3, 0, 1, 4, 2, 4, 0, -1, 5, 6, 7, 8])
+
+
 ROUTER_MAKERS = {
     "residual": lambda: ResidualRouter(LinearScore(D, E, init_std=1.0), TopK(3)),
     "grouped": lambda: GroupedRouter(D, LinearScore(D, E, init_std=1.0), [3, 2, 4], 2, 3, init_std=1.0),
     "softmax": lambda: ScoredRouter(LinearScore(D, E, init_std=1.0), PARTS["select"]["soft"]()),
+    "remapped": remapped,
     "biased-sigmoid": lambda: biased("sigmoid"),
     "biased-softmax": lambda: biased("softmax"),
     # a selection sees logits and not where they come from: all scores with one selection, all selections with one score

@@ -1,0 +1,219 @@
+"""Methods that make one expert of several: which are alike, and how they become one (diversified pruning,
+arXiv:2407.09590; HC-SMoE, arXiv:2410.08589)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moestro.compress.applied import expert_units
+from moestro.compress.observed import expert_output, feed_forward, gates_of, hidden_of
+from moestro.compress.partition import Groups, agglomerate, group_experts
+from moestro.compress.plan import Group, LayerPlan
+from moestro.compress.pruning import Subject, groups_of, plan_of
+from moestro.compress.similarity import (
+    UNLIKE,
+    mean_similarity,
+    output_cka,
+    output_cosine,
+    output_distance,
+    weight_cka,
+    weight_cosine,
+)
+from moestro.compress.units import matched
+from moestro.layers.moe import MoELayer
+
+Similarity = Literal["cka-outputs", "cosine-outputs", "cosine-weights", "cka-weights", "mean-outputs"]
+SIMILARITIES: tuple[str, ...] = ("cka-outputs", "cosine-outputs", "cosine-weights", "cka-weights", "mean-outputs")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`ratio` of the experts goes, of every layer, or of all together where `everywhere`, most alike first, each layer
+    keeping at least `least`. A group becomes the `merge` of its members, by equal weights, by how many tokens met them,
+    or by weights learned on the sampled tokens; or its member that most tokens met stays ("prune"). `align` puts hidden
+    units in the same order first. A group whose merged expert errs by more than `bound` of its members' outputs is
+    refused.
+    """
+
+    ratio: float = 0.25
+    similarity: Similarity = "cka-outputs"
+    merge: Literal["uniform", "frequency", "learned", "prune"] = "frequency"
+    align: bool = True
+    everywhere: bool = False
+    least: int = 2
+    largest: int | None = None
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.similarity not in SIMILARITIES or not 0 <= self.ratio < 1 or self.least < 1:
+            raise ValueError(f"{self}, allowed: ratio 0 to below 1, similarity one of {', '.join(SIMILARITIES)}")
+
+
+HC_SMOE = Settings(similarity="mean-outputs", merge="frequency", align=False)
+
+
+@torch.no_grad()
+def similarity(subject: Subject, name: str, kind: str) -> Float[Tensor, "e e"]:
+    """How alike the experts of one layer are; those of different routing groups at -inf, so that none are joined."""
+    layer = subject.layers[name]
+    if kind in ("cosine-weights", "cka-weights"):
+        experts = [expert_units(layer, e) for e in range(layer.router.n_experts)]
+        d_model = feed_forward(layer).w_out.d_model
+        return weight_cosine(experts) if kind == "cosine-weights" else weight_cka(experts, d_model)
+    if kind == "mean-outputs":
+        seen = subject.seen(name)
+        return output_distance(seen.outputs / seen.tokens)
+    outputs = all_outputs(layer, sample_of(subject, name))
+    return output_cka(outputs) if kind == "cka-outputs" else output_cosine(outputs)
+
+
+def sample_of(subject: Subject, name: str) -> Float[Tensor, "n d"]:
+    """The sampled tokens as they enter a layer.
+
+    Raises: ValueError where none were sampled.
+    """
+    inputs = subject.seen(name).inputs
+    if inputs is None:
+        raise ValueError(f"{name}: no tokens were sampled (sample=0)")
+    return inputs.to(next(subject.layers[name].parameters()).device)
+
+
+@torch.no_grad()
+def all_outputs(layer: MoELayer, x: Float[Tensor, "n d"]) -> Float[Tensor, "e n d"]:
+    """What every expert answers to every token, gates left out."""
+    return torch.stack([expert_output(layer, e, x) for e in range(layer.router.n_experts)])
+
+
+def grouped(subject: Subject, settings: Settings) -> tuple[dict[str, Groups], dict[str, float]]:
+    """The groups of every layer, and how alike its experts are on average.
+
+    Raises: ValueError where routers rank groups of experts and groups would join them.
+    """
+    alike = {name: similarity(subject, name, settings.similarity) for name in subject.layers}
+    means = {name: mean_similarity(values) for name, values in alike.items()}
+    bound = [name for name, layer in subject.layers.items() if groups_of(layer) > 1]
+    if bound:
+        raise ValueError(f"{', '.join(bound)}: routers rank groups of experts, which merging does not keep equal")
+    if settings.everywhere:
+        total = sum(map(len, alike.values()))
+        left = agglomerate(
+            list(alike.values()), total - round(settings.ratio * total), settings.largest, settings.least
+        )
+        return dict(zip(alike, left, strict=True)), means
+    counts = {name: len(values) - round(settings.ratio * len(values)) for name, values in alike.items()}
+    if settings.similarity == "mean-outputs":
+        # average linkage is what the method is, however few the experts
+        return {n: agglomerate([v], counts[n], settings.largest)[0] for n, v in alike.items()}, means
+    return {n: group_experts(v, counts[n], settings.largest) for n, v in alike.items()}, means
+
+
+def merge_plans(subject: Subject, settings: Settings) -> list[LayerPlan]:
+    """Diversified pruning and HC-SMoE: groups of experts that are alike, one expert for each.
+
+    Raises: ValueError for a group whose merged expert errs by more than the bound.
+    """
+    groups, _ = grouped(subject, settings)
+    return [_plan(subject, name, parts, settings) for name, parts in groups.items()]
+
+
+def warnings(means: Mapping[str, float], kind: str) -> list[str]:
+    """A line for every layer whose experts are hardly alike, where similarities are at most 1: merging such experts was
+    worse than removing some."""
+    if kind == "mean-outputs":
+        return []
+    return [
+        f"{name}: mean similarity of experts {mean:.2f}, below {UNLIKE}: merging experts that are not alike tends to "
+        "cost more than removing some"
+        for name, mean in means.items()
+        if mean < UNLIKE
+    ]
+
+
+def _plan(subject: Subject, name: str, parts: Groups, settings: Settings) -> LayerPlan:
+    rows, layer = subject.seen(name).rows.tolist(), subject.layers[name]
+    found = []
+    for members in parts:
+        kept = max(members, key=lambda member: (rows[member], -member))
+        group = Group(members, group_weights(subject, name, members, kept, settings), settings.align)
+        if settings.merge == "prune":
+            group = Group(members, tuple(float(member == kept) for member in members))
+        if settings.bound is not None:
+            error = merge_error(layer, group, kept, sample_of(subject, name))
+            if error > settings.bound:
+                raise ValueError(f"{name}: merging {list(members)} errs by {error:.2f}, allowed: {settings.bound}")
+        found.append((kept, group))
+    found.sort(key=lambda pair: pair[0])
+    keep = tuple(kept for kept, _ in found)
+    gone = [expert for expert in range(layer.router.n_experts) if expert not in keep]
+    plan = plan_of(subject, name, gone)
+    return plan if len(keep) == plan.n_experts else replace(plan, groups=tuple(group for _, group in found))
+
+
+def group_weights(
+    subject: Subject, name: str, members: Sequence[int], kept: int, settings: Settings
+) -> tuple[float, ...]:
+    """What each member counts, together 1."""
+    if len(members) == 1:
+        return (1.0,)
+    if settings.merge == "learned":
+        return learned(subject.layers[name], members, kept, sample_of(subject, name), settings.align)
+    rows = subject.seen(name).rows[list(members)]
+    if settings.merge == "uniform" or float(rows.sum()) == 0:
+        return (1 / len(members),) * len(members)
+    return tuple((rows / rows.sum()).tolist())
+
+
+class _Mixed:
+    """The sum of aligned units by weights, as one expert."""
+
+    def __init__(self, layer: MoELayer, members: Sequence[int], kept: int, align: bool) -> None:
+        units = [expert_units(layer, member) for member in members]
+        reference = units[members.index(kept)]
+        self.units = torch.stack([u[matched(reference, u)] if align and u is not reference else u for u in units])
+        self.bank = feed_forward(layer)
+
+    def __call__(self, weights: Float[Tensor, "g"], x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        units = torch.einsum("g,gwf->wf", weights.to(self.units.dtype), self.units)
+        *inside, out = units.split(self.bank.w_out.d_model, dim=1)
+        return hidden_of(self.bank, torch.cat(inside), x) @ out
+
+
+def _target(layer: MoELayer, members: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens that chose a member: their gates of all members together, and what the members added for them."""
+    with torch.no_grad():
+        gates = gates_of(layer.router(x))[0][:, list(members)].to(x.dtype)
+        answers = torch.stack([expert_output(layer, member, x) for member in members], 1)
+    return gates.sum(1, keepdim=True), torch.einsum("ng,ngd->nd", gates, answers)
+
+
+def merge_error(layer: MoELayer, group: Group, kept: int, x: Float[Tensor, "n d"]) -> float:
+    """||sum_i g_i f_i(x) - (sum_i g_i) merged(x)|| over ||sum_i g_i f_i(x)||, i the members, over the tokens."""
+    gates, target = _target(layer, group.members, x)
+    with torch.no_grad():
+        mixed = _Mixed(layer, group.members, kept, group.align)(torch.tensor(group.weights), x)
+    return float((gates * mixed - target).norm() / target.norm().clamp(min=torch.finfo(x.dtype).tiny))
+
+
+def learned(
+    layer: MoELayer, members: Sequence[int], kept: int, x: Float[Tensor, "n d"], align: bool, steps: int = 50
+) -> tuple[float, ...]:
+    """Weights, positive and together 1, of the least merge error that Adam finds from equal ones: the best of all that
+    it passed, equal ones included, so never worse than they are."""
+    gates, target = _target(layer, members, x)
+    mixed = _Mixed(layer, members, kept, align)
+    logits = torch.zeros(len(members), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    best = (float("inf"), (1 / len(members),) * len(members))
+    for _ in range(steps):
+        weights = logits.softmax(0)
+        error = (gates * mixed(weights, x) - target).square().sum()
+        if float(error) < best[0]:
+            best = (float(error), tuple(weights.tolist()))
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    return best[1]
