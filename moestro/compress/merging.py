@@ -211,8 +211,8 @@ def learned(
     for _ in range(steps):
         weights = logits.softmax(0)
         error = (gates * mixed(weights, x) - target).square().sum()
-        if float(error) < best[0]:
-            best = (float(error), tuple(weights.tolist()))
+        if error.item() < best[0]:
+            best = (error.item(), tuple(weights.tolist()))
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
