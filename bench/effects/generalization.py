@@ -17,11 +17,9 @@ import numpy as np
 
 from bench.effects.command import main
 from bench.effects.effect import Effect, Run
+from bench.effects.loss_probes import figures
 from bench.effects.study import Arm, Study, Trained
 from moestro.evaluate.generalization import log_choices, router_term
-from moestro.evaluate.perplexity import evaluating
-from moestro.evaluate.scoring import score
-from moestro.model import Transformer
 
 T, WIDTH = 16, 32
 # Share of the documents that is held out: what is left are about 38, 121 and 240 kB of the first corpus's 7.2 MB, and
@@ -73,18 +71,6 @@ def state(trained: Trained, step: int) -> dict[str, list[float]]:
     # an epoch's first batches, in an order that training did not have
     read = [trained.dataset.train_batch(number, size, seed=10**6) for number in range(steps)]
     return {"train": figures(model, read), "held_out": figures(model, trained.held_out(tokens))}
-
-
-def figures(model: Transformer, batches: Any) -> list[float]:
-    """[mean nats a token, share of tokens that are not the most probable]."""
-    nats = wrong = count = 0.0
-    with evaluating(model):
-        for batch in batches:
-            output, losses = score(model, batch, "fp32")
-            missed = (output.logits.argmax(-1) != batch.targets) & batch.keep
-            nats, wrong = nats + float(losses.double().sum()), wrong + float(missed.sum())
-            count += int(batch.keep.sum())
-    return [nats / count, wrong / count]
 
 
 def matched(runs: tuple[Run, ...], which: int = 0) -> list[float]:

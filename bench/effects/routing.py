@@ -7,6 +7,7 @@ XMoE (X), MoEC (M), DynMoE (D), dynamic routing (T), stratified mixtures (S) and
 
 from bench.effects.cluster_probes import relatives
 from bench.effects.command import main
+from bench.effects.loss_probes import gap
 from bench.effects.pool_probes import pool
 from bench.effects.routing_probes import depth, difficulty, routing_history
 from bench.effects.study import SMALL, Study
@@ -16,6 +17,7 @@ from bench.effects.systems.moec import moec
 from bench.effects.systems.multi_head import multi_head
 from bench.effects.systems.stratified import stratified
 from bench.effects.systems.xmoe import xmoe
+from bench.effects.unit_probes import near_zero
 
 SYSTEMS = (xmoe(), moec(), dynmoe(), dynamic_routing(), stratified(), multi_head())
 EFFECTS = tuple(effect for system in SYSTEMS for effect in system.effects)
@@ -30,6 +32,8 @@ STUDY = Study(
         "difficulty": difficulty,
         "pool": pool,
         "depth": depth,
+        "near_zero": near_zero,
+        "gap": gap,
     },
     corpora=("wikitext-2",),
     final_tokens=65_536,

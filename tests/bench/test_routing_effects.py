@@ -6,19 +6,22 @@ import pytest
 import torch
 
 from bench.effects.cluster_probes import cosines, relatives, same_cluster, summary
+from bench.effects.loss_probes import gap
 from bench.effects.pool_probes import pool
 from bench.effects.routing import EFFECTS, STUDY, SYSTEMS
 from bench.effects.routing_probes import depth, difficulty, routing_history
-from bench.effects.systems.moec import TOKENS, alikeness, evener, gains_more, stand_in
+from bench.effects.systems.moec import TOKENS, alikeness, evener, gains_more, stand_in, tighter
 from bench.effects.systems.multi_head import busier, wider
 from bench.effects.systems.stratified import depth_of, frequent_less_rare
+from bench.effects.systems.xmoe import idler
+from bench.effects.unit_probes import NEAR, hidden_units, near_zero
 from bench.harness import ROOT
 from moestro.experts import FFNBank
 from moestro.layers import MoELayer
 from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import load_recipe
 from moestro.routers import LinearScore, ScoredRouter, TopK
-from tests.train.tiny import VOCABULARY, Counting
+from tests.train.tiny import SEQUENCE, VOCABULARY, Counting
 
 
 class Untrained:
@@ -28,6 +31,12 @@ class Untrained:
 
     def __init__(self, arm: str) -> None:
         self.recipe = model(arm)[2]
+
+    @property
+    def dataset(self) -> Counting:
+        dataset = Counting()
+        dataset.seq_len = SEQUENCE  # type: ignore[attr-defined]
+        return dataset
 
     def checkpoints(self) -> dict:
         return {}
@@ -136,6 +145,29 @@ def test_probes_read_layers_made_of_layers() -> None:
         assert (difficulty(run)["reading"]["correlation"] is None) == (arm == "heads-2")
         assert all(figures["unserved"] == 0 for figures in pool(run))
         assert len(depth(run)) == (3 if arm == "stratified" else 0)
+
+
+@pytest.mark.parametrize("glu", [True, False])
+def test_units_are_those_of_the_chosen_experts(glu: bool) -> None:
+    torch.manual_seed(0)
+    moe = MoELayer(ScoredRouter(LinearScore(6, 3), TopK(2)), [FFNBank(6, [2, 4, 5], activation="relu", glu=glu)])
+    _, (trace,) = moe(torch.randn(7, 6))
+    want = []
+    for token, expert in zip(trace.routing.token.tolist(), trace.routing.expert.tolist(), strict=True):
+        matrix = list(moe.bank.w_in.matrices())[expert]
+        h = matrix @ trace.x[token]
+        width = moe.bank.widths[expert]
+        want.append(h[:width].relu() * h[width:] if glu else h.relu())
+    torch.testing.assert_close(hidden_units(trace).sort().values, torch.cat(want).sort().values)
+
+
+def test_probes_of_units_and_of_losses_read_a_run() -> None:
+    run = Untrained("xmoe-0.9")
+    share = near_zero(run)
+    assert share is not None and 0 < share < 4 * NEAR
+    assert near_zero(Untrained("stratified")) is None
+    assert abs(gap(run)) < 1
+    assert idler({"near_zero": 0.25}, {"near_zero": 0.5}) == -0.25 and tighter({"gap": 1.0}, {"gap": 0.5}) == 0.5
 
 
 def test_figures_are_differences() -> None:

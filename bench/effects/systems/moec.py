@@ -49,6 +49,9 @@ def moec() -> System:
             expect("M3", "evener inside clusters", spec, "variance of P", "moec-64 moec-plain-64", evener, high=0),
             expect("M4", "siblings stand in", spec, chance, "moec-64", stand_in, low=0),
             expect("M5", "siblings are alike", spec, alike, "moec-64", alikeness, low=0),
+            expect(
+                "M6", "smaller gap to held-out text", spec, "nats a token", "moec-64 moec-plain-64", tighter, high=0
+            ),
         ),
     )
 
@@ -71,3 +74,8 @@ def stand_in(run: Run) -> float:
 def alikeness(run: Run) -> float:
     """How much more alike siblings' outputs are than strangers'."""
     return run["relatives"]["siblings"] - run["relatives"]["strangers"]
+
+
+def tighter(run: Run, other: Run) -> float:
+    """The first run's gap between held-out text and text seen in training, less the second's."""
+    return run["gap"] - other["gap"]

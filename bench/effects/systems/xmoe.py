@@ -1,8 +1,11 @@
 """XMoE: many narrow experts under a threshold against few wide ones of as many parameters."""
 
 from bench.effects import figures as f
+from bench.effects.effect import Run
 from bench.effects.study import Arm
 from bench.effects.systems.system import EACH, LOSS, MARGIN, System, expect
+
+IDLE = "share of hidden units near zero"
 
 
 def xmoe() -> System:
@@ -29,5 +32,11 @@ def xmoe() -> System:
             expect("X3", "fewer wanted in time", spec, f"{EACH}, end less quarter", "xmoe-0.9", f.growth, high=0),
             expect("X4", "lower threshold: fewer", spec, EACH, "xmoe-0.6 xmoe-0.9", f.fewer, high=0),
             expect("X5", "still lower: still fewer", spec, EACH, "xmoe-0.3 xmoe-0.6", f.fewer, high=0),
+            expect("X6", "narrow experts idle less", spec, IDLE, "xmoe-0.9 xmoe-top-1", idler, high=0),
         ),
     )
+
+
+def idler(run: Run, other: Run) -> float:
+    """Share of units near zero in the first run's chosen experts, less that in the second's."""
+    return run["near_zero"] - other["near_zero"]
