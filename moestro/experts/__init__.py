@@ -8,6 +8,7 @@ from moestro.experts.factored import FactoredBank
 from moestro.experts.ffn import FFNBank
 from moestro.experts.hyper import HyperExpert, HyperGenerator
 from moestro.experts.linears import ConcatLinear, ExpertLinear
+from moestro.experts.low_rank import LowRankBank
 from moestro.experts.mixed import MixedBank
 from moestro.experts.mpo import MPOBank, MPOLinear
 from moestro.experts.quantized import QuantizedBank, quantize_banks, quantized
@@ -40,6 +41,7 @@ __all__ = [
     "GLUSingletonBank",
     "HyperExpert",
     "HyperGenerator",
+    "LowRankBank",
     "MPOBank",
     "MPOLinear",
     "MixedBank",

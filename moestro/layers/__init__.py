@@ -1,5 +1,7 @@
 """Floor 3: feed-forward layers of a block, called alike: x, keep -> y, traces."""
 
+from moestro.layers.adapted import AdaptedLinear, LowRankMixtures
+from moestro.layers.adapting import Adapters, adapt, adapters_of
 from moestro.layers.base import Layer
 from moestro.layers.composite import InputGatedLayer, SequenceLayer
 from moestro.layers.dense import DenseFFN
@@ -14,17 +16,22 @@ from moestro.layers.taught import TaughtLayer
 
 __all__ = [
     "ActiveRows",
+    "AdaptedLinear",
+    "Adapters",
     "AllRows",
     "DenseFFN",
     "FactoredLayer",
     "InputGatedLayer",
     "Layer",
+    "LowRankMixtures",
     "MoELayer",
     "MultiHeadLayer",
     "SampledRows",
     "SequenceLayer",
     "StratifiedLayer",
     "TaughtLayer",
+    "adapt",
+    "adapters_of",
     "from_peer_pytorch",
     "scaled_experts",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moestro.cost import Cost
+from moestro.layers.adapted import AdaptedLinear
 from moestro.layers.moe import MoELayer
 from moestro.model.active import idle_parameters
 from moestro.model.block import Block
@@ -135,14 +136,19 @@ class Transformer(nn.Module):
         """Forward FLOPs on `batch` sequences of what the traces show was used; attention, routers, head counted."""
         head = Cost.exact(batch * seq_len * self._head_flops())
         backbone = sum((block.flops(batch, seq_len) for block in self._blocks()), head)
+        backbone = sum((adapter.flops(batch, seq_len) for adapter in self._adapters()), backbone)
         return sum((trace.flops() for trace in traces), backbone)
 
     def expected_token_flops(self, seq_len: int) -> float:
         """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
-        return self._head_flops() + sum(block.expected_token_flops(seq_len) for block in self._blocks())
+        adapters = sum(float(adapter.flops(1, seq_len).useful) for adapter in self._adapters()) / seq_len
+        return self._head_flops() + adapters + sum(block.expected_token_flops(seq_len) for block in self._blocks())
 
     def _head_flops(self) -> float:
         return 2.0 * self.head.weight.numel()
+
+    def _adapters(self) -> list[AdaptedLinear]:
+        return [module for module in self.modules() if isinstance(module, AdaptedLinear)]
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]

@@ -8,12 +8,14 @@ import torch
 from moestro.data import TokenData, Tokenizer
 from moestro.model import Block, PassedBlock, Transformer
 from moestro.ops.tables import tables_in
+from moestro.recipe.adapt import require_same_tokenizer, start_adapted
 from moestro.recipe.bind import built
 from moestro.recipe.load import Decoder, Recipe, load_recipe
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.shared_banks import SharedBanks
 from moestro.recipe.sources import PlacedSource
 from moestro.recipe.syntax import RecipeError
+from moestro.train.checkpoint import list_checkpoints
 from moestro.train.folder import RunFolder, require_writable, unwritable
 from moestro.train.loop import train
 from moestro.train.progress import Display
@@ -23,17 +25,27 @@ from moestro.train.state import FREE
 from moestro.train.step import ScheduledObjectives
 
 
-def build_model(recipe: Recipe, vocab_size: int, device: str | torch.device = "cpu") -> Transformer:
-    """The recipe's decoder. Its weights are a function of the recipe's seed alone, on every device.
+def build_model(
+    recipe: Recipe, vocab_size: int, device: str | torch.device = "cpu", from_start: bool = False
+) -> Transformer:
+    """The recipe's decoder. Its weights are a function of the recipe's seed alone, on every device; with `from_start`,
+    and of those of the run that `adapt.start` names.
 
     Raises: RecipeError where a part refuses its values.
     """
     if torch.device(device).type == "meta":
         with torch.device("meta"):
-            return assemble(recipe.model, vocab_size, recipe.origin)
+            return _adapted(recipe, vocab_size, False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.value("seed"))
-        return assemble(recipe.model, vocab_size, recipe.origin).to(device)
+        return _adapted(recipe, vocab_size, from_start).to(device)
+
+
+def _adapted(recipe: Recipe, vocab_size: int, from_start: bool) -> Transformer:
+    model = assemble(recipe.model, vocab_size, recipe.origin)
+    if recipe.adapt is not None:
+        start_adapted(recipe.adapt, model, from_start, recipe.model.allow_non_causal)
+    return model
 
 
 def assemble(plan: Decoder, vocab_size: int, origin: Origin) -> Transformer:
@@ -100,12 +112,14 @@ def run_training(
     require_writable(folder)
     require_same_recipe(folder, recipe)
     dataset = data.prepare(progress=show_preparation)
+    if recipe.adapt is not None:
+        require_same_tokenizer(recipe.adapt, dataset.tokenizer)
 
     def claim(claimed: RunFolder) -> None:
         claim_folder(claimed, recipe, dataset.tokenizer)
 
     with tables_in(settings.table_folder and folder / settings.table_folder):
-        model = build_model(recipe, dataset.vocab_size, device)
+        model = build_model(recipe, dataset.vocab_size, device, from_start=not list_checkpoints(folder / "checkpoints"))
         return train(model, dataset, settings, objectives, rules, folder, progress, claim)
 
 

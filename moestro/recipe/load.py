@@ -8,6 +8,7 @@ from typing import Any
 
 from moestro.data import TokenData
 from moestro.model import Attention, Depths
+from moestro.recipe.adapt import Adapt
 from moestro.recipe.bind import Binder, Part, describe
 from moestro.recipe.complete import completed
 from moestro.recipe.parts import PARTS
@@ -19,7 +20,7 @@ from moestro.train.schedules import Scheduled
 from moestro.train.settings import OptimSettings, TrainSettings
 
 REQUIRED = ("model", "data", "train")
-SECTIONS = ("paper", *REQUIRED, "objectives", "rules", "optim")
+SECTIONS = ("paper", *REQUIRED, "objectives", "rules", "optim", "adapt")
 # What an objective's entry says besides the objective: its weight, and how that changes.
 WEIGHTING = ("weight", "schedule")
 BINDER = Binder(PARTS)
@@ -83,6 +84,7 @@ class Recipe:
         return {
             **({"paper": self.tree["paper"]} if "paper" in self.tree else {}),
             "model": model,
+            **({"adapt": completed(self.adapt, BINDER)} if self.adapt else {}),
             "data": completed(self.data, BINDER),
             "train": completed(self.train, BINDER),
             "optim": completed(self.optim, BINDER),
@@ -150,6 +152,12 @@ class Recipe:
     def optim(self) -> Part:
         """Makes the `OptimSettings`."""
         return BINDER.bind(OptimSettings, *self._section("optim"))
+
+    @cached_property
+    def adapt(self) -> Part | None:
+        """Makes the `Adapt`, where the recipe has such a section."""
+        told = ("d_model", "n_experts")  # a mixture tells its router
+        return BINDER.bind(Adapt, *self._section("adapt"), given=told) if "adapt" in self.tree else None
 
     @cached_property
     def train(self) -> Part:

@@ -23,6 +23,7 @@ from moestro.experts import (
     GLUSingletonBank,
     HyperExpert,
     HyperGenerator,
+    LowRankBank,
     MixedBank,
     MPOBank,
     OutputBias,
@@ -43,6 +44,7 @@ from moestro.layers import (
     DenseFFN,
     FactoredLayer,
     InputGatedLayer,
+    LowRankMixtures,
     MoELayer,
     MultiHeadLayer,
     SampledRows,
@@ -98,6 +100,7 @@ from moestro.routers import (
     TopAny,
     TopK,
     TopP,
+    UniformRouter,
 )
 from moestro.train.adaptive_experts import AdaptiveExperts
 from moestro.train.central_mask import CentralMask
@@ -131,6 +134,7 @@ BANKS: dict[str, Callable[..., Any]] = {
     "tensor_ring": TensorRingBank,
     "tucker": TuckerBank,
     "mpo": MPOBank,
+    "low_rank": LowRankBank,
 }
 
 LAYERS: dict[str, Callable[..., Any]] = {
@@ -160,6 +164,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "modes": ModesRouter,
         "slots": SlotRouter,
         "remapped": RemappedRouter,
+        "uniform": UniformRouter,
     },
     "score": {
         "linear": LinearScore,
@@ -195,6 +200,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     "banks": BANKS,
     "shared_part": {**BANKS, "hyper_generator": HyperGenerator},
     "generator": {"shared": shared_generator},
+    "mixtures": {"low_rank": LowRankMixtures},
     "record": {"active": ActiveRows, "all": AllRows, "sampled": SampledRows},
     "widths": {
         "equal": widths.equal,

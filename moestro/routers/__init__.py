@@ -19,6 +19,7 @@ from moestro.routers.slots import SlotRouter
 from moestro.routers.sparse_mixer import SparseMixer
 from moestro.routers.steered import SteeredTopP
 from moestro.routers.top_any import TopAny
+from moestro.routers.uniform import UniformRouter
 
 __all__ = [
     "AffineScore",
@@ -47,6 +48,7 @@ __all__ = [
     "TopAny",
     "TopK",
     "TopP",
+    "UniformRouter",
     "Capacity",
     "ExpertChoice",
     "GroupLimit",

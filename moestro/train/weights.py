@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from moestro.layers import Adapters
 from moestro.train.checkpoint import CheckpointError, list_checkpoints, read_state, read_tensors, step_of
+from moestro.train.durable import TEMPORARY, sync_file
 from moestro.train.tensors import load_model
 
 
@@ -30,6 +33,22 @@ def best_checkpoint(run_dir: Path) -> Path:
         if step_of(path) == best:
             return path
     raise CheckpointError(f"run folder {run_dir} keeps no evaluated checkpoint (keep_best, eval_every)")
+
+
+def save_adapters(adapters: Adapters, file: Path) -> None:
+    """Write the weights of a model's adapters, and nothing of what they stand around, to one safetensors file."""
+    temporary = file.with_name(TEMPORARY + file.name)
+    save_file({name: value.detach().cpu().contiguous() for name, value in adapters.state_dict().items()}, temporary)
+    sync_file(temporary)
+    temporary.replace(file)
+
+
+def load_adapters(adapters: Adapters, file: Path) -> None:
+    """Copy what `save_adapters` wrote into adapters of the same names and sizes.
+
+    Raises: ValueError naming the first that differ.
+    """
+    adapters.load_state_dict(load_file(file))
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ from moestro.routers import (
     RemappedRouter,
     ResidualRouter,
     ScoredRouter,
+    SlotRouter,
     TopK,
     TopP,
 )
@@ -48,7 +49,8 @@ SELECTS = {
 ROUTERS = {
     "product_key": {"heads": 2, "top_k": 3, "d_key": 4},
     "modes": {"modes": [3, 3], "init_std": 1.0},
-    "slots": {"slots": 2},
+    "slots": {"slots": 2, "normalized": True},
+    "uniform": {},
 }
 # experts named by their place, and what says so
 PLACED = {"product_key": "named by its pair of keys", "modes": "named by its place in the grid"}
@@ -67,6 +69,7 @@ BANKS = {
     "cp": lambda make: make(D, [E], rank=4),
     "tensor_ring": lambda make: make(D, [E], ranks=[2, 3, 4]),
     "tucker": lambda make: make(D, [E], ranks=[2, 4, 3]),
+    "low_rank": lambda make: make(D, E, rank=2, up_std=0.7),
     "mpo": lambda make: make(D, E, 4, width_factors=[2, 1, 2], d_factors=[1, 3, 2]),
     "mixed": lambda make: make([FFNBank(D, [3, 5, 0, 8]), CopyBank(), ConstantBank(D, 2), SingletonBank(D, 2)]),
 }
@@ -104,6 +107,7 @@ def remapped() -> RemappedRouter:
 
 
 ROUTER_MAKERS = {
+    "plain-slots": lambda: SlotRouter(D, E, slots=2),
     "residual": lambda: ResidualRouter(LinearScore(D, E, init_std=1.0), TopK(3)),
     "grouped": lambda: GroupedRouter(D, LinearScore(D, E, init_std=1.0), [3, 2, 4], 2, 3, init_std=1.0),
     "softmax": lambda: ScoredRouter(LinearScore(D, E, init_std=1.0), PARTS["select"]["soft"]()),

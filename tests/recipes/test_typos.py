@@ -90,7 +90,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
         (
             "hmoe",
             "modle.d_model=1",
-            "unknown key 'modle'; did you mean 'model'? allowed: data, extends, model, objectives, ",
+            "unknown key 'modle'; did you mean 'model'? allowed: adapt, data, extends, model, objectives, ",
         ),
         (
             "hmoe",
