@@ -88,5 +88,7 @@ def collect(work: Work, effects: Sequence[Effect]) -> dict[str, Any]:
 def described(study: Study) -> dict[str, Any]:
     """Everything that decides the runs but the corpora, and its digest."""
     arms = {name: {"recipe": arm.recipe, "settings": dict(arm.settings)} for name, arm in study.arms.items()}
+    for name, arm in study.arms.items():
+        arms[name] |= {"start": arm.start, "text": arm.text} if arm.start else {}
     plain = json.loads(json.dumps({"budget": study.budget, "common": dict(study.common), "arms": arms}))
     return {**plain, "digest": digest(plain)}

@@ -29,10 +29,13 @@ from moestro.train.weights import load_weights
 
 @dataclass(frozen=True)
 class Arm:
-    """A recipe file below recipes/, and the keys set in it after the study's common ones."""
+    """A recipe file below recipes/, and the keys set in it after the study's common ones. An arm with `start` goes on
+    from the weights of that arm's run (same corpus, same seed, its tokenizer), on the corpus `text`."""
 
     recipe: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Trained:
         return {step_of(path): path for path in list_checkpoints(self.folder / "checkpoints")}
 
     def model(self, step: int | None = None) -> Transformer:
-        """The model after `step` optimizer steps, one of `checkpoints()`; 0 is the untrained one, None the last."""
-        model = build_model(self.recipe, self.dataset.vocab_size)
+        """The model after `step` optimizer steps, one of `checkpoints()`; 0 is what it started with, None the last."""
+        model = build_model(self.recipe, self.dataset.vocab_size, from_start=step == 0)
         if step != 0:
             saved = self.checkpoints()
             load_weights(model, saved[max(saved) if step is None else step])
@@ -107,7 +110,8 @@ class Study:
 
     def quick(self) -> "Study":
         """The same arms for a few steps each on text that every checkout has: shows that it works, and no effect."""
-        return replace(self, budget=self.budget / 200, seeds=(0, 1), corpora=(PAGES,), final_tokens=2048)
+        arms = {name: replace(arm, text=arm.text and PAGES) for name, arm in self.arms.items()}
+        return replace(self, budget=self.budget / 200, seeds=(0, 1), corpora=(PAGES,), final_tokens=2048, arms=arms)
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,20 @@ class Work:
 
     def settings(self, corpus: str, arm: str, more: Mapping[str, Any]) -> tuple[str, ...]:
         """Everything set in the arm's recipe, as `key=value`."""
-        own = flat(self.study.arms[arm].settings)
-        keys = {**self.study.common, **corpus_settings(corpus, self.data), **own, **more}
+        plan = self.study.arms[arm]
+        text = corpus_settings(plan.text or corpus, self.data)
+        start = self._start(corpus, plan.start, more.get("train.seed", 0)) if plan.start else {}
+        keys = {**self.study.common, **start, **text, **flat(plan.settings), **more}
         return tuple(f"{key}={json.dumps(value)}" for key, value in keys.items())
+
+    def _start(self, corpus: str, arm: str, seed: int) -> dict[str, Any]:
+        """What an arm says that goes on from another's run; a corpus that brings a tokenizer says it again after."""
+        folder = self.run(corpus, arm, seed)
+        return {"adapt.start": str(folder), "data.tokenizer": {"kind": "file", "path": str(folder / "tokenizer")}}
+
+    def run(self, corpus: str, arm: str, seed: int) -> Path:
+        """The folder of a run."""
+        return self.folder.absolute() / corpus / arm / f"seed{seed}"
 
     def recipe(self, corpus: str, arm: str, more: Mapping[str, Any]) -> Recipe:
         """The recipe of one arm on one corpus."""
@@ -165,7 +180,7 @@ class Work:
             seed=seed,
             recipe=ROOT / "recipes" / study.arms[arm].recipe,
             settings=self.settings(corpus, arm, training),
-            folder=self.folder / corpus / arm / f"seed{seed}",
+            folder=self.run(corpus, arm, seed),
             expected_token_flops=flops,
             threads=1,
             final_tokens=study.final_tokens,
@@ -187,6 +202,8 @@ class Work:
             f"{len(study.arms)} arms ({', '.join(study.arms)}), corpora {', '.join(study.corpora)}, seeds "
             f"{', '.join(map(str, study.seeds))}, {study.budget:.3g} useful training FLOPs each",
         )
-        run_jobs(self.jobs, workers, board, failures)
+        # those that others start from first
+        for later in (False, True):
+            run_jobs([job for job in self.jobs if bool(study.arms[job.arm].start) is later], workers, board, failures)
         if failures:
             raise RuntimeError(f"{len(failures)} runs failed: " + "; ".join(f"{k}: {v}" for k, v in failures.items()))

@@ -5,6 +5,7 @@ from moestro.evaluate.knobs import knobs, quality_curve
 from moestro.evaluate.passes import capacity_report, requested_capacity
 from moestro.evaluate.perplexity import evaluate
 from moestro.evaluate.probing import expert_probe
+from moestro.evaluate.purity import expert_purity
 from moestro.evaluate.routing_report import routing_report
 from moestro.evaluate.token_sample import sample_text, token_sample
 
@@ -12,6 +13,7 @@ __all__ = [
     "capacity_report",
     "evaluate",
     "expert_probe",
+    "expert_purity",
     "generalization_report",
     "knobs",
     "quality_curve",

@@ -6,6 +6,7 @@ from moestro.experts.cp import CPBank
 from moestro.experts.dense_mlp import DenseMatrices, DenseMLP
 from moestro.experts.factored import FactoredBank
 from moestro.experts.ffn import FFNBank
+from moestro.experts.free_adapters import FreeAdapters
 from moestro.experts.hyper import HyperExpert, HyperGenerator
 from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.low_rank import LowRankBank
@@ -38,6 +39,7 @@ __all__ = [
     "ExpertLinear",
     "FFNBank",
     "FactoredBank",
+    "FreeAdapters",
     "GLUSingletonBank",
     "HyperExpert",
     "HyperGenerator",

@@ -179,7 +179,12 @@ class MPOBank(FFNExperts):
         most_bond: int | None = None,
     ) -> "MPOBank":
         """Experts that are all this dense feed-forward network, exactly without `most_bond`: what the authors' code
-        starts from. Then only who is routed where tells experts apart."""
+        starts from. Then only who is routed where tells experts apart.
+
+        Raises: ValueError for a network with biases.
+        """
+        if expert.w_in.bias is not None:
+            raise ValueError("this network has biases, which matrix-product operators have not")
         sizes = (expert.d_model, n_experts, expert.width, expert.activation, expert.glu)
         bank = MPOBank(*sizes, width_factors, d_factors, most_bond).to(expert.w_in.weight)
         w_in, w_out = bank._linears()

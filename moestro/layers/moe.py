@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moestro.cost import NOTHING, Cost
 from moestro.experts.base import ExpertBank
+from moestro.experts.free_adapters import FreeAdapters
 from moestro.experts.hyper import HyperExpert
 from moestro.experts.shared import SharedExpert
 from moestro.layers.base import TokenLayer
@@ -114,7 +115,7 @@ class MoELayer(TokenLayer):
         """The branches that know experts by their numbers: banks, and what is made of a routing."""
         return [branch for branch in self.branches if hasattr(branch, "n_experts")]
 
-    def _branches(self) -> "list[ExpertBank | SharedExpert | HyperExpert]":
+    def _branches(self) -> "list[ExpertBank | SharedExpert | HyperExpert | FreeAdapters]":
         return list(self.branches)  # type: ignore[arg-type]
 
 

@@ -76,8 +76,8 @@ BANKS = {
 SHARED = {"shared": {"width": 5}, "bias": {}}
 # a bank that stands elsewhere in the recipe
 NAMED = {"shared_bank"}
-# made of a routing, by a generator: tests/systems/test_hypermoe.py
-GENERATED = {"hyper"}
+# made of a routing and weighted by no gate: tests/systems/test_hypermoe.py
+GENERATED = {"hyper", "free_adapters"}
 
 
 def test_every_registered_part_has_an_example():

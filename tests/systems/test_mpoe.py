@@ -207,6 +207,11 @@ def test_from_dense_and_back(glu: bool) -> None:
     close(layer(MPOBank.from_dense(dense, 2, ROWS, COLUMNS))(x)[0], dense(x), **FLOAT64)
 
 
+def test_biases_are_refused() -> None:
+    with pytest.raises(ValueError, match="this network has biases"):
+        MPOBank.from_dense(SharedExpert(D, W, bias=True), 4, ROWS, COLUMNS)
+
+
 def test_matrices_start_at_the_usual_scale_and_differ() -> None:
     torch.manual_seed(0)
     for most in (None, 9):

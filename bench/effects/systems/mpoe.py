@@ -1,0 +1,54 @@
+"""MPOE: experts with a shared central tensor against experts of their own and one dense layer, at equal compute."""
+
+from typing import Any
+
+from bench.effects import figures as f
+from bench.effects.effect import Run
+from bench.effects.study import Arm
+from bench.effects.systems.system import LOSS, System, expect, fixed
+
+
+def mpoe() -> System:
+    """Top-2 of 8 experts of width 64 in every mixture; a dense layer of width 128 has the same cost, but for building
+    matrices from their cores."""
+
+    def arm(*rules: dict[str, Any]) -> Arm:
+        return Arm("mpoe.yaml", {"rules": list(rules)})
+
+    def narrow(width: int) -> Arm:
+        return Arm("dense.yaml", {"model.ffn": {"kind": "dense", "width": width}})
+
+    arms = {
+        "mpoe": arm(),
+        "mpoe-frozen": arm({"kind": "central_mask", "probability": 1.0}),
+        "dense-128": narrow(128),
+        **fixed(2),
+    }
+    paper, both = "2203.01104", "mpoe dense-128 top-2"
+    return System(
+        arms,
+        (
+            expect("P1", "far fewer parameters than top-2", paper, "ratio of parameters", "mpoe top-2", size, high=0.7),
+            expect("P2", "better than the dense layer", paper, LOSS, "mpoe dense-128", f.excess, high=0),
+            expect("P3", "not better than experts of their own", paper, LOSS, "mpoe top-2", f.excess, low=0),
+            expect("P4", "between both", paper, "where, 0 dense and 1 unshared", both, between, low=0, high=1),
+            expect("P5", "frozen central tensors: worse", paper, LOSS, "mpoe-frozen mpoe", f.excess, low=0),
+            expect("P6", "experts differ", paper, "cosine of experts' outputs", "mpoe", alikeness, high=0.9),
+        ),
+    )
+
+
+def size(run: Run, other: Run) -> float:
+    """Parameters of the first model, as a share of the second's."""
+    return run["params_total"] / other["params_total"]
+
+
+def between(run: Run, low: Run, high: Run) -> float:
+    """How far a run has come from one loss to another."""
+    loss, worst, best = (each["final"]["bpb"] for each in (run, low, high))
+    return (worst - loss) / (worst - best)
+
+
+def alikeness(run: Run) -> float:
+    """Mean cosine of two experts' outputs for a token."""
+    return run["alike"]

@@ -1,0 +1,49 @@
+"""muMoE: factored experts against dense and top-2 layers with as many parameters, at equal compute."""
+
+from typing import Any
+
+from bench.effects import figures as f
+from bench.effects.effect import Run
+from bench.effects.study import Arm
+from bench.effects.systems.smola import dense
+from bench.effects.systems.system import LOSS, System, expect, fixed
+
+
+def mumoe() -> System:
+    """64 or 8 experts in CP format in both linear maps, of the rank that gives a block the dense one's 98 thousand
+    parameters."""
+
+    def arm(n_experts: int) -> Arm:
+        rank = round(3 * 64 * 512 / (2 * n_experts + 65 + 512 + 513 + 64))
+        bank: dict[str, Any] = {"kind": "cp", "modes": [n_experts], "rank": rank, "d_out": 512}
+        return Arm("mumoe.yaml", {"model.ffn.branches": [bank]})
+
+    arms = {"mumoe-64": arm(64), "mumoe-8": arm(8), **dense(), **fixed(2)}
+    paper, share = "2402.12550", "share of experts with weight"
+    more = "mumoe-64 mumoe-8"
+    return System(
+        arms,
+        (
+            expect("U1", "at equal size: near dense", paper, LOSS, "mumoe-64 dense", f.excess, low=-0.05, high=0.05),
+            expect("U2", "at equal size: better than dense", paper, LOSS, "mumoe-64 dense", f.excess, high=0),
+            expect("U3", "at equal compute: top-2 is better", paper, LOSS, "mumoe-64 top-2", f.excess, low=0),
+            expect("U4", "few experts have weight", paper, share, "mumoe-64", used, high=0.5),
+            expect("U5", "more experts: purer", paper, "purity for words, difference", more, purer, low=0),
+            expect("U6", "purer in time", paper, "purity for words, rise", "mumoe-64", purer_in_time, low=0),
+        ),
+    )
+
+
+def used(run: Run) -> float:
+    """Mean share of 64 experts to which a token gives weight."""
+    return run["purity"]["active_end"] / 64
+
+
+def purer(run: Run, other: Run) -> float:
+    """Mean purity of the first run's experts, less that of the second's."""
+    return run["purity"]["mean_purity_end"] - other["purity"]["mean_purity_end"]
+
+
+def purer_in_time(run: Run) -> float:
+    """Mean purity at the end, less that at the start."""
+    return run["purity"]["mean_purity_end"] - run["purity"]["mean_purity_start"]
