@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor
 import moestro
 from moestro.compress.config_text import edited
 from moestro.compress.custom import custom_changes, modeling_text
-from moestro.compress.feasible import Layout, check_plan
+from moestro.compress.feasible import STOCK, Output, check_plan, limits_of
 from moestro.compress.fingerprint import fingerprint, require_source
 from moestro.compress.folder_job import FolderJob
 from moestro.compress.plan import Plan, PlanError
 from moestro.compress.plan_file import plan_text, tensor_file
+from moestro.compress.projection import uniform
 from moestro.compress.rewriting import Rewriting
 from moestro.formats import Checkpoint
 from moestro.formats.complete import COUNTS_BY_LAYER
@@ -34,19 +35,11 @@ NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Output:
-    """What is written: a folder of this kind; low-rank factors multiplied out again where `densify`."""
-
-    layout: Layout = "stock"
-    densify: bool = False
-
-
 def apply_plan(
     source: Path,
     plan: Plan,
     destination: Path,
-    output: Output = Output(),  # noqa: B008
+    output: Output = STOCK,
     plan_path: Path | None = None,
     progress: Progress = lambda file, done, total: None,
 ) -> Path:
@@ -61,8 +54,9 @@ def apply_plan(
     checkpoint = Checkpoint(source)
     found = fingerprint(checkpoint)
     require_source(plan, found, checkpoint.path)
-    check_plan(plan, checkpoint, output.layout, output.densify)
-    job = {"plan": sha256_json(plan_text(plan)), "layout": output.layout, "densify": output.densify}
+    plan = uniform(plan, limits_of(checkpoint)) if output.uniform else plan
+    check_plan(plan, checkpoint, output)
+    job = {"plan": sha256_json(plan_text(plan)), **asdict(output)}
     if (there := _there(source, destination, job)) is not None:
         return there
     rewriting = Rewriting(checkpoint, plan, output.layout, output.densify, _tensors(plan, plan_path))
@@ -78,7 +72,9 @@ def apply_plan(
                 folder.write(name, tensors, checkpoint.shards.metadata[old] or {"format": "pt"})
         _companions(folder, rewriting, output, {name: tensors for name, (_, tensors) in files.items()})
         write_text(folder.path / PLAN, plan_text(plan))
-        write_json(folder.path / RECORD, {**job, "moestro": moestro.__version__, "files": folder.done})
+        write_json(
+            folder.path / RECORD, {**job, "moestro": moestro.__version__, "files": dict(sorted(folder.done.items()))}
+        )
         _require_whole(folder.path, rewriting, output)
         return folder.publish()
 

@@ -9,6 +9,19 @@ from moestro.formats import Checkpoint
 Layout = Literal["stock", "padded", "custom"]
 
 
+@dataclass(frozen=True)
+class Output:
+    """What is written: a folder of this kind. `densify` multiplies low-rank factors out again; `uniform` lets every
+    layer keep as many experts as the plan's largest."""
+
+    layout: Layout = "stock"
+    densify: bool = False
+    uniform: bool = False
+
+
+STOCK = Output()
+
+
 class InfeasibleError(PlanError):
     """What was asked for cannot be routed, or not be written in this kind of folder; the message lists what can."""
 
@@ -106,9 +119,10 @@ def check_request(checkpoint: Checkpoint, layout: Layout, semantics: Semantics, 
         raise InfeasibleError(_cannot(layout, "a dead expert that is never chosen", checkpoint))
 
 
-def check_plan(plan: Plan, checkpoint: Checkpoint, layout: Layout, densify: bool = False) -> None:
-    """Raises: PlanError where plan and checkpoint do not fit, InfeasibleError where routing would fail or a folder of
-    kind `layout` cannot say what the plan does."""
+def check_plan(plan: Plan, checkpoint: Checkpoint, output: Output = STOCK) -> None:
+    """Raises: PlanError where plan and checkpoint do not fit, InfeasibleError where routing would fail or such a folder
+    cannot say what the plan does."""
+    layout = output.layout
     _check_layers(plan, checkpoint)
     limits = limits_of(checkpoint)
     for layer in plan.layers:
@@ -120,7 +134,10 @@ def check_plan(plan: Plan, checkpoint: Checkpoint, layout: Layout, densify: bool
     check_request(checkpoint, layout, plan.semantics, differ)
     if layout != "custom":
         for what, present in (
-            ("low-rank factors (but multiplied out: --densify)", not densify and any(map(_factors, plan.layers))),
+            (
+                "low-rank factors (but multiplied out: --densify)",
+                not output.densify and any(map(_factors, plan.layers)),
+            ),
             ("experts of different widths", len(_widths(plan)) > 1),
             ("skipping by gates", any(layer.skip_below is not None for layer in plan.layers)),
         ):

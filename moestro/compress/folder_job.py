@@ -36,13 +36,13 @@ class FolderJob:
         except BlockingIOError as error:
             os.close(self.lock)
             raise PlanError(f"another process is writing {self.destination}: wait for it, or stop it") from error
-        if _read(self.control / JOB) != self.job:
+        if read_control(self.control / JOB) != self.job:
             shutil.rmtree(self.path, ignore_errors=True)
             (self.control / DONE).unlink(missing_ok=True)
             write_json(self.control / JOB, self.job)
         self.path.mkdir(exist_ok=True)
         remove_temporary(self.path)
-        self.done: dict[str, dict[str, Any]] = _read(self.control / DONE) or {}
+        self.done: dict[str, dict[str, Any]] = read_control(self.control / DONE) or {}
         for name in [name for name in self.done if not self._intact(name)]:
             del self.done[name]
         return self
@@ -87,7 +87,7 @@ class FolderJob:
         return self.destination
 
 
-def _read(path: Path) -> Any:
+def read_control(path: Path) -> Any:
     """What a file of this module says; None where there is none, or half of one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import moestro
-from moestro.compress.feasible import Layout, Limits, check_request, limits_of
+from moestro.compress.feasible import STOCK, Limits, Output, check_request, limits_of
 from moestro.compress.fingerprint import fingerprint
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Semantics
 from moestro.compress.router_norms import kept_by_change, require_moved, router_norm_changes
@@ -22,13 +22,14 @@ class Request:
     `per_layer`.
 
     `reference` is the checkpoint before fine-tuning; `text` (a file, folder or source), `tokens` and `seq_len` are what
-    a method that looks at text reads of it, on `device`. `options` are the method's own, by name.
+    a method that looks at text reads of it, on `device`. `options` are the method's own, by name. `folder` is where the
+    plan will lie, for tensors that a method leaves beside it.
     """
 
     source: Path
     method: str
     ratio: float
-    layout: Layout = "stock"
+    output: Output = STOCK
     semantics: Semantics = "slice"
     per_layer: bool = False
     reference: Path | None = None
@@ -38,6 +39,7 @@ class Request:
     device: str = "cpu"
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 def checked(request: Request) -> tuple[Checkpoint, Limits, dict[int, int]]:
@@ -52,8 +54,9 @@ def checked(request: Request) -> tuple[Checkpoint, Limits, dict[int, int]]:
     limits = limits_of(checkpoint)
     layers = (*checkpoint.moe_layers, *checkpoint.extra_layers)
     kept = {layer: limits.n_kept(checkpoint.n_experts(layer), request.ratio) for layer in layers}
+    different = request.per_layer and not request.output.uniform
     if request.ratio > 0:
-        check_request(checkpoint, request.layout, request.semantics, request.per_layer)
+        check_request(checkpoint, request.output.layout, request.semantics, different)
     return checkpoint, limits, kept
 
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moestro.compress import Group, PlanError
-from moestro.compress.applying import Output, apply_plan
+from moestro.compress.applying import apply_plan
+from moestro.compress.feasible import Output
 from moestro.formats import Checkpoint
 from tests.compress.folders import FAMILIES, GROUPED, LARGER, blocks, loaded, masked, plan_for, saved, some_of
 from tests.hf.families import some_tokens, tiny

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from moestro.compress import PlanError
-from moestro.compress.applying import Output, apply_plan
+from moestro.compress.applying import apply_plan
+from moestro.compress.feasible import Output
 from tests.compress.folders import GROUPED, blocks, loaded, masked, plan_for, saved
 from tests.hf.families import some_tokens
 

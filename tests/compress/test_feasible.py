@@ -3,8 +3,8 @@
 import pytest
 
 from moestro.compress import PlanError
-from moestro.compress.applying import Output, apply_plan
-from moestro.compress.feasible import InfeasibleError, Limits, check_request, limits_of
+from moestro.compress.applying import apply_plan
+from moestro.compress.feasible import InfeasibleError, Limits, Output, check_request, limits_of
 from moestro.formats import Checkpoint
 from tests.compress.folders import plan_for, saved
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moestro.compress import PlanError
-from moestro.compress.applying import Output, apply_plan
+from moestro.compress.applying import apply_plan
+from moestro.compress.feasible import Output
 from moestro.compress.methods import Request, by_router_norms
 from moestro.compress.router_norms import RoutersStillError, kept_by_change, norm_change, router_norm_changes
 from moestro.formats import Checkpoint
@@ -146,7 +147,13 @@ def test_both_meanings_of_pruned_are_the_reference_s(tmp_path, semantics):
     model = saved("mixtral", tmp_path / "src", num_hidden_layers=1)
     saved("mixtral", tmp_path / "base", num_hidden_layers=1, initializer_range=0.05)
     request = Request(
-        tmp_path / "src", "router-norm", 0.5, "custom", semantics, reference=tmp_path / "base", options={"force": True}
+        tmp_path / "src",
+        "router-norm",
+        0.5,
+        Output("custom"),
+        semantics,
+        reference=tmp_path / "base",
+        options={"force": True},
     )
     plan = by_router_norms(request)
     apply_plan(tmp_path / "src", plan, tmp_path / "dst", Output("custom"))

@@ -1,0 +1,106 @@
+"""moestro compress"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from moestro.cli.arguments import Parser, UsageError, device_named, positive
+from moestro.recipe.syntax import parse_yaml
+
+
+def add_arguments(parser: Parser) -> None:
+    """SRC DST, what is to go and how it is chosen, what is written"""
+    parser.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face folder or a run folder; never changed")
+    parser.add_argument("destination", type=Path, metavar="DST", help="the folder to write; with --plan-only the plan")
+    parser.add_argument("--method", help="how experts are chosen: see docs/compress.md")
+    parser.add_argument("--ratio", type=float, help="share of the routed experts that goes: 0.25")
+    parser.add_argument("--per-layer", action="store_true", help="let layers lose different numbers of experts")
+    parser.add_argument("--semantics", choices=("slice", "remap", "zero"), default="slice", help="default: slice")
+    parser.add_argument("--format", choices=("stock", "padded", "custom"), default="stock", help="default: stock")
+    parser.add_argument("--densify", action="store_true", help="multiply low-rank factors out again: loads everywhere")
+    parser.add_argument("--uniform", action="store_true", help="equal numbers in every layer: the plan's largest")
+    parser.add_argument("--plan-only", action="store_true", help="write the plan to DST (a .json file) and stop")
+    parser.add_argument("--plan", type=Path, metavar="PLAN", help="apply this plan in place of making one")
+    _add_measures(parser)
+
+
+def _add_measures(parser: Parser) -> None:
+    parser.add_argument(
+        "--reference", type=Path, metavar="BASE", help="the checkpoint before fine-tuning (router-norm)"
+    )
+    parser.add_argument("--calib", metavar="PATH|SOURCE", help="text that a method looks at")
+    parser.add_argument("--calib-tokens", type=positive, default=65_536, metavar="N", help="default: 65,536")
+    parser.add_argument("--seq-len", type=positive, default=512, metavar="N", help="tokens of a window (default: 512)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="key=value", help="of the method; may be repeated"
+    )
+    device = "cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)"
+    parser.add_argument("--device", help=f"for methods that run the model: {device}")
+
+
+def run(arguments: Namespace) -> int:
+    """Make a checkpoint of experts smaller: a plan, then the folder, in the same format."""
+    from moestro.compress.applying import apply_plan
+    from moestro.compress.plan_file import read_plan
+    from moestro.compress.running import compressed, plan_for
+
+    if arguments.plan is not None:
+        _refuse(arguments, ("method", "ratio", "plan_only"))
+        plan, output = read_plan(arguments.plan), _output(arguments)
+        folder = apply_plan(arguments.source, plan, arguments.destination, output, arguments.plan, _say)
+    elif arguments.plan_only:
+        if arguments.destination.suffix != ".json":
+            raise UsageError(f"{arguments.destination}: with --plan-only DST is the plan to write, a .json file")
+        plan_for(_request(arguments), arguments.destination)
+        print(f"plan: {arguments.destination}")
+        return 0
+    else:
+        folder = compressed(_request(arguments), arguments.destination, _say)
+    print(f"wrote {folder}")
+    return 0
+
+
+def _refuse(arguments: Namespace, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(arguments, name):
+            raise UsageError(f"--plan says what is done; it does not go with --{name.replace('_', '-')}")
+
+
+def _request(arguments: Namespace) -> Any:
+    from moestro.compress.methods import METHODS, Request
+
+    if arguments.method is None or arguments.ratio is None:
+        raise UsageError(f"--method and --ratio are needed, or --plan; methods: {', '.join(METHODS)}")
+    return Request(
+        arguments.source,
+        arguments.method,
+        arguments.ratio,
+        _output(arguments),
+        arguments.semantics,
+        arguments.per_layer,
+        arguments.reference,
+        arguments.calib,
+        arguments.calib_tokens,
+        arguments.seq_len,
+        device_named(arguments.device),
+        arguments.seed,
+        dict(_option(text) for text in arguments.option),
+    )
+
+
+def _output(arguments: Namespace) -> Any:
+    from moestro.compress.feasible import Output
+
+    return Output(arguments.format, arguments.densify, arguments.uniform)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--option {text!r} is not of the form key=value")
+    return name, parse_yaml(value, f"--option {name}")
+
+
+def _say(file: str, done: int, total: int) -> None:
+    print(f"{done + 1}/{total} {file}", flush=True)

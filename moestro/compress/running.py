@@ -1,0 +1,53 @@
+"""The whole of one compression: a plan, kept while it is needed, and the folder that it makes."""
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from moestro.compress.applying import Progress, apply_plan
+from moestro.compress.fingerprint import fingerprint
+from moestro.compress.folder_job import read_control
+from moestro.compress.methods import METHODS, Request, checked
+from moestro.compress.plan import Plan, PlanError
+from moestro.compress.plan_file import read_plan, write_plan
+from moestro.formats import Checkpoint
+from moestro.recipe.syntax import unknown
+from moestro.train.durable import TEMPORARY, sha256_json, write_json
+
+REQUEST, PLAN_FILE = "request.json", "plan.json"
+
+
+def plan_for(request: Request, path: Path) -> Plan:
+    """The plan of a request, written to `path`; tensors that it needs lie beside it.
+
+    Raises: PlanError where it cannot be routed or written (before anything is measured), or the method is not known.
+    """
+    if request.method not in METHODS:
+        raise PlanError(unknown("method", request.method, METHODS))
+    checked(request)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plan = METHODS[request.method](replace(request, folder=path.parent))
+    write_plan(plan, path)
+    return plan
+
+
+def compressed(request: Request, destination: Path, progress: Progress = lambda file, done, total: None) -> Path:
+    """A request carried out: plan, then folder. Interrupted, the same call continues, and makes no finished plan again.
+
+    Raises: PlanError, FormatError.
+    """
+    asked = {**asdict(request), "source": str(request.source.resolve()), "reference": str(request.reference)}
+    wanted: dict[str, Any] = {
+        "request": sha256_json({name: str(value) for name, value in asked.items()}),
+        "source": asdict(fingerprint(Checkpoint(request.source))),
+    }
+    kept = destination.with_name(f"{TEMPORARY}{destination.name}.plan")
+    path = kept / PLAN_FILE
+    if read_control(kept / REQUEST) != wanted or not path.is_file():
+        shutil.rmtree(kept, ignore_errors=True)
+        plan_for(request, path)
+        write_json(kept / REQUEST, wanted)
+    folder = apply_plan(request.source, read_plan(path), destination, request.output, path, progress)
+    shutil.rmtree(kept)
+    return folder
