@@ -22,7 +22,13 @@ from moestro.data.cache import digest
 from moestro.train.durable import write_json
 
 
-def main(study: Study, effects: Sequence[Effect], description: str, words: Sequence[str] | None = None) -> dict:
+def main(
+    study: Study,
+    effects: Sequence[Effect],
+    description: str,
+    words: Sequence[str] | None = None,
+    work_of: type[Work] = Work,
+) -> dict:
     """Run `study` as the command line says; returns the results, which `--json` also writes."""
     options = arguments(study, description, words)
     if options.quick:
@@ -30,7 +36,7 @@ def main(study: Study, effects: Sequence[Effect], description: str, words: Seque
     with contextlib.ExitStack() as stack:
         temporary = options.quick and options.out is None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if temporary else options.out
-        work = Work(study, folder or ROOT / "runs" / "effects" / study.name, options.data)
+        work = work_of(study, folder or ROOT / "runs" / "effects" / study.name, options.data)
         work.train(options.workers)
         results = collect(work, effects)
     if options.json:

@@ -54,6 +54,10 @@ class Job:
         tree = load_recipe(self.recipe, self.settings).tree
         return json.loads(json.dumps({"recipe": tree, "final_tokens": self.final_tokens, "sample": self.sample}))
 
+    def train(self) -> dict[str, Any]:
+        """The run to its end, from its last checkpoint where it has one; returns the final metrics."""
+        return run_training(load_recipe(self.recipe, self.settings), self.folder, self.device, show_preparation=False)
+
     def measure(self) -> dict[str, Any]:
         """Final figures on held-out text, use of the experts and, where asked for, the coloured text."""
         recipe = load_recipe(self.recipe, self.settings)
@@ -107,8 +111,7 @@ def run_job(job: Job) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     if job.summary is not None:
         return job.summary
-    recipe = load_recipe(job.recipe, job.settings)
-    result = run_training(recipe, job.folder, job.device, show_preparation=False)
+    result = job.train()
     facts = {"question": job.question, "commit": source_commit(), "finished": time.time()}
     summary = {**result, **job.measure(), **facts}
     write_json(job.folder / SUMMARY, summary)
