@@ -1,4 +1,4 @@
-"""The study of conversions: a public model read right, arms that say what they are called, figures, and that it runs."""
+"""The study of conversions: a public model read right, arms that say what they are called, figures, a whole run."""
 
 import json
 import lzma
@@ -31,14 +31,14 @@ def test_the_public_model_is_read_right(shared_data, tmp_path):
     model.load_state_dict(weights)
     nats = count = 0.0
     with lzma.open(shared_data / "lm" / "tinystories.jsonl.xz", "rt") as lines, torch.no_grad():
-        for _, line in zip(range(12), lines, strict=False):
+        for _, line in zip(range(40), lines, strict=False):
             text = json.loads(line)["text"]
             ids = [tokenizer.eos_id, *tokenizer.encode(text)]
             assert tokenizer.decode(ids) == text
             logits = model(torch.tensor([ids[:256]])).logits[0]
             nats += float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:256]), reduction="sum"))
             count += len(ids[1:256])
-    assert nats / count == pytest.approx(1.305, abs=0.05)
+    assert nats / count == pytest.approx(1.305, abs=0.02)
 
 
 def test_arms_are_conversions_that_differ_as_their_names_say():
@@ -66,7 +66,7 @@ def test_experts_that_are_told_are_the_best_ones():
 
     def error(labels: str, top_k: int = 2) -> float:
         layer = MoELayer(Told(made, of, top_k, labels, 1.0), [made.layer.bank])
-        return float((layer(of.x)[0] - wanted).square().mean())
+        return float((layer(of.x)[0] - wanted).detach().square().mean())
 
     assert error("subset") < error("projection") < error("random") and error("subset", 4) < 1e-20
     assert error("subset", 3) < error("subset") < error("subset", 1)
