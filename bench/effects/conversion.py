@@ -158,7 +158,7 @@ class ConversionWork(Work):
             seed=seed,
             recipe=self.source(corpus, seed) / "recipe.yaml",
             settings=tuple(f"{key}={json.dumps(value)}" for key, value in settings.items()),
-            folder=self.folder / corpus / arm / f"seed{seed}",
+            folder=self.run(corpus, arm, seed),
             expected_token_flops=training_flops(plain, self.datasets[corpus].vocab_size),
             threads=1,
             final_tokens=study.final_tokens,
