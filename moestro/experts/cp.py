@@ -63,10 +63,13 @@ class CPBank(FactoredBank):
 
     @staticmethod
     @torch.no_grad()
-    def from_experts(matrices: Float[Tensor, "e i1 o"], rank: int) -> "CPBank":
+    def from_experts(matrices: Float[Tensor, "e i1 o"], rank: int, sweeps: int = 0) -> "CPBank":
         """The best approximation of linear experts, e_n(x) = [x; 1] matrices[n], in which each term belongs to one
         expert: the `rank` largest of all their singular values. Exact where no more of them are above 0, at
         N min(i + 1, o) always. Terms beyond start with U_o = 0 and are everyone's.
+
+        From there `sweeps` rounds of alternating least squares share terms among experts: each solves for one factor
+        after another with the others held fixed, so that the error never grows.
         """
         n, d_in, d_out = matrices.shape
         bank = CPBank(1, [n], rank, d_in - 1, d_out).to(matrices)
@@ -75,7 +78,19 @@ class CPBank(FactoredBank):
         bank._set_terms((u * s[:, None]).mT.flatten(0, 1)[best].T, v.flatten(0, 1)[best].T)
         owner = best // s.shape[1]
         bank.experts[0][:, : len(best)] = (torch.arange(n, device=owner.device)[:, None] == owner).to(matrices)
+        for _ in range(sweeps):
+            bank._sweep(matrices)
         return bank
+
+    def _sweep(self, matrices: Float[Tensor, "e i1 o"]) -> None:
+        """Each factor's least-squares solution in turn (Kolda 2009, "Tensor Decompositions and Applications", 3.4)."""
+        factors = [self.experts[0], self.inputs, self.outputs]
+        for place, factor in enumerate(factors):
+            others = [other.double() for other in factors if other is not factor]
+            unfolded = matrices.double().movedim(place, 0).flatten(1)
+            product = torch.einsum("ar,br->abr", *others).flatten(0, 1)
+            gram = (others[0].T @ others[0]) * (others[1].T @ others[1])
+            factor.copy_(unfolded @ product @ torch.linalg.pinv(gram, hermitian=True))
 
     def _set_terms(self, inputs: Float[Tensor, "i1 r"], outputs: Float[Tensor, "o r"]) -> None:
         """The first terms; further ones keep the inputs they started with and put nothing out."""

@@ -14,6 +14,7 @@ from moestro.recipe.syntax import RecipeError
 
 # Held-out tokens where the user does not say: every expert of every layer sees them all.
 TOKENS = 8_192
+SERVING = "by expert 0, 1, 2, ..."
 
 
 def probe_of_run(
@@ -51,9 +52,10 @@ def _layer_table(name: str, layer: Mapping[str, Any]) -> Table:
         f"{short(name)}: nats a token when one expert alone serves the layer; rows are the tokens that prefer each "
         f"(own {layer['own']:.3f}, foreign {layer['foreign']:.3f})"
     )
-    table = plain_table(title, ("tokens of", "count", "as routed", *(f"by {e}" for e in range(len(layer["loss"])))))
+    # one column of text, which a terminal wraps where it would cut columns off
+    table = plain_table(title, ("tokens of", "count", "as routed", SERVING))
     for group, (count, row) in enumerate(zip(layer["tokens"], layer["loss"], strict=True)):
         if row is not None:
-            each = (f"{loss:.3f}" for loss in row)
-            table.add_row(f"{group}", f"{count:,}", f"{layer['as_routed'][group]:.3f}", *each)
+            each = " ".join(f"{loss:.3f}" for loss in row)
+            table.add_row(f"{group}", f"{count:,}", f"{layer['as_routed'][group]:.3f}", each)
     return table

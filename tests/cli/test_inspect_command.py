@@ -232,4 +232,13 @@ def test_probe_prints_every_expert_on_every_experts_tokens(run: Path, capsys: py
         assert sum(layer["tokens"]) == found["tokens"] > 100 and len(layer["loss"]) == 8
         assert all((row is None) == (count == 0) for row, count in zip(layer["loss"], layer["tokens"], strict=True))
     assert main(["inspect", str(run), "--probe", "--tokens", "64"]) == 0
-    assert "by 7" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    for layer in json.loads(probed_64(run, capsys))["layers"].values():
+        for loss in (value for row in layer["loss"] if row for value in row):
+            assert f"{loss:.3f}" in printed
+
+
+def probed_64(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    main(["inspect", str(run), "--probe", "--tokens", "64", "--json"])
+    return capsys.readouterr().out

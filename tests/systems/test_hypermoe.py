@@ -13,6 +13,8 @@
 | 9 unchosen experts get no gradient | test_unchosen_experts_learn_nothing |
 | 10 bf16 | test_generation_is_not_lowered |
 | counts | test_counts |
+| the control: free adapters | test_free_adapters_* |
+| killed and continued | test_a_killed_run_continues |
 """
 
 import copy
@@ -21,14 +23,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.experts import FFNBank, HyperExpert, HyperGenerator
+from moestro.experts import FFNBank, FreeAdapters, HyperExpert, HyperGenerator
 from moestro.layers import MoELayer
+from moestro.model import Attention, Block, Transformer
 from moestro.recipe.build import build_model
 from moestro.recipe.load import load_recipe
 from moestro.routers import Capacity, LinearScore, ScoredRouter, SlotRouter, Soft, TopK, TopP
+from moestro.train import train
 from tests.conftest import ROOT
 from tests.reference import hypermoe as reference
 from tests.tolerances import FLOAT64
+from tests.train.test_resume import Killed, Mortal, require_equal_runs
+from tests.train.tiny import VOCABULARY, WIDTH, Counting, tiny_settings
 
 D, E, T, R = 6, 5, 19, 3
 SELECTS = {
@@ -253,3 +259,79 @@ def test_counts() -> None:
             HyperExpert(**{"d_model": D, "n_experts": E, "generator": branch.generator, **wrong})
     with pytest.raises(ValueError, match="the router knows 5 experts, HyperExpert 4"):
         MoELayer(moe.router, [moe.bank, HyperExpert(D, 4, branch.generator)])
+
+
+def decoder() -> Transformer:
+    """Two layers with one generator."""
+    torch.manual_seed(0)
+    generator = HyperGenerator(WIDTH, rank=R, selection=4, layer=3, hidden=5)
+
+    def moe() -> MoELayer:
+        branch = HyperExpert(WIDTH, 3, generator, embedding=4, hidden=4)
+        return MoELayer(ScoredRouter(LinearScore(WIDTH, 3), TopK(2)), [FFNBank(WIDTH, [2, 4, 6]), branch])
+
+    return Transformer(VOCABULARY, WIDTH, [Block(WIDTH, Attention(WIDTH, n_heads=2), moe()) for _ in range(2)])
+
+
+def test_a_killed_run_continues(tmp_path) -> None:
+    """As if it had not been killed, evaluations on the way included."""
+    settings = tiny_settings(6, save_every=2, eval_every=2)
+    train(decoder(), Counting(), settings, [], [], tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(decoder(), Mortal(3), settings, [], [], tmp_path / "parts")
+    train(decoder(), Counting(), settings, [], [], tmp_path / "parts")
+    require_equal_runs(tmp_path / "parts", tmp_path / "whole", 6)
+
+
+def free(select: str) -> tuple[MoELayer, FreeAdapters]:
+    torch.manual_seed(4)
+    branch = FreeAdapters(D, E, R)
+    router = ScoredRouter(LinearScore(D, E, init_std=1.0), SELECTS[select]())
+    return MoELayer(router, [FFNBank(D, [3, 1, 4, 2, 5]), branch]).double(), branch
+
+
+@pytest.mark.parametrize("select", ["top-1", "top-2", "top-p", "capacity"])
+def test_free_adapters_equal_their_definition(select: str) -> None:
+    """And change nothing at the start; moved with their experts they give the same."""
+    moe, branch = free(select)
+    x = tokens()
+    assert torch.equal(moe(x)[0], plain(moe)(x)[0])
+    for parameter in branch.parameters():
+        torch.nn.init.normal_(parameter)
+    have = moe(x)[0] - plain(moe)(x)[0]
+    for t, chosen in enumerate(sets(moe, x)):
+        want = torch.zeros(D, dtype=torch.float64)
+        for e in chosen:
+            hidden = torch.relu(branch.down[e] @ x[t] + branch.down_bias[e])
+            want = want + branch.up[e] @ hidden + branch.up_bias[e]
+        torch.testing.assert_close(have[t], want, **FLOAT64)
+    before = moe(x)[0]
+    moe.reindex(torch.tensor([3, 0, 4, 2, 1]))
+    torch.testing.assert_close(moe(x)[0], before, **FLOAT64)
+    branch.reindex(torch.tensor([0, -1]))
+    assert branch.n_experts == 2 and not branch.up[1].any() and branch.up[0].any()
+
+
+def test_free_adapters_with_top_1_can_be_what_a_generator_makes() -> None:
+    moe, branch = layer()
+    twin = FreeAdapters(D, E, R).double()
+    made = branch.generated(torch.eye(E, dtype=torch.bool))
+    with torch.no_grad():
+        for mine, theirs in zip(
+            (twin.down, twin.down_bias, twin.up, twin.up_bias),
+            (made.down.mT, made.down_bias, made.up.mT, made.up_bias),
+            strict=True,
+        ):
+            mine.copy_(theirs)
+    x = tokens()
+    torch.testing.assert_close(MoELayer(moe.router, [moe.bank, twin])(x)[0], moe(x)[0], **FLOAT64)
+
+
+def test_free_adapters_refuse_and_count() -> None:
+    moe, branch = free("top-2")
+    (trace,) = moe(tokens())[1]
+    assert float(moe.flops(trace.routing).useful - plain(moe).flops(trace.routing).useful) == 2 * T * 4 * D * R
+    with pytest.raises(ValueError, match="rank=0, allowed: at least 1"):
+        FreeAdapters(D, E, 0)
+    with pytest.raises(ValueError, match="SoftRouting chooses none"):
+        MoELayer(ScoredRouter(LinearScore(D, E), Soft()), [moe.bank, branch]).double()(tokens())
