@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from moestro.formats import Checkpoint, Fused
 from moestro.hf.experts import experts_modules
@@ -41,6 +48,14 @@ def load_without_experts(folder: str | Path, device: str | torch.device = "cpu")
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
     return model.to(device).eval()
+
+
+def tokenizer_in(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
+
+    Raises: OSError or ValueError where it has none.
+    """
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def other_tensors(checkpoint: Checkpoint) -> list[str]:

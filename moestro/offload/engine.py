@@ -1,20 +1,17 @@
 """The experts of a running model, computed out of slots."""
 
 import copy
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from moestro.offload.hosts import Compute
 from moestro.offload.loader import Expected, Loader, Served
 from moestro.offload.memory import SlotMemory
 from moestro.offload.predictor import Chosen, Predictor
 from moestro.offload.scorer import Thresholds, wanted
 from moestro.offload.trace import Recorder
-
-# experts module with one expert's tensors, rows [n d], their weights [n 1] -> rows [n d]
-Compute = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 class Watcher(Protocol):

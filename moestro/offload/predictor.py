@@ -16,7 +16,10 @@ Chosen = tuple[Tensor, Tensor]
 
 
 class Predictor(Protocol):
-    """Ids and weights [t, k] expected of each of the layers after one, nearest first."""
+    """Ids and weights [t, k] expected of each of the layers after one, nearest first; `size` bytes of its own."""
+
+    @property
+    def size(self) -> int: ...
 
     def ahead(self, layer: int, hidden: Tensor, depth: int) -> list[Chosen]: ...
 

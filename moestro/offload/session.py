@@ -1,5 +1,6 @@
 """A model that is larger than its memory, opened to run: what goes where, and what it did."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,18 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.formats import Checkpoint
 from moestro.offload.blobs import Experts
 from moestro.offload.cache import SlotCache
 from moestro.offload.calibration import Calibration
 from moestro.offload.codecs import Codec
 from moestro.offload.engine import Engine
 from moestro.offload.files import OffloadError
-from moestro.offload.folders import experts_in
+from moestro.offload.hosts import Host, host_of
 from moestro.offload.loader import Loader
 from moestro.offload.memory import SlotMemory
 from moestro.offload.policies import SINGLE, Policy, Records
-from moestro.offload.predictor import StackedGates, gates_of
 from moestro.offload.replay import budget
 from moestro.offload.scorer import Precision, Thresholds
 from moestro.offload.sources import FileSource, HostSource, Source, Tiers
@@ -69,33 +68,30 @@ class Session:
         progress: Callable[[str], None] = lambda text: None,
         poison: bool = False,
     ) -> None:
-        from moestro.hf.expertless import load_without_experts
-        from moestro.hf.experts import eager_experts
-
-        self.plan, self.device = plan, torch.device(device)
-        self.checkpoint = Checkpoint(folder)
-        high = experts_in(self.checkpoint)
+        self.plan, self.device, self.host = plan, torch.device(device), host_of(folder)
+        high = self.host.experts
         self.low = self._low(high, store, calibration, progress)
         self.tiers: Tiers = {Precision.HIGH: high, **({Precision.LOW: self.low.experts} if self.low else {})}
-        self.header = header_of(self.checkpoint, high, self.low.experts if self.low else high)
-        self.model: Any = load_without_experts(folder, self.device)
-        self.resident = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
-        gates = StackedGates(gates_of(self.checkpoint), self.device) if plan.depth else None
+        self.header = header_of(self.host, high, self.low.experts if self.low else high)
+        self.model: Any = self.host.load(self.device)
+        held = (*self.model.parameters(), *self.model.buffers())
+        self.resident = sum(tensor.nbytes for tensor in held if not tensor.is_meta)
+        gates = self.host.predictor(self.model, self.device) if plan.depth else None
         self.capacity = self._capacity(self.resident + (gates.size if gates else 0))
         self.memory = SlotMemory(self.tiers, self._source(), self.capacity, self.device, poison)
         self.transport = ThreadTransport(1 if self.device.type == "cuda" else 2)
         records = Records(plan.per_sequence)
         cache = SlotCache(self.capacity, plan.policy, len(high), records)
         self.loader = Loader(cache, self.memory, self.transport, plan.depth, plan.cooperative)
-        layers, scored = self.checkpoint.moe_layers, plan.thresholds
-        self.engine = Engine(layers, self.loader, self.memory, eager_experts, scored, gates, plan.renormalise)
+        layers, compute, scored = self.host.layers, self.host.compute, plan.thresholds
+        self.engine = Engine(layers, self.loader, self.memory, compute, scored, gates, plan.renormalise)
 
     def _low(
         self, high: Experts, store: Path | None, calibration: Calibration | None, progress: Callable[[str], None]
     ) -> Store | None:
         if self.plan.low is None:
             return None
-        path = self.checkpoint.path
+        path = self.host.path
         folder = store or path.with_name(f"{path.name}.offload-{self.plan.low.name}")
         return open_store(folder, high, self.plan.low, calibration, progress)
 
@@ -104,21 +100,21 @@ class Session:
 
     def _capacity(self, resident: int) -> dict[Precision, int]:
         """Bytes of each pool: what is left of the memory without the other weights and the scratch slot."""
+        share = self.plan.low_share if self.low else 0.0
         scratch = max(stored.blob.size for layer in self.tiers[Precision.HIGH] for stored in layer)
-        left = self.plan.memory - resident - scratch
-        if left < scratch:
+        slots = math.ceil(scratch / max(1e-9, 1 - share))
+        if self.plan.memory - resident - scratch < slots:
             raise OffloadError(
-                f"{self.plan.memory:,} bytes do not do: {resident:,} for what is no expert, and two of the largest "
-                f"expert's {scratch:,}, make {resident + 2 * scratch:,} the least for {self.checkpoint.path}"
+                f"{self.plan.memory:,} bytes do not do: {resident:,} for what is no expert, {scratch:,} to compute the "
+                f"largest expert and {slots:,} for slots make {resident + scratch + slots:,} the least for "
+                f"{self.host.path}"
             )
-        return budget(self.header, left, self.plan.low_share if self.low else 0.0)
+        return budget(self.header, self.plan.memory - resident - scratch, share)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, the model computes."""
-        from moestro.hf.experts import intercepted
-
-        with torch.no_grad(), intercepted(self.model, self.engine):
+        with torch.no_grad(), self.host.running(self.model, self.engine):
             yield
 
     @contextmanager
@@ -134,7 +130,7 @@ class Session:
     def recording(self, path: Path, depth: int = 3) -> Iterator[Recorder]:
         """Inside, routing is written to `path`, with predictions `depth` layers ahead."""
         if self.engine.predictor is None:
-            self.engine.predictor = StackedGates(gates_of(self.checkpoint), self.device)
+            self.engine.predictor = self.host.predictor(self.model, self.device)
         recorder = self.engine.recorder = Recorder(path, self.header)
         self.engine.recorded_depth = depth
         try:
@@ -187,7 +183,7 @@ def total(tier: Experts) -> int:
     return sum(stored.blob.size for layer in tier for stored in layer)
 
 
-def header_of(checkpoint: Checkpoint, high: Experts, low: Experts) -> Header:
+def header_of(host: Host, high: Experts, low: Experts) -> Header:
     """What a trace says of the experts."""
     sizes = [[[stored.blob.size for stored in layer] for layer in tier] for tier in (high, low)]
-    return Header(checkpoint.path.name, sizes[0], sizes[1], checkpoint.top_k)
+    return Header(host.path.name, sizes[0], sizes[1], host.top_k)

@@ -1,0 +1,255 @@
+"""moestro offload"""
+
+import argparse
+import re
+import sys
+from argparse import Namespace
+from pathlib import Path
+from signal import SIGTERM, default_int_handler, signal
+from typing import TYPE_CHECKING, Any
+
+from moestro.cli.arguments import Parser, UsageError, add_device, device_named, positive
+from moestro.cli.terminal import as_json, failed
+
+if TYPE_CHECKING:
+    from moestro.offload.policies import Policy
+    from moestro.offload.running import Generated
+    from moestro.offload.session import Plan, Session
+    from moestro.offload.trace import Recorder, Trace
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+# of choices in HIGH and LOW that a profile looks for: the paper's, on Mixtral
+SHARES = (0.67, 0.30)
+BENCH_PROMPT, BENCH_TOKENS = 16, 24
+
+
+def add_arguments(parser: Parser) -> None:
+    """What is run, replayed or profiled; memory, precisions, cache; what is generated and measured"""
+    parser.add_argument(
+        "what",
+        nargs="+",
+        metavar="SRC | replay TRACE | profile TRACE",
+        help="a folder to generate with (Hugging Face's format, or a run of ours); or a recorded trace",
+    )
+    parser.add_argument("--memory", type=size, metavar="SIZE", help="fast memory for weights: 8GiB, 500MB, ...")
+    _add_plan(parser)
+    runs = parser.add_argument_group("generating and measuring")
+    runs.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    runs.add_argument("--tokens", type=positive, default=64, metavar="N", help="continue by so many (default: 64)")
+    runs.add_argument("--eval", type=Path, metavar="FILE", help="text whose perplexity is measured: exact, as planned")
+    runs.add_argument("--eval-tokens", type=positive, default=512, metavar="N", help="of so many tokens (default: 512)")
+    runs.add_argument("--bench", action="store_true", help="time it beside exact loading on demand")
+    runs.add_argument("--trace", type=Path, metavar="FILE", help="record the routing, to replay it")
+    runs.add_argument("--tune", action="store_true", help="of replay: look for the mix of policies of least penalty")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=Path("-"), metavar="PATH", help="write JSON, without PATH to the terminal"
+    )
+    add_device(parser)
+
+
+def _add_plan(parser: Parser) -> None:
+    plan = parser.add_argument_group("how experts are kept")
+    plan.add_argument("--exact", action="store_true", help="no LOW copies, nothing skipped: the same bits as in memory")
+    plan.add_argument("--low", default="int4", metavar="CODEC", help="LOW copies: int8, int4 (default), int2, bf16")
+    plan.add_argument(
+        "--low-share", type=float, default=0.25, metavar="SHARE", help="of the slots' memory (default: 0.25)"
+    )
+    plan.add_argument("--t1", type=float, default=0.6, help="scores up to it ask for HIGH (default: 0.6)")
+    plan.add_argument("--t2", type=float, default=0.9, help="up to it for LOW, above for nothing (default: 0.9)")
+    plan.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="lru (default), lfu, lhu, fld, lcu, mix or mix:LRU,LFU,LHU,FLD; replay takes several",
+    )
+    plan.add_argument("--prefetch", type=int, default=0, metavar="DEPTH", help="layers to look ahead (default: 0)")
+    plan.add_argument("--hold", choices=("files", "host"), default="files", help="where experts wait (default: files)")
+    plan.add_argument("--cooperative", action="store_true", help="with --hold host: compute misses there")
+    plan.add_argument("--renormalise", action="store_true", help="after skips, scale gates to the sum that all had")
+    plan.add_argument("--store", type=Path, metavar="DIR", help="LOW copies (default: SRC.offload-CODEC beside SRC)")
+    plan.add_argument("--calibrate", type=Path, metavar="FILE", help="text by which LOW copies are quantised")
+
+
+def run(arguments: Namespace) -> int:
+    """Generate with a model larger than memory: experts in mixed precision, brought when tokens ask for them."""
+    kind, *rest = arguments.what
+    if kind in ("replay", "profile"):
+        if len(rest) != 1:
+            raise UsageError(f"moestro offload {kind} TRACE takes one trace, got {len(rest)}")
+        return (_replay if kind == "replay" else _profile)(arguments, Path(rest[0]))
+    if rest:
+        raise UsageError(
+            f"unexpected {rest[0]!r}: moestro offload SRC takes one folder (or replay TRACE, profile TRACE)"
+        )
+    if arguments.memory is None:
+        raise UsageError("say how much fast memory there is: --memory 8GiB")
+    if not (arguments.prompt or arguments.eval or arguments.bench):
+        raise UsageError("nothing to do: give --prompt TEXT, --eval FILE or --bench")
+    return _generate(arguments, Path(kind))
+
+
+def size(text: str) -> int:
+    """Bytes: 8GiB, 500MB, 1.5g, 4096.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.lower())
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; allowed: 8GiB, 500MB, 4096 and such")
+    return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def _plan(arguments: Namespace) -> "Plan":
+    from moestro.offload.codecs import codec_named
+    from moestro.offload.scorer import Thresholds
+    from moestro.offload.session import Plan
+
+    if len(arguments.policy) > 1:
+        raise UsageError("--policy: one to run with; replay takes several")
+    exact = arguments.exact or arguments.t1 >= 1
+    return Plan(
+        arguments.memory,
+        None if exact else codec_named(arguments.low),
+        arguments.low_share,
+        Thresholds() if exact else Thresholds(arguments.t1, arguments.t2),
+        _policies(arguments, ["lru"])[0],
+        arguments.prefetch,
+        arguments.hold == "host",
+        arguments.cooperative,
+        arguments.renormalise,
+    )
+
+
+def _policies(arguments: Namespace, default: list[str]) -> "list[Policy]":
+    from moestro.offload.policies import policy_named
+
+    return [policy_named(name) for name in arguments.policy or default]
+
+
+def _generate(arguments: Namespace, folder: Path) -> int:
+    # a run that is told to end closes its trace and its files as one that is interrupted
+    signal(SIGTERM, default_int_handler)
+    from moestro.offload.report import run_lines
+    from moestro.offload.session import Plan, Session
+
+    plan, device = _plan(arguments), device_named(arguments.device)
+    calibration = None
+    if arguments.calibrate and plan.low:
+        with Session(folder, Plan(plan.memory), device) as session:
+            print(f"calibrating on {arguments.calibrate}", file=sys.stderr)
+            calibration = session.calibrate(_tokens(session, arguments.calibrate, 4096))
+    with Session(folder, plan, device, arguments.store, calibration, _progress) as session:
+        if session.low and (warning := session.low.warning()):
+            print(f"moestro: warning: {warning}", file=sys.stderr)
+        report, recorder = _use(arguments, session)
+    if arguments.bench:
+        bare = Plan(plan.memory)
+        with Session(folder, bare, device) as session:
+            report["on_demand"] = _benched(session).as_json()
+    if not as_json(arguments.json, report):
+        for line in run_lines(report):
+            print(line)
+    if recorder is not None and recorder.error is not None:
+        return failed(f"the trace is incomplete: {arguments.trace}: {recorder.error}", 1)
+    return 0
+
+
+def _use(arguments: Namespace, session: "Session") -> "tuple[dict[str, Any], Recorder | None]":
+    """Generate and measure as asked for; the report, and who recorded the trace."""
+    from contextlib import ExitStack
+
+    from moestro.offload.report import run_report
+    from moestro.offload.running import quality
+
+    generated, measured, recorder = [], None, None
+    with ExitStack() as stack:
+        if arguments.trace:
+            recorder = stack.enter_context(session.recording(arguments.trace))
+        if arguments.prompt:
+            generated.append(_continued(arguments, session))
+        if arguments.bench:
+            generated.append(_benched(session))
+    if arguments.eval:
+        measured = quality(session, _tokens(session, arguments.eval, arguments.eval_tokens))
+    return run_report(session, generated, measured), recorder
+
+
+def _continued(arguments: Namespace, session: "Session") -> Any:
+    import torch
+
+    from moestro.offload.running import generate
+
+    tokenizer = session.host.tokenizer()
+    ids = torch.tensor(tokenizer(arguments.prompt).input_ids)
+    found = generate(session, ids, arguments.tokens, _line)
+    print(file=sys.stderr)
+    if arguments.json != Path("-"):
+        print(arguments.prompt + tokenizer.decode(found.tokens, skip_special_tokens=True))
+    return found
+
+
+def _benched(session: "Session") -> "Generated":
+    """A random prompt, the same for every session, continued by as many tokens whatever they are."""
+    import torch
+
+    from moestro.offload.running import generate
+
+    vocabulary = session.model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(0, vocabulary, (BENCH_PROMPT,), generator=torch.Generator().manual_seed(0))
+    found = generate(session, prompt, BENCH_TOKENS, _line, eos_token_id=None, pad_token_id=0)
+    print(file=sys.stderr)
+    return found
+
+
+def _tokens(session: "Session", file: Path, most: int) -> Any:
+    import torch
+
+    text = file.read_text(encoding="utf-8", errors="replace")[: 16 * most]
+    ids = session.host.tokenizer()(text).input_ids[:most]
+    if len(ids) < 2:
+        raise UsageError(f"{file} holds {len(ids)} tokens, at least 2 are needed")
+    return torch.tensor(ids)
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _line(text: str) -> None:
+    print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, end="" if sys.stderr.isatty() else "\n", file=sys.stderr)
+
+
+def _read(path: Path) -> "Trace":
+    from moestro.offload.trace import read_trace
+
+    return read_trace(path)
+
+
+def _replay(arguments: Namespace, path: Path) -> int:
+    from rich.console import Console
+
+    from moestro.offload.replay import Setting, budget
+    from moestro.offload.report import replay_report, replay_table
+    from moestro.offload.scorer import Thresholds
+
+    trace = _read(path)
+    everything = sum(map(sum, trace.header.high))
+    memory = arguments.memory or everything // 4
+    thresholds = Thresholds() if arguments.exact else Thresholds(arguments.t1, arguments.t2)
+    capacity = budget(trace.header, memory, 0.0 if thresholds.exact else arguments.low_share)
+    setting = Setting(capacity, thresholds=thresholds, depth=arguments.prefetch, cooperative=arguments.cooperative)
+    policies = _policies(arguments, ["lru", "lfu", "lhu", "fld", "mix", "lcu"])
+    report = replay_report(trace, setting, policies, arguments.tune)
+    if not as_json(arguments.json, report):
+        Console(width=None if sys.stdout.isatty() else 140).print(replay_table(report))
+    return 0
+
+
+def _profile(arguments: Namespace, path: Path) -> int:
+    from moestro.offload.report import profile_lines, profile_report
+
+    report = profile_report(_read(path), *SHARES)
+    if not as_json(arguments.json, report):
+        print("\n".join(profile_lines(report)))
+    return 0

@@ -1,0 +1,87 @@
+"""Whose experts are kept away from memory: stock models, and our own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moestro.formats import Checkpoint
+from moestro.offload.blobs import Experts
+from moestro.offload.folders import experts_in
+from moestro.offload.predictor import Predictor, StackedGates, gates_of
+
+# experts module with one expert's tensors, rows [n d], ids of the expert [n 1] (0), their weights [n 1] -> rows [n d]
+Compute = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+# layer, experts module, hidden [t d], ids [t k], weights [t k] -> [t d]
+Experting = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]
+
+
+class Host(Protocol):
+    """A model in a folder: its experts as files hold them, and everything else."""
+
+    path: Path
+    experts: Experts
+    layers: tuple[int, ...]
+    top_k: int
+    compute: Compute
+
+    def load(self, device: torch.device) -> Any:
+        """The model without its experts' tensors."""
+        ...
+
+    def predictor(self, model: Any, device: torch.device) -> Predictor:
+        """Asks the routers of the layers ahead."""
+        ...
+
+    def running(self, model: Any, fn: Experting) -> AbstractContextManager[None]:
+        """Inside, `fn` computes the experts."""
+        ...
+
+    def tokenizer(self) -> Any: ...
+
+
+class StockHost:
+    """A folder of the Hugging Face format, of a family that `moestro.formats` knows."""
+
+    def __init__(self, folder: str | Path) -> None:
+        from moestro.hf.experts import eager_experts
+
+        self.checkpoint = Checkpoint(folder)
+        self.path, self.compute = self.checkpoint.path, eager_experts
+        self.experts, self.layers = experts_in(self.checkpoint), self.checkpoint.moe_layers
+        self.top_k = self.checkpoint.top_k
+
+    def load(self, device: torch.device) -> Any:
+        from moestro.hf.expertless import load_without_experts
+
+        return load_without_experts(self.path, device)
+
+    def predictor(self, model: Any, device: torch.device) -> StackedGates:
+        return StackedGates(gates_of(self.checkpoint), device)
+
+    @contextmanager
+    def running(self, model: Any, fn: Experting) -> Iterator[None]:
+        from moestro.hf.experts import intercepted
+
+        with intercepted(model, fn):
+            yield
+
+    def tokenizer(self) -> Any:
+        from moestro.hf.expertless import tokenizer_in
+
+        return tokenizer_in(self.path)
+
+
+def host_of(folder: str | Path) -> Host:
+    """The model in a folder: a run of ours, or a stock one.
+
+    Raises: FormatError for a folder that is neither; others as the hosts say.
+    """
+    if (Path(folder) / "recipe.yaml").is_file():
+        from moestro.offload.own import OwnHost
+
+        return OwnHost(folder)
+    return StockHost(folder)

@@ -1,0 +1,112 @@
+"""moestro offload: generating with a model larger than its memory, replaying and profiling its trace."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import pytest
+
+from moestro.cli import main
+from moestro.cli.offload import size
+from moestro.offload.trace import read_trace
+from tests.conftest import ROOT
+from tests.offload.models import memory_for, tiny_folder
+from tests.stock_models import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "mixtral"
+    tiny_folder(path, vocab_size=257, num_local_experts=6)
+    byte_tokenizer(path).save_pretrained(path)
+    return path
+
+
+def offload(*words: object) -> int:
+    return main(["offload", *map(str, words)])
+
+
+def test_generation_a_report_and_its_trace(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    words = ["--memory", memory_for(folder, 5), "--trace", tmp_path / "t.jsonl", "--store", tmp_path / "low"]
+    words += ["--calibrate", text, "--eval", text, "--eval-tokens", 40, "--policy", "mix", "--prefetch", 1]
+    words += ["--prompt", "the quick", "--tokens", 8, "--bench", "--json", tmp_path / "r.json"]
+    assert offload(folder, *words) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("the quick") and "perplexity" in said.out and "exactly on demand: 16 tokens" in said.out
+    assert "calibrating on" in said.err and "tokens/s, hits high" in said.err
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["plan"]["low"] == "int4" and report["plan"]["policy"] == "mix" and not report["plan"]["exact"]
+    assert len(report["generated"]) == 2 and report["counts"]["misses_low"] > 0
+    assert report["quality"]["tokens"] == 40 and abs(report["quality"]["perplexity_change"]) < 0.05
+    assert report["memory"]["slots_peak_bytes"] < report["memory"]["experts_bytes"]["high"]
+    trace = read_trace(tmp_path / "t.jsonl")
+    assert trace.complete and trace.header.n_layers == 2
+
+    assert offload("replay", tmp_path / "t.jsonl", "--tune") == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("lru", "lfu", "lhu", "fld", "lcu", "tuned mix"))
+    assert offload("replay", tmp_path / "t.jsonl", "--policy", "lfu", "--exact", "--json") == 0
+    replayed = json.loads(capsys.readouterr().out)["policies"]
+    assert set(replayed) == {"lfu"} and replayed["lfu"]["misses_low"] == 0 < replayed["lfu"]["misses_high"]
+    assert offload("profile", tmp_path / "t.jsonl") == 0
+    assert "--t1" in (profiled := capsys.readouterr().out) and "1 layers ahead" in profiled
+
+
+def test_exact_says_so(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert offload(folder, "--memory", memory_for(folder, 3), "--exact", "--prompt", "a", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["plan"]["exact"] and report["plan"]["low"] is None and report["quality"] is None
+    assert report["counts"]["skips"] == report["counts"]["asked_low"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["SRC", "--prompt", "a"], "--memory 8GiB"),
+        (["SRC", "--memory", "8 apples", "--prompt", "a"], "'8 apples' is no size"),
+        (["SRC", "--memory", "8GiB"], "nothing to do"),
+        (["SRC", "more", "--memory", "8GiB", "--prompt", "a"], "unexpected 'more'"),
+        (["SRC", "--memory", "1k", "--prompt", "a"], "1,000 bytes do not do: .* the least"),
+        (["SRC", "--memory", "8GiB", "--prompt", "a", "--policy", "best"], "policy 'best', allowed"),
+        (["SRC", "--memory", "8GiB", "--prompt", "a", "--low", "int3"], "precision 'int3', allowed"),
+        (["SRC", "--memory", "8GiB", "--prompt", "a", "--t1", "0.9", "--t2", "0.5"], "T1=0.9, T2=0.5"),
+        (["SRC", "--memory", "8GiB", "--prompt", "a", "--exact", "--cooperative"], "needs them in host memory"),
+        (["replay"], "takes one trace"),
+        (["replay", "SRC/config.json"], "line 1: not JSON"),
+        (["profile", "nowhere"], "nowhere"),
+        (["nowhere", "--memory", "8GiB", "--prompt", "a"], "nowhere is not a folder"),
+    ],
+)
+def test_mistakes_are_said(words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert offload(*(word.replace("SRC", str(folder)) for word in words)) in (1, 2)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_sizes() -> None:
+    read = [size(text) for text in ("8GiB", "500MB", "4096", "1.5k", "2 gib")]
+    assert read == [8 << 30, 500_000_000, 4096, 1500, 2 << 30]
+    for text in ("", "0", "GiB", "-1", "1TB5"):
+        with pytest.raises(ArgumentTypeError, match="no size"):
+            size(text)
+
+
+@pytest.mark.slow
+def test_being_told_to_end_leaves_a_trace_that_reads(folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    words = [folder, "--memory", memory_for(folder, 3), "--exact", "--prompt", "a", "--tokens", 90, "--trace", trace]
+    command = [sys.executable, "-m", "moestro", "offload", *map(str, words)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (trace.exists() and trace.stat().st_size > 2000):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in said, said
+    assert len(read_trace(trace).steps) > 4
