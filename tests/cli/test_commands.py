@@ -83,7 +83,7 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
     [
         (
             ["trian", "x"],
-            "unknown verb 'trian'; did you mean 'train'? allowed: --help, --version, compare, eval, inspect, ",
+            "unknown verb 'trian'; did you mean 'train'? allowed: --help, --version, compare, ",
         ),
         (["--hepl"], "unknown option '--hepl'; did you mean '--help'? allowed: --help, --version, compare, "),
         (["train"], "the following arguments are required: RECIPE"),
