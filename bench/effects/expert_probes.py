@@ -39,7 +39,7 @@ def outputs(bank: FFNExperts, x: torch.Tensor) -> torch.Tensor:
 
 def mean_cosine(rows: torch.Tensor) -> float:
     """Of every two experts' outputs for the same token."""
-    unit = F.normalize(rows.double(), dim=-1).transpose(0, 1)
+    unit = F.normalize(rows.detach().double(), dim=-1).transpose(0, 1)
     n = unit.shape[1]
     return float(((unit @ unit.mT).sum((1, 2)) - n).mean() / (n * (n - 1)))
 
