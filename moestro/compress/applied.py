@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moestro.compress.feed_forward import FeedForward
 from moestro.compress.lowrank import factors
-from moestro.compress.observed import Observed, feed_forward
+from moestro.compress.observed import Observed
 from moestro.compress.plan import LayerPlan, Semantics
-from moestro.compress.units import Units, merged, units_of
-from moestro.experts import FFNBank
+from moestro.compress.units import Units, merged
 from moestro.layers.moe import MoELayer
 from moestro.routers import RemappedRouter, ScoredRouter, SkippingTopK, TopK
 
@@ -59,7 +59,8 @@ def apply_to(
     if plan.n_experts != layer.router.n_experts:
         raise ValueError(f"layer {plan.layer} has {layer.router.n_experts} experts, the plan is of {plan.n_experts}")
     changes = plan.merges or plan.factors or plan.narrows
-    bank = bank_of([new_expert(layer, plan, j, moments) for j in range(plan.n_kept)], layer) if changes else None
+    old = FeedForward.of(layer) if changes else None
+    bank = old and old.bank_of([new_expert(old, plan, j, moments) for j in range(plan.n_kept)])
     rows = _rows(layer, plan, semantics, merged_rows)
     index = torch.tensor(plan.keep, device=next(layer.parameters()).device)
     if plan.skip_below is not None:
@@ -67,8 +68,8 @@ def apply_to(
     if semantics == "slice":
         layer.reindex(index)
     else:
-        for old in layer.banks():
-            old.reindex(index)
+        for each in layer.banks():
+            each.reindex(index)
         layer.router = RemappedRouter(layer.router, plan.new_ids).to(index.device)
     if bank is not None:
         layer.branches[[branch is layer.bank for branch in layer.branches].index(True)] = bank
@@ -76,38 +77,19 @@ def apply_to(
         layer.router.score.weight[place] = row  # type: ignore[union-attr,index,operator]
 
 
-def new_expert(layer: MoELayer, plan: LayerPlan, place: int, moments: Observed | None) -> Units:
+def new_expert(bank: FeedForward, plan: LayerPlan, place: int, moments: Observed | None) -> Units:
     """The units of a new expert: its group's sum, then without the units that go, then of low rank."""
     old = plan.keep[place]
-    units = expert_units(layer, old)
+    units = bank.units(old)
     if plan.groups is not None and plan.groups[place].weights != (1.0,):
         group = plan.groups[place]
-        members = [expert_units(layer, member) for member in group.members]
+        members = [bank.units(member) for member in group.members]
         units = merged(members, group.weights, group.align, group.members.index(old))
     if plan.units is not None and (stay := plan.units[place]) is not None:
         units = units[list(stay)]
     if plan.ranks is not None and (rank := plan.ranks[place]) is not None:
-        units = thinned(units, feed_forward(layer).w_out.d_model, rank, _moments(moments, old))
+        units = thinned(units, bank.d_model, rank, _moments(moments, old))
     return units
-
-
-def expert_units(layer: MoELayer, expert: int) -> Units:
-    """The hidden units of one feed-forward expert."""
-    bank = feed_forward(layer)
-    inside, out = bank.w_in.matrices()[expert].detach(), bank.w_out.matrices()[expert].detach()
-    return units_of(*(inside.chunk(2) if bank.glu else (None, inside)), out)
-
-
-def bank_of(experts: Sequence[Units], layer: MoELayer) -> FFNBank:
-    """A bank of these experts, of the kind of the layer's own."""
-    old = feed_forward(layer)
-    bank = FFNBank(old.w_out.d_model, [len(units) for units in experts], old.activation, old.glu)
-    bank = bank.to(old.w_out.weight.device, old.w_out.weight.dtype)
-    parts = [units.split(old.w_out.d_model, dim=1) for units in experts]
-    with torch.no_grad():
-        bank.w_in.weight.copy_(torch.cat([matrix for *inside, _ in parts for matrix in inside]))
-        bank.w_out.weight.copy_(torch.cat([out for *_, out in parts]))
-    return bank
 
 
 def thinned(units: Units, d_model: int, rank: int, moments: tuple[Tensor | None, Tensor | None]) -> Units:

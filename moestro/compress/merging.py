@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.compress.applied import expert_units
-from moestro.compress.observed import expert_output, feed_forward, gates_of, hidden_of
+from moestro.compress.feed_forward import FeedForward
+from moestro.compress.observed import expert_output, gates_of
 from moestro.compress.partition import Groups, agglomerate, group_experts
 from moestro.compress.plan import Group, LayerPlan
 from moestro.compress.pruning import Subject, groups_of, plan_of
@@ -61,9 +61,9 @@ def similarity(subject: Subject, name: str, kind: str) -> Float[Tensor, "e e"]:
     """How alike the experts of one layer are; those of different routing groups at -inf, so that none are joined."""
     layer = subject.layers[name]
     if kind in ("cosine-weights", "cka-weights"):
-        experts = [expert_units(layer, e) for e in range(layer.router.n_experts)]
-        d_model = feed_forward(layer).w_out.d_model
-        return weight_cosine(experts) if kind == "cosine-weights" else weight_cka(experts, d_model)
+        bank = FeedForward.of(layer)
+        experts = [bank.units(e) for e in range(layer.router.n_experts)]
+        return weight_cosine(experts) if kind == "cosine-weights" else weight_cka(experts, bank.d_model)
     if kind == "mean-outputs":
         seen = subject.seen(name)
         return output_distance(seen.outputs / seen.tokens)
@@ -171,15 +171,14 @@ class _Mixed:
     """The sum of aligned units by weights, as one expert."""
 
     def __init__(self, layer: MoELayer, members: Sequence[int], kept: int, align: bool) -> None:
-        units = [expert_units(layer, member) for member in members]
+        self.bank = FeedForward.of(layer)
+        units = [self.bank.units(member) for member in members]
         reference = units[members.index(kept)]
         self.units = torch.stack([u[matched(reference, u)] if align and u is not reference else u for u in units])
-        self.bank = feed_forward(layer)
 
     def __call__(self, weights: Float[Tensor, "g"], x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         units = torch.einsum("g,gwf->wf", weights.to(self.units.dtype), self.units)
-        *inside, out = units.split(self.bank.w_out.d_model, dim=1)
-        return hidden_of(self.bank, torch.cat(inside), x) @ out
+        return self.bank.run(units, x)
 
 
 def _target(layer: MoELayer, members: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:

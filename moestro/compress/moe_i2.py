@@ -10,9 +10,9 @@ from moestro.compress.applied import applied, layer_number
 from moestro.compress.blocks import blocks_of, refine
 from moestro.compress.budget import removed_counts
 from moestro.compress.calibration import calibrate
+from moestro.compress.feed_forward import FeedForward
 from moestro.compress.lowrank import allocate_ranks, rank_keeping
 from moestro.compress.masking import without
-from moestro.compress.observed import feed_forward
 from moestro.compress.plan import LayerPlan
 from moestro.compress.pruning import Subject, groups_of, most_removed, plan_of, searched, uniform
 from moestro.compress.search import Genetic
@@ -107,10 +107,10 @@ def with_ranks(
 
 def _ranks(pruned: Subject, plan: LayerPlan, settings: Settings) -> tuple[int, ...]:
     name = next(name for name in pruned.layers if layer_number(name) == plan.layer)
-    bank = feed_forward(pruned.layers[name])
+    bank = FeedForward.of(pruned.layers[name])
     if len(set(bank.widths)) > 1:
         raise ValueError(f"{name}: experts of widths {bank.widths}; ranks are shared among experts of one width")
-    d_model, width = bank.w_out.d_model, bank.widths[0]
+    d_model, width = bank.d_model, bank.widths[0]
     mean = rank_keeping(settings.fraction or 1.0, d_model, width)
     # above the rank at which factors have as many parameters as the matrix there is nothing to gain
     highest = rank_keeping(1.0, d_model, width)

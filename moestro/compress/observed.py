@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moestro.experts import FFNBank
+from moestro.compress.feed_forward import FeedForward
 from moestro.layers.moe import MoELayer
-from moestro.ops.activations import activation as find
 from moestro.routing import Routing
 
 
@@ -69,10 +68,11 @@ class Observed:
     @torch.no_grad()
     def observe_moments(self, layer: MoELayer, x: Float[Tensor, "t d"], routing: Routing) -> None:
         """Add the second moments of what every expert's matrices multiplied."""
-        met = gates_of(routing)[1]
+        met, bank = gates_of(routing)[1], FeedForward.of(layer)
         for expert in range(self.n_experts):
-            rows = x[met[:, expert]].double()
-            hidden = hidden_units(layer, expert, x[met[:, expert]]).double()
+            rows = x[met[:, expert]]
+            hidden = bank.hidden(bank.matrices(expert)[0], rows).double()
+            rows = rows.double()
             self.add(f"input_moments_{expert}", rows.T @ rows)
             self.add(f"hidden_moments_{expert}", hidden.T @ hidden)
 
@@ -133,33 +133,3 @@ def expert_output(layer: MoELayer, expert: int, x: Float[Tensor, "n d"]) -> Floa
     offsets[expert + 1 :] = n
     first, *others = (bank.run(x, offsets) for bank in layer.banks())
     return sum(others, first)
-
-
-def hidden_units(layer: MoELayer, expert: int, x: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
-    """What the hidden units of one expert are on these tokens: the inputs of its last matrix.
-
-    Raises: ValueError where the layer's bank is not of feed-forward experts.
-    """
-    bank = feed_forward(layer)
-    return hidden_of(bank, bank.w_in.matrices()[expert], x)
-
-
-def hidden_of(bank: FFNBank, inside: Float[Tensor, "_ d"], x: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
-    """The hidden units of an expert of the bank's kind with this in-projection, gate rows first."""
-    hidden, act = x @ inside.T, find(bank.activation).forward
-    if not bank.glu:
-        return act(hidden)
-    gate, up = hidden.chunk(2, dim=-1)
-    return act(gate) * up
-
-
-def feed_forward(layer: MoELayer) -> FFNBank:
-    """The layer's experts, where they are feed-forward networks in one bank.
-
-    Raises: ValueError for others.
-    """
-    banks = layer.banks()
-    if len(banks) != 1 or not isinstance(banks[0], FFNBank):
-        kinds = ", ".join(type(bank).__name__ for bank in banks)
-        raise ValueError(f"banks {kinds}, allowed for methods that read matrices of experts: one FFNBank")
-    return banks[0]

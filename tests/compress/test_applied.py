@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from moestro.compress.applied import applied, expert_units, layer_number
+from moestro.compress.applied import applied, layer_number
 from moestro.compress.calibration import Ask, calibrate
+from moestro.compress.feed_forward import FeedForward
 from moestro.compress.masking import without
 from moestro.compress.plan import Group, LayerPlan
+from moestro.experts import StackedBank
 from moestro.layers.editing import scaled_experts
 from moestro.routers import RemappedRouter
 from tests.compress.models import D, E, decoder, text
@@ -114,7 +116,7 @@ def test_low_ranks_are_products_and_full_rank_is_the_expert(model, batch):
     torch.testing.assert_close(logits(whole, batch), logits(model, batch), **FLOAT64)
     thin = applied(model, [LayerPlan(0, E, EVERYTHING, ranks=(2, None, 2, 2, 2, 2))]).moe_layers()["blocks.0.ffn"]
     assert [int(torch.linalg.matrix_rank(m)) for m in thin.bank.w_out.matrices()] == [2, 5, 2, 2, 2, 2]
-    assert torch.equal(expert_units(thin, 1), expert_units(model.moe_layers()["blocks.0.ffn"], 1))
+    assert torch.equal(*(FeedForward.of(layer).units(1) for layer in (thin, model.moe_layers()["blocks.0.ffn"])))
 
 
 def test_moments_make_low_ranks_err_less_on_the_text(model):
@@ -149,3 +151,20 @@ def test_plans_of_other_layers_are_refused(model):
     assert layer_number("model.layers.12.mlp") == 12
     with pytest.raises(ValueError, match="no number"):
         layer_number("ffn")
+
+
+def test_experts_in_stacked_tensors_are_edited_alike(model, batch):
+    """As transformers keeps them: the same units, the same model after merging, low ranks and slicing."""
+    stacked = decoder("mdm")
+    for layer in stacked.moe_layers().values():
+        old, bank = FeedForward.of(layer), StackedBank(D, E, 5).double()
+        with torch.no_grad():
+            for expert in range(E):
+                inside, out = old.matrices(expert)
+                bank.gate_up[expert].copy_(inside)
+                bank.down[expert].copy_(out)
+                assert torch.equal(FeedForward(bank).units(expert), old.units(expert))
+        layer.branches[0] = bank
+    thin = LayerPlan(2, E, (0, 2, 3), ranks=(3, 4, None))
+    for plans in ([merge(align=True), thin], [LayerPlan(0, E, (1, 4))]):
+        torch.testing.assert_close(logits(applied(stacked, plans), batch), logits(applied(model, plans), batch))

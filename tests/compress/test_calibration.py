@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moestro.compress.calibration import Ask, calibrate, save
-from moestro.compress.observed import Observed, hidden_units
+from moestro.compress.feed_forward import FeedForward
+from moestro.compress.observed import Observed
 from moestro.layers import MoELayer
 from moestro.routers import SlotRouter
 from tests.compress.models import D, E, decoder, mixture, text
@@ -48,7 +49,8 @@ def test_moments_are_of_the_inputs_of_every_expert_s_matrices():
             torch.testing.assert_close(getattr(seen, f"input_moments_{expert}"), x.T @ x, **FLOAT64)
             gate, up = (x @ trace.layer.bank.w_in.matrices()[expert].T).chunk(2, -1)
             hidden = torch.nn.functional.silu(gate) * up
-            torch.testing.assert_close(hidden_units(trace.layer, expert, x), hidden, **FLOAT64)
+            bank = FeedForward.of(trace.layer)
+            torch.testing.assert_close(bank.hidden(bank.matrices(expert)[0], x), hidden, **FLOAT64)
             torch.testing.assert_close(getattr(seen, f"hidden_moments_{expert}"), hidden.T @ hidden, **FLOAT64)
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moestro.compress.applied import applied, bank_of, expert_units
+from moestro.compress.applied import applied
 from moestro.compress.calibration import Ask, calibrate
+from moestro.compress.feed_forward import FeedForward
 from moestro.compress.merging import (
     HC_SMOE,
     SIMILARITIES,
@@ -35,11 +36,12 @@ def planted(noise=0.02) -> Subject:
     """Expert 3 + e is expert e once more, nearly, its hidden units in another order, with a router row of its own."""
     model = decoder("mm")
     for number, layer in enumerate(model.moe_layers().values()):
-        units = [expert_units(layer, e) for e in range(3)]
+        bank = FeedForward.of(layer)
+        units = [bank.units(e) for e in range(3)]
         draw = torch.Generator().manual_seed(number)
         copies = [u + noise * torch.randn(u.shape, generator=draw, dtype=u.dtype) for u in units]
         copies = [u[torch.randperm(len(u), generator=draw)] for u in copies]
-        layer.branches[0] = bank_of([*units, *copies], layer)
+        layer.branches[0] = bank.bank_of([*units, *copies])
     return Subject(model, calibrate(model, text(8), Ask(everywhere=True)))
 
 
@@ -94,7 +96,7 @@ def test_pruning_by_groups_keeps_one_member_as_it_is():
     (plan,) = merge_plans(given, Settings(ratio=0.5, merge="prune"))
     layer = applied(given.model, [plan], "remap").moe_layers()["blocks.0.ffn"]
     for place, kept in enumerate(plan.keep):
-        assert torch.equal(expert_units(layer, place), expert_units(given.layers["blocks.0.ffn"], kept))
+        assert torch.equal(FeedForward.of(layer).units(place), FeedForward.of(given.layers["blocks.0.ffn"]).units(kept))
 
 
 def test_learned_weights_err_no_more_than_equal_ones():
@@ -114,8 +116,8 @@ def test_merge_error_is_that_of_the_equation():
     given = subject("m")
     layer, x = given.layers["blocks.0.ffn"], given.seen("blocks.0.ffn").inputs
     group = Group((1, 4), (0.25, 0.75))
-    one = given.layers["blocks.0.ffn"]
-    single = bank_of([0.25 * expert_units(one, 1) + 0.75 * expert_units(one, 4)], one)
+    bank = FeedForward.of(layer)
+    single = bank.bank_of([0.25 * bank.units(1) + 0.75 * bank.units(4)])
     with torch.no_grad():
         gates = layer.router(x).dense()
         target = gates[:, 1:2] * expert_output(layer, 1, x) + gates[:, 4:5] * expert_output(layer, 4, x)
@@ -148,7 +150,7 @@ def test_one_budget_for_all_layers_gives_unequal_counts():
     layer = given.layers["blocks.1.ffn"]
     draw = torch.Generator().manual_seed(9)
     own = [torch.randn(5, 24, generator=draw, dtype=torch.float64) for _ in range(E)]
-    layer.branches[0] = bank_of(own, layer)
+    layer.branches[0] = FeedForward.of(layer).bank_of(own)
     given = Subject(given.model, calibrate(given.model, text(8), Ask(everywhere=True)))
     plans = merge_plans(given, Settings(ratio=0.25, everywhere=True))
     assert [plan.n_kept for plan in plans] == [3, 6]
