@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moestro.compress.applied import layer_number
 from moestro.compress.masking import without
 from moestro.compress.search import Subset
 from moestro.data import Batch
@@ -35,27 +36,17 @@ class Recording:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive decoder layers, and the names of the mixture layers in them, in order."""
+    """Consecutive decoder layers, the names of the mixture layers in them, in order, and which tokens of every batch
+    count."""
 
     decoders: tuple[Recording, ...]
     mixtures: tuple[str, ...]
+    counted: list[Tensor] = field(default_factory=list)
 
 
 def state_of(output: Any) -> Tensor:
     """The hidden state among what a decoder layer returns."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def decoder_of(name: str, model: nn.Module) -> str:
-    """The name of the decoder layer that a module is part of: the outermost list's item on the way to it.
-
-    Raises: ValueError where there is no list of layers.
-    """
-    parts = name.split(".")
-    for depth in range(len(parts) - 1):
-        if isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList):
-            return ".".join(parts[: depth + 1])
-    raise ValueError(f"{name} is in no list of decoder layers")
 
 
 def blocks_of(model: nn.Module, batches: Iterable[Batch], size: int = 3) -> list[Block]:
@@ -65,15 +56,13 @@ def blocks_of(model: nn.Module, batches: Iterable[Batch], size: int = 3) -> list
     if size < 1:
         raise ValueError(f"size={size} mixture layers in a block, allowed: at least 1")
     names = list(model.moe_layers())  # type: ignore[operator]
-    decoders = {name: decoder_of(name, model).rsplit(".", 1) for name in names}
-    starts = [names[place] for place in range(0, len(names), size)]
-    ends = [int(decoders[name][1]) for name in starts[1:]] + [int(decoders[names[-1]][1]) + 1]
+    decoders = model.decoder_layers()  # type: ignore[operator]
+    starts = [layer_number(name) for name in names[::size]]
+    ends = [*starts[1:], layer_number(names[-1]) + 1]
     blocks = []
-    for place, (name, stop) in enumerate(zip(starts, ends, strict=True)):
-        stem, first = decoders[name]
-        layers = model.get_submodule(stem)[int(first) : stop]  # type: ignore[index]
-        part = tuple(names[place * size : (place + 1) * size])
-        blocks.append(Block(tuple(Recording(layer) for layer in layers), part))
+    for place, (start, stop) in enumerate(zip(starts, ends, strict=True)):
+        recordings = tuple(Recording(layer) for layer in decoders[start:stop])
+        blocks.append(Block(recordings, tuple(names[place * size : (place + 1) * size])))
     _record(model, batches, blocks)
     return blocks
 
@@ -89,6 +78,8 @@ def _record(model: nn.Module, batches: Iterable[Batch], blocks: Sequence[Block])
         stack.enter_context(evaluating(model))
         for batch in batches:
             score(model, batch, "fp32")
+            for block in blocks:
+                block.counted.append(batch.keep)
 
 
 def _hook(recording: Recording, begins: bool, ends: bool) -> Any:
@@ -105,9 +96,9 @@ def _hook(recording: Recording, begins: bool, ends: bool) -> Any:
 def block_error(
     block: Block, layers: Mapping[str, MoELayer], choice: Sequence[Subset], inputs: Sequence[Tensor] | None = None
 ) -> tuple[float, list[Tensor]]:
-    """||the block's last hidden states - the same without the chosen experts||_F over all batches, and those states.
-    The block starts from `inputs`, its recorded ones where they are None; norms, attention, residuals and shared
-    experts take part."""
+    """||the block's last hidden states - the same without the chosen experts||_F over the tokens that count, and the
+    states. The block starts from `inputs`, its recorded ones where they are None; norms, attention, residuals and
+    shared experts take part."""
     first, last = block.decoders[0], block.decoders[-1]
     squares, states = 0.0, []
     with ExitStack() as stack:
@@ -119,7 +110,8 @@ def block_error(
             hidden = (first.inputs if inputs is None else inputs)[number]
             for recording in block.decoders:
                 hidden = recording.run(hidden, number)
-            squares += float((hidden.double() - clean.double()).square().sum())
+            change = (hidden - clean)[block.counted[number].to(clean.device)]
+            squares += float(change.double().square().sum())
             states.append(hidden)
     return squares**0.5, states
 

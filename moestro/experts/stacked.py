@@ -16,10 +16,11 @@ class StackedExperts(ExpertBank):
 
     width: int
     d_model: int
+    down: nn.Parameter
 
     @property
     def n_experts(self) -> int:  # type: ignore[override]
-        return len(next(iter(self._parameters.values())))  # type: ignore[arg-type]
+        return len(self.down)
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         return super().forward(x, by_rank(routing) if isinstance(routing, SparseRouting) else routing)
