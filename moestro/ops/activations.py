@@ -36,6 +36,14 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda g, z, out: aten.gelu_backward.grad_input(g, z, grad_input=out),
         0.42522,
     ),
+    # the tanh approximation, GPT-2's
+    "gelu_tanh": Activation(
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda g, z: aten.gelu_backward(g, z, approximate="tanh"),
+        lambda z, out: aten.gelu.out(z, approximate="tanh", out=out),
+        lambda g, z, out: aten.gelu_backward.grad_input(g, z, approximate="tanh", grad_input=out),
+        0.42519,
+    ),
     "relu": Activation(
         F.relu,
         lambda g, z: aten.threshold_backward(g, z, 0),

@@ -83,6 +83,9 @@ def _act_gradient(z, ACT: tl.constexpr):
     elif ACT == "gelu":
         normal = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         dy = 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * normal
+    elif ACT == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        dy = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
     elif ACT == "relu":
         dy = tl.where(z <= 0, 0.0, 1.0)
     else:

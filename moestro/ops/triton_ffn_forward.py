@@ -85,6 +85,9 @@ def _act(z, ACT: tl.constexpr):
         y = z * tl.sigmoid(z)
     elif ACT == "gelu":
         y = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        # (1 + tanh u) / 2 = sigmoid(2 u)
+        y = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     elif ACT == "relu":
         y = tl.where(z < 0, 0.0, z)
     else:

@@ -44,7 +44,7 @@ def defined(x, token, expert, weight, w_in, w_out, widths, activation):
         )
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "none"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "none"])
 @pytest.mark.parametrize("gates", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_definition_in_float64(case, gates, activation):

@@ -49,7 +49,7 @@ MORE = {"odd sizes": (3, 3, 5, 7), "wider than the registers": (5, 9, 30, 133)}
 
 @built
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "none"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "none"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", [*CASES, *MORE])
 def test_singletons_equal_the_definition(case, variant, activation, sparse):

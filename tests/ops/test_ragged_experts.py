@@ -37,7 +37,7 @@ def run(made, name="fused", activation="gelu", sparse=False):
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "none"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "none"])
 @pytest.mark.parametrize("case", CASES)
 def test_fused_equals_definition(case, activation, sparse):
     made = arguments(case)

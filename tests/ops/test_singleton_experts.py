@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "none"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "none"])
 @pytest.mark.parametrize("case", CASES)
 def test_fused_equals_definition_in_float64(case, activation):
     arguments = inputs(*CASES[case])

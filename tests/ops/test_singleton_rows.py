@@ -35,7 +35,7 @@ def test_rows_are_those_of_the_dense_gradient_to_the_bit(case, dtype):
         assert torch.equal(table.to_dense(), dense)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu", "none"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "none"])
 def test_rows_equal_the_definition_s(activation):
     arguments = inputs(*CASES["63 tokens"])
     want, want_gradients = run(arguments, True, "reference", activation)

@@ -62,7 +62,7 @@ def test_equals_the_definition(case, gates):
 
 @needs_triton
 @pytest.mark.parametrize("gates", [1, 2])
-@pytest.mark.parametrize("activation", ["gelu", "relu", "none"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "none"])
 def test_every_activation(activation, gates):
     p = problem([some(17, 9), [3]], 9, [18, 5], gates, torch.float32)
     have = outputs_and_gradients("triton", p, activation)
