@@ -2,17 +2,21 @@
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from moestro.cli.arguments import Parser, add_device, device_named
 
 
 def add_arguments(parser: Parser) -> None:
-    """SRC, key=value ..., --out, --recipe, --back, --drop-teacher, --checkpoint, --device"""
-    parser.add_argument("source", type=Path, metavar="SRC", help="a run folder of a dense model")
+    """SRC, key=value ..., --out, --recipe, --stock, --back, --drop-teacher, --checkpoint, --device"""
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="a run folder of a dense model, or a folder of the Hugging Face format"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a value to set: method.top_k=2")
     parser.add_argument("--out", type=Path, required=True, metavar="DST", help="the folder to write")
     parser.add_argument("--recipe", type=Path, metavar="RECIPE", help="how: recipes/convert/factorllm.yaml, ...")
     instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--stock", action="store_true", help="copies in a folder of Mixtral's or Qwen-MoE's format")
     instead.add_argument("--back", action="store_true", help="the inverse: the dense model of a converted run")
     instead.add_argument("--drop-teacher", action="store_true", help="a converted run without its frozen teachers")
     parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="default: newest")
@@ -30,10 +34,21 @@ def run(arguments: Namespace) -> int:
     from moestro.convert.run import convert_run
 
     conversion = load_conversion(arguments.recipe, arguments.overrides)
+    if arguments.stock:
+        return _stock(arguments, conversion)
     device = device_named(arguments.device)
     report = convert_run(arguments.source, arguments.out, conversion, device, arguments.checkpoint)
     Console().print(report_table(report))
     print(f"{arguments.out}: go on with moestro train {arguments.out / 'recipe.yaml'} --out {arguments.out}")
+    return 0
+
+
+def _stock(arguments: Namespace, conversion: Any) -> int:
+    from moestro.convert.stock import upcycle_folder
+
+    made = upcycle_folder(arguments.source, arguments.out, conversion.method, conversion.seed)
+    what = f"{made['layers']} layers of {made['n_experts']} experts, each equal to the dense network"
+    print(f"{arguments.out}: {what}; {made['family']}")
     return 0
 
 

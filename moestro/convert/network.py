@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.experts import SharedExpert
+from moestro.experts import DenseMLP, SharedExpert
+from moestro.ops.activations import ACTIVATIONS
 from moestro.ops.activations import activation as find
 
 
@@ -93,8 +94,13 @@ def concatenated(parts: list[Network]) -> Network:
 
 
 @torch.no_grad()
-def of_expert(expert: SharedExpert) -> Network:
-    """The weights of a dense layer's network, or of a shared expert; views of its parameters."""
+def of_expert(expert: SharedExpert | DenseMLP) -> Network:
+    """The weights of a dense layer's network, or of a shared expert; views of its parameters. Dropout is left out.
+
+    Raises: ValueError for a network of another library whose activation we do not have, or whose output is gated.
+    """
+    if isinstance(expert, DenseMLP):
+        return _of_mlp(expert)
     w_in, w_out, b_in = expert.w_in.weight.detach(), expert.w_out.weight.detach(), expert.w_in.bias
     parts = w_in.chunk(2) if expert.glu else (None, w_in)
     biases = (None, None) if b_in is None else b_in.detach().chunk(2) if expert.glu else (None, b_in.detach())
@@ -102,9 +108,32 @@ def of_expert(expert: SharedExpert) -> Network:
     return Network(expert.activation, parts[1], w_out.T, parts[0], biases[1], biases[0], out_bias)
 
 
+def _of_mlp(expert: DenseMLP) -> Network:
+    from moestro.hf.experts import activation_name
+
+    m, name = expert.matrices(), activation_name(expert.activation)
+    if name is None or expert.weight is not None:
+        raise ValueError(f"activation {expert.activation} of {type(expert.up).__name__} layers: allowed are {ours()}")
+    biases = [None if bias is None else bias.detach() for bias in (m.up_bias, m.gate_bias, m.down_bias)]
+    gate = None if m.gate is None else m.gate.detach()
+    return Network(name, m.up.detach(), m.down.detach().T, gate, *biases)
+
+
+def ours() -> str:
+    """Names of the activations that we have."""
+    return ", ".join(ACTIVATIONS)
+
+
 @torch.no_grad()
-def into_expert(dense: Network, expert: SharedExpert) -> None:
+def into_expert(dense: Network, expert: SharedExpert | DenseMLP) -> None:
     """Copy the weights into a network of the same sizes."""
+    if isinstance(expert, DenseMLP):
+        m = expert.matrices()
+        pairs = [(m.gate, dense.gate), (m.up, dense.up), (m.down, dense.down.T), (m.gate_bias, dense.gate_bias)]
+        for parameter, value in [*pairs, (m.up_bias, dense.up_bias), (m.down_bias, dense.out_bias)]:
+            if parameter is not None and value is not None:
+                parameter.copy_(value)
+        return
     parts = [dense.up] if dense.gate is None else [dense.gate, dense.up]
     expert.w_in.weight.copy_(torch.cat(parts))
     expert.w_out.weight.copy_(dense.down.T)

@@ -1,4 +1,4 @@
-"""A run folder of a dense model -> a run folder of a mixture that `moestro train` goes on with."""
+"""A dense model -> a run folder of a mixture that `moestro train` goes on with."""
 
 import math
 import warnings
@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moestro.convert.layers import ConversionError, Converted, Site, convert_layers, every_expert, warning_of
-from moestro.convert.network import of_expert
+from moestro.convert.network import Network, into_expert, of_expert
 from moestro.convert.plan import Conversion
+from moestro.convert.source import Source, open_source
 from moestro.data import Batch, Dataset
 from moestro.evaluate import evaluate
 from moestro.layers import DenseFFN, MoELayer
 from moestro.model import Transformer
 from moestro.recipe.build import build_model, build_training, claim_folder
-from moestro.recipe.evaluation import Run, opened_run
-from moestro.recipe.load import Recipe, check_recipe, load_recipe
+from moestro.recipe.load import Recipe, check_recipe
 from moestro.recipe.resolve import Origin, copy_tree, merge
 from moestro.train.folder import RunFolder
 from moestro.train.start import write_start
@@ -39,29 +39,31 @@ def convert_run(
     checkpoint: str = "newest",
     held_out: int = MEASURED,
 ) -> dict[str, Any]:
-    """Convert the dense layers of a run's checkpoint and write `out`, a run folder at step 0; returns the report, which
-    is also in its convert.json.
+    """Convert the dense layers of a run's checkpoint, or of a public model, and write `out`, a run folder at step 0;
+    returns the report, which is also in its convert.json.
 
-    Raises: RecipeError for a folder that is no run or a recipe that does not fit; ConversionError where nothing is to
+    Raises: RecipeError for a folder that is neither or a recipe that does not fit; ConversionError where nothing is to
     be converted or a layer is not what it should be; CheckpointError without an intact checkpoint.
     """
-    run = opened_run(source, device=device, checkpoint=checkpoint)
-    dense = load_recipe(Path(source) / "recipe.yaml")
-    sites = dense_sites(run.model, conversion.layers)
-    before = evaluate(run.model, run.dataset.val_batches(run.batch_size, held_out), precision=run.precision)
-    batches = partial(calibration, run.dataset, run.batch_size, conversion)
-    made = list(convert_layers(run.model, sites, conversion, batches, run.precision))
-    recipe = converted_recipe(dense, made, conversion, Path(out))
-    model = assembled(recipe, run, made, device)
+    dense = open_source(source, conversion.run, device, checkpoint)
+    sites = dense_sites(dense.model, conversion.layers)
+    before = evaluate(dense.model, dense.dataset.val_batches(dense.batch_size, held_out), precision=dense.precision)
+    batches = partial(calibration, dense.dataset, dense.batch_size, conversion)
+    made = list(convert_layers(dense.model, sites, conversion, batches, dense.precision))
+    recipe = converted_recipe(dense.recipe, made, conversion, Path(out))
+    model = assembled(recipe, dense, made, device)
     report = {
-        **report_of(source, run.checkpoint.name, made),
+        "source": dense.name,
+        "checkpoint": dense.checkpoint,
+        "layers": [one.figures for one in made],
         "warning": warning_of(made[0].mixture.node, recipe.resolved["objectives"]),
-        "loss": {"dense": before["loss"], **losses(model, made, run, held_out)},
+        "loss": {"dense": before["loss"], **losses(model, made, dense, held_out)},
     }
     if report["warning"]:
         warnings.warn(report["warning"], stacklevel=2)
     units = {str(one.site.index): one.mixture.rows for one in made}
-    write_run(Path(out), recipe, model, run.dataset, partial(_add_files, report=report, dense=dense, units=units))
+    add = partial(_add_files, report=report, dense=dense.recipe, units=units)
+    write_run(Path(out), recipe, model, dense.dataset, add)
     return report
 
 
@@ -98,36 +100,51 @@ def converted_recipe(dense: Recipe, made: list[Converted], conversion: Conversio
     tree = copy_tree(dense.resolved)
     for one in made:
         index, node = one.site.index, one.mixture.node
-        old = tree["model"]["layers"].get(index, tree["model"]["ffn"])
         if conversion.taught:
             student = {**node, "record": {"kind": "all"}}
-            node = {"kind": "taught", "student": student, "teacher": copy_tree(old)}
+            node = {"kind": "taught", "student": student, "teacher": teacher_node(one.site.network)}
         tree["model"]["layers"][index] = node
     tree = merge(tree, conversion.run)
     return check_recipe(Recipe(tree, Origin(out / "recipe.yaml", tree)))
 
 
-def assembled(recipe: Recipe, run: Run, made: list[Converted], device: str) -> Transformer:
+def teacher_node(network: Network) -> dict[str, Any]:
+    """The recipe's node of the dense layer."""
+    bias = network.biased or network.out_bias is not None
+    kind = {"activation": network.activation, "glu": network.glu, "bias": bias}
+    return {"kind": "dense", "width": network.width, **kind}
+
+
+def teacher_weights(network: Network) -> dict[str, torch.Tensor]:
+    """The dense layer's parameters by their names in it."""
+    arguments = {key: value for key, value in teacher_node(network).items() if key != "kind"}
+    layer = DenseFFN(network.d_model, **arguments).to(network.up)
+    into_expert(network, layer.expert)
+    return layer.state_dict()
+
+
+def assembled(recipe: Recipe, dense: Source, made: list[Converted], device: str) -> Transformer:
     """The converted model: the dense model's other weights, the new layers' own, teachers where there are any."""
-    model = build_model(recipe, run.dataset.vocab_size, device)
-    weights = dict(run.model.state_dict())
+    model = build_model(recipe, dense.dataset.vocab_size, device)
+    weights = dict(dense.model.state_dict())
     for one in made:
         place = f"blocks.{one.site.index}.ffn."
         new: Any = model.blocks[one.site.index]
         inside = "" if isinstance(new.ffn, MoELayer) else "student."
-        teacher = {} if not inside else {f"{place}teacher.{k}": v for k, v in one.site.module.state_dict().items()}
+        taught = teacher_weights(one.site.network) if inside else {}
+        teacher = {f"{place}teacher.{name}": value for name, value in taught.items()}
         layer = {f"{place}{inside}{name}": value for name, value in one.mixture.layer.state_dict().items()}
         weights = {name: value for name, value in weights.items() if not name.startswith(place)} | layer | teacher
     model.load_state_dict(weights)
     return model
 
 
-def losses(model: Transformer, made: list[Converted], run: Run, held_out: int) -> dict[str, float]:
+def losses(model: Transformer, made: list[Converted], dense: Source, held_out: int) -> dict[str, float]:
     """Held-out loss of the converted model and, where that should be the dense one's, with all experts."""
 
     def measured() -> float:
-        batches = run.dataset.val_batches(run.batch_size, held_out)
-        return evaluate(model, batches, precision=run.precision)["loss"]
+        batches = dense.dataset.val_batches(dense.batch_size, held_out)
+        return evaluate(model, batches, precision=dense.precision)["loss"]
 
     found = {"converted": measured()}
     if made[0].mixture.exact == "all":
@@ -139,11 +156,6 @@ def losses(model: Transformer, made: list[Converted], run: Run, held_out: int) -
 def _names(model: Transformer, made: list[Converted]) -> list[str]:
     indices = {str(one.site.index) for one in made}
     return [name for name in model.moe_layers() if name.split(".")[1] in indices]
-
-
-def report_of(source: str | Path, checkpoint: str, made: list[Converted]) -> dict[str, Any]:
-    """Where the model comes from, and what is said of every layer."""
-    return {"source": str(source), "checkpoint": checkpoint, "layers": [one.figures for one in made]}
 
 
 def write_run(out: Path, recipe: Recipe, model: Transformer, dataset: Dataset, add: Any) -> None:
