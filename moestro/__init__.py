@@ -4,8 +4,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moestro.experts import CPBank, FFNBank, GLUSingletonBank, RaggedBank, SharedExpert, SingletonBank, ValueBank
-    from moestro.layers import DenseFFN, FactoredLayer, InputGatedLayer, MoELayer, SequenceLayer
+    from moestro.experts import (
+        CPBank,
+        FFNBank,
+        GLUSingletonBank,
+        LowRankBank,
+        MPOBank,
+        RaggedBank,
+        SharedExpert,
+        SingletonBank,
+        ValueBank,
+    )
+    from moestro.layers import (
+        DenseFFN,
+        FactoredLayer,
+        InputGatedLayer,
+        LowRankMixtures,
+        MoELayer,
+        SequenceLayer,
+        adapt,
+    )
     from moestro.model import Transformer
     from moestro.objectives import LoadBalance, ParameterPenalty, RetrievedParameterPenalty, RouterEntropy, RouterZLoss
     from moestro.routers import CosineScore, LinearScore, ProductKeyRouter, ScoredRouter, Soft, TopK, TopP
@@ -23,6 +41,9 @@ __all__ = [
     "InputGatedLayer",
     "LinearScore",
     "LoadBalance",
+    "LowRankBank",
+    "LowRankMixtures",
+    "MPOBank",
     "MoELayer",
     "ParameterPenalty",
     "ProductKeyRouter",
@@ -44,6 +65,7 @@ __all__ = [
     "Trace",
     "Transformer",
     "ValueBank",
+    "adapt",
 ]
 _HOMES = ("experts", "layers", "model", "objectives", "routers", "routing")
 
