@@ -57,8 +57,9 @@ class Hosted(nn.Module):
     """A decoder of transformers in which every feed-forward block is a layer of ours: over the block's own tensors
     (`hf.view`), or the one that `layers` names by the block's number. Called as `moestro.model.Transformer` is.
 
-    `blocks[i].ffn` is the layer of block i, `decoder` everything else. Positions restart with every packed document, as
-    transformers has it; the layers of a state-space model (Jamba) carry on across them all the same.
+    `blocks[i].ffn` is the layer of block i, `decoder` everything else, and generates as ever. Positions restart with
+    every packed document, as transformers has it; the layers of a state-space model (Jamba) carry on across them all
+    the same.
 
     Raises: ValueError for a family that is not known, a layer that owns its residual, a number that is no block, and,
     unless `allow_non_causal`, a layer that looks at other tokens.
@@ -85,7 +86,9 @@ class Hosted(nn.Module):
         self.d_model: int = decoder.config.hidden_size
         self.keep: Tensor | None = None
         self.traces: list[Trace] = []
-        self._recompute = False
+        self._recompute, self._collecting = False, False
+        decoder.register_forward_pre_hook(self._begin)
+        decoder.register_forward_hook(self._end)
         if not allow_non_causal:
             self._check_causal()
 
@@ -113,14 +116,27 @@ class Hosted(nn.Module):
         if documents is not None and cache is not None:
             raise ValueError("documents (packed training text) and cache (generation) exclude each other")
         positions = None if documents is None else positions_within(documents)
-        # `keep` stays for blocks that are computed again in the backward pass, traces do not
-        self.keep, self.traces = keep, []
         decoder: Any = self.decoder
         mask = None if positions is None else packed_mask(self.decoder, tokens, positions)
         known = {"position_ids": positions, "attention_mask": mask, "past_key_values": cache}
-        found = decoder(input_ids=tokens, use_cache=cache is not None, **known)
-        traces, self.traces = tuple(self.traces), []
-        return Output(found.logits, traces)
+        self.keep, self._collecting = keep, True
+        try:
+            found = decoder(input_ids=tokens, use_cache=cache is not None, **known)
+            return Output(found.logits, tuple(self.traces))
+        finally:
+            self.traces, self._collecting = [], False
+            # blocks that are computed again in the backward pass ask for it again
+            self.keep = keep if self._recompute else None
+
+    def _begin(self, decoder: nn.Module, _arguments: Any) -> None:
+        """The decoder may also be called by itself, to generate: then all tokens count and nobody wants traces."""
+        self.traces = []
+        if not self._collecting:
+            self.keep = None
+
+    def _end(self, decoder: nn.Module, _arguments: Any, _output: Any) -> None:
+        if not self._collecting:
+            self.traces = []
 
     def new_cache(self) -> Cache:
         """An empty cache of earlier tokens."""
@@ -187,7 +203,12 @@ class Hosted(nn.Module):
         """
         found = places(self.decoder)
         for number, block in enumerate(self._blocks()):
-            self._require_stock(number, block)
+            if not self._is_stock(number, block):
+                kind = type(self.stock_blocks[number]).__name__
+                raise ValueError(
+                    f"layer {number} is no longer the {kind} of {self.decoder.config.model_type}: it was replaced, or "
+                    "experts were added, removed or switched off"
+                )
         bridges = {number: place.block for number, place in found.items()}
         try:
             for number, place in found.items():
@@ -197,17 +218,25 @@ class Hosted(nn.Module):
             for number, place in found.items():
                 place.put(bridges[number])
 
-    def _require_stock(self, number: int, block: HostedBlock) -> None:
+    def release(self) -> PreTrainedModel:
+        """The decoder as a model of its own, to be moved and to generate: with transformers' own blocks where these are
+        what they were, else with our layers as its modules. This host is of no use afterwards."""
+        for (number, place), block in zip(places(self.decoder).items(), self._blocks(), strict=True):
+            if self._is_stock(number, block):
+                place.put(self.stock_blocks[number].train(self.training))
+            else:
+                place.block.layer = block
+        return self.decoder
+
+    def _is_stock(self, number: int, block: HostedBlock) -> bool:
+        """Whether the block's layer is still what transformers' own block computes, which then has all its tensors."""
         old = self.stock_blocks[number]
         router: Any = getattr(block.ffn, "router", None)
-        same = {id(p) for p in block.parameters()} == {id(p) for p in old.parameters()}
-        if not same or isinstance(router, ScoredRouter) and not bool(router.available.all()):
-            raise ValueError(
-                f"layer {number} is no longer the {type(old).__name__} of {self.decoder.config.model_type}: it was "
-                "replaced, or experts were added, removed or switched off"
-            )
+        if {id(p) for p in block.parameters()} != {id(p) for p in old.parameters()}:
+            return False
         if isinstance(router, BiasedRouter):
             old.gate.e_score_correction_bias = router.bias
+        return not isinstance(router, ScoredRouter) or bool(router.available.all())
 
     def _backbone_flops(self, batch: int, seq_len: int) -> Cost:
         """Linear modules outside of the blocks, and attention, of which causality needs (s + 1) / 2s."""

@@ -11,6 +11,7 @@ from moestro.ops.tables import tables_in
 from moestro.recipe.adapt import require_same_tokenizer, start_adapted
 from moestro.recipe.bind import built
 from moestro.recipe.load import Decoder, Recipe, load_recipe
+from moestro.recipe.pretrained import Pretrained, hosted
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.shared_banks import SharedBanks
 from moestro.recipe.sources import PlacedSource
@@ -28,8 +29,9 @@ from moestro.train.step import ScheduledObjectives
 def build_model(
     recipe: Recipe, vocab_size: int, device: str | torch.device = "cpu", from_start: bool = False
 ) -> Transformer:
-    """The recipe's decoder. Its weights are a function of the recipe's seed alone, on every device; with `from_start`,
-    and of those of the run that `adapt.start` names.
+    """The recipe's decoder; a `Hosted`, which is called alike, where it is pretrained. Weights that are not read from a
+    folder are a function of the recipe's seed alone, on every device; with `from_start`, and of those of the run that
+    `adapt.start` names.
 
     Raises: RecipeError where a part refuses its values.
     """
@@ -42,9 +44,13 @@ def build_model(
 
 
 def _adapted(recipe: Recipe, vocab_size: int, from_start: bool) -> Transformer:
-    model = assemble(recipe.model, vocab_size, recipe.origin)
+    plan = recipe.model
+    if isinstance(plan, Pretrained):
+        model: Transformer = hosted(plan, vocab_size, recipe.origin)  # type: ignore[assignment]
+    else:
+        model = assemble(plan, vocab_size, recipe.origin)
     if recipe.adapt is not None:
-        start_adapted(recipe.adapt, model, from_start, recipe.model.allow_non_causal)
+        start_adapted(recipe.adapt, model, from_start, plan.allow_non_causal)
     return model
 
 

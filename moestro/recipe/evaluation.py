@@ -18,10 +18,11 @@ from moestro.model import Transformer
 from moestro.recipe.build import build_data, build_model
 from moestro.recipe.load import BINDER, Recipe, load_recipe
 from moestro.recipe.parts import SOURCES
+from moestro.recipe.pretrained import Pretrained
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.syntax import RecipeError, parse_yaml
 from moestro.train import best_checkpoint, load_weights, newest_checkpoint
-from moestro.train.checkpoint import step_of
+from moestro.train.checkpoint import list_checkpoints, step_of
 
 # Most experts whose loads are shown one by one.
 LISTED = 64
@@ -33,10 +34,12 @@ CHECKPOINTS = {"newest": newest_checkpoint, "best": best_checkpoint}
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, ready to be measured: its model with a checkpoint's weights, and text."""
+    """A trained run, ready to be measured: its model with a checkpoint's weights, and text. `checkpoint` is the
+    pretrained folder, `step` 0, where training has not begun."""
 
     folder: Path
     checkpoint: Path
+    step: int
     model: Transformer
     dataset: Dataset
     batch_size: int
@@ -59,12 +62,21 @@ def opened_run(
     folder = Path(run_dir)
     recipe = _recipe_of(folder, settings)
     build_model(recipe, vocab_size=1, device="meta")
-    path = CHECKPOINTS[checkpoint](folder)
+    start = untrained(recipe, folder)
+    path = start or CHECKPOINTS[checkpoint](folder)
     dataset = _prepared(_data_of(folder, recipe, data), data)
     model = build_model(recipe, dataset.vocab_size, device)
-    load_weights(model, path)
+    if start is None:
+        load_weights(model, path)
     batch_size, precision = recipe.train.value("batch_size"), recipe.train.value("precision")
-    return Run(folder, path, model, dataset, batch_size, precision, tuple(settings))
+    step = 0 if start else step_of(path)
+    return Run(folder, path, step, model, dataset, batch_size, precision, tuple(settings))
+
+
+def untrained(recipe: Recipe, folder: Path) -> Path | None:
+    """The pretrained folder whose weights a run still has: it has no checkpoint yet. None for every other run."""
+    plan = recipe.model
+    return plan.folder if isinstance(plan, Pretrained) and not list_checkpoints(folder / "checkpoints") else None
 
 
 def evaluate_run(
@@ -98,7 +110,7 @@ def about(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.folder),
         "checkpoint": run.checkpoint.name,
-        "step": step_of(run.checkpoint),
+        "step": run.step,
         "settings": list(run.settings),
         "data": _describe(run.dataset),
     }

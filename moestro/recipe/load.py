@@ -12,6 +12,8 @@ from moestro.recipe.adapt import Adapt
 from moestro.recipe.bind import Binder, Part, describe
 from moestro.recipe.complete import completed
 from moestro.recipe.parts import PARTS
+from moestro.recipe.pretrained import PRETRAINED, Pretrained
+from moestro.recipe.pretrained import bound as bound_pretrained
 from moestro.recipe.resolve import Origin, Place, read_tree
 from moestro.recipe.shared_banks import check_names
 from moestro.recipe.syntax import RecipeError, dump_yaml
@@ -80,7 +82,9 @@ class Recipe:
     @cached_property
     def resolved(self) -> dict[str, Any]:
         """`tree` with the default of every keyword written out."""
-        model = completed(Part(Decoder, vars(self.model), Place(self.origin, ("model",))), BINDER)
+        plan = self.model
+        kind = PRETRAINED if isinstance(plan, Pretrained) else None
+        model = completed(Part(type(plan), vars(plan), Place(self.origin, ("model",)), kind=kind), BINDER)
         return {
             **({"paper": self.tree["paper"]} if "paper" in self.tree else {}),
             "model": model,
@@ -93,9 +97,17 @@ class Recipe:
         }
 
     @cached_property
-    def model(self) -> Decoder:
-        """The decoder's keywords; `attention`, `ffn`, `depths`, the values of `layers` and `shared_banks` are parts."""
+    def model(self) -> Decoder | Pretrained:
+        """The keywords of a decoder of ours, or of a pretrained one."""
         node, place = self._section("model")
+        if not isinstance(node, dict) or "kind" not in node:
+            return self._decoder(node, place)
+        if node["kind"] != PRETRAINED:
+            raise (place / "kind").error(f"kind={node['kind']!r}, allowed: {PRETRAINED}, or none for a decoder of ours")
+        return bound_pretrained(node, place, BINDER)
+
+    def _decoder(self, node: Any, place: Place) -> Decoder:
+        """The decoder's keywords; `attention`, `ffn`, `depths`, the values of `layers` and `shared_banks` are parts."""
         plan = Decoder(**BINDER.bind(Decoder, node, place, given=("shared_banks",)).keywords)
         for name in ("d_model", "n_layers"):
             if getattr(plan, name) < 1:

@@ -72,6 +72,7 @@ from moestro.objectives import (
     RouterZLoss,
     WeightedBalance,
 )
+from moestro.recipe.pretrained import pretrained_tokenizer
 from moestro.recipe.shared_banks import shared_bank, shared_generator
 from moestro.routers import (
     AffineScore,
@@ -217,7 +218,12 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     # data
     "source": SOURCES,
     "val_source": SOURCES,
-    "tokenizer": {"bytes": ByteTokenizer, "bpe": BPETokenizer, "file": FileTokenizer},
+    "tokenizer": {
+        "bytes": ByteTokenizer,
+        "bpe": BPETokenizer,
+        "file": FileTokenizer,
+        "pretrained": pretrained_tokenizer,
+    },
     # training
     "objectives": {
         "load_balance": LoadBalance,

@@ -182,3 +182,18 @@ def test_what_cannot_be_hosted_is_refused():
     switched.blocks[1].ffn.router.set_available(torch.tensor([True, True, False, True]))
     with pytest.raises(ValueError, match="layer 1 is no longer"), switched.stock():
         pass
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_released_decoder_generates_and_holds_all_its_tensors(replaced):
+    torch.manual_seed(0)
+    model = Hosted(tiny("gpt_oss"), {1: mixture()} if replaced else {}).eval()
+    want = model(some_tokens(1, 5)).logits
+    hosted_says = model.decoder.generate(some_tokens(1, 5), max_new_tokens=6, do_sample=False)
+    assert model.traces == []
+    n_parameters = sum(p.numel() for p in model.parameters())
+    decoder = model.release()
+    assert sum(p.numel() for p in decoder.parameters()) == n_parameters
+    torch.testing.assert_close(decoder(some_tokens(1, 5)).logits, want, **FLOAT32)
+    assert torch.equal(decoder.generate(some_tokens(1, 5), max_new_tokens=6, do_sample=False), hosted_says)
+    assert decoder.double()(some_tokens(1, 5)).logits.dtype == torch.float64
