@@ -13,6 +13,8 @@ from moestro.model import Transformer
 from moestro.recipe.bind import Part
 from moestro.recipe.build import assemble
 from moestro.recipe.load import Decoder, Recipe
+from moestro.recipe.pretrained import Pretrained
+from moestro.recipe.resolve import Place
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -23,10 +25,12 @@ def construction(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
 
     Raises: RecipeError where a part refuses its values.
     """
-    calls = Calls()
+    calls, plan = Calls(), recipe.model
+    if isinstance(plan, Pretrained):
+        raise Place(recipe.origin, ("model",)).error("a pretrained model has no construction: its folder describes it")
     with torch.device("meta"):
-        model = assemble(calls.watched_plan(recipe.model), vocab_size, recipe.origin)
-    return calls.node(calls.decoder(model, recipe.model))
+        model = assemble(calls.watched_plan(plan), vocab_size, recipe.origin)
+    return calls.node(calls.decoder(model, plan))
 
 
 class Calls:

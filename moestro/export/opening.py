@@ -2,7 +2,7 @@
 
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,8 +14,10 @@ from moestro.export.configuration import MoestroConfig
 from moestro.export.construction import construction
 from moestro.export.modeling import MoestroForCausalLM, stays_wide
 from moestro.export.tokenizers import fast_tokenizer
-from moestro.recipe.evaluation import CHECKPOINTS
+from moestro.recipe.build import build_model
+from moestro.recipe.evaluation import CHECKPOINTS, untrained
 from moestro.recipe.load import Recipe, load_recipe
+from moestro.recipe.pretrained import Pretrained
 from moestro.recipe.syntax import RecipeError
 from moestro.train import load_weights
 
@@ -62,11 +64,13 @@ def _opened(model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: str | 
 def open_run(
     folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, checkpoint: str = "newest"
 ) -> Opened:
-    """A run's checkpoint as a transformers model.
+    """A run's checkpoint as a transformers model; that of a pretrained model is the decoder it came from.
 
     Raises: as `open_model`.
     """
     recipe = load_recipe(folder / "recipe.yaml")
+    if isinstance(recipe.model, Pretrained):
+        return _open_pretrained(recipe, folder, device, dtype, checkpoint)
     path = CHECKPOINTS[checkpoint](folder)
     own = load_tokenizer(folder / "tokenizer")
     model = MoestroForCausalLM(configured(recipe, own.vocab_size))
@@ -76,6 +80,17 @@ def open_run(
         eos_token_id=own.eos_id, pad_token_id=own.eos_id, use_cache=model.decoder.causal
     )
     return _opened(in_dtype(model, dtype or torch.float32), tokenizer, device)
+
+
+def _open_pretrained(
+    recipe: Recipe, folder: Path, device: str | torch.device, dtype: torch.dtype | None, checkpoint: str
+) -> Opened:
+    model: Any = build_model(recipe, load_tokenizer(folder / "tokenizer").vocab_size)
+    if untrained(recipe, folder) is None:
+        load_weights(model, CHECKPOINTS[checkpoint](folder))
+    tokenizer = fast_tokenizer(folder / "tokenizer", recipe.data.value("seq_len"))
+    decoder = model.release()
+    return _opened(decoder if dtype is None else in_dtype(decoder, dtype), tokenizer, device)
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moestro.data import load_tokenizer
+from moestro.export.opening import open_model
 from moestro.hf import Hosted
 from moestro.recipe.build import build_model, run_training
 from moestro.recipe.evaluation import evaluate_run
@@ -16,8 +17,9 @@ from moestro.recipe.inspection import inspect_run
 from moestro.recipe.load import load_recipe
 from moestro.recipe.syntax import RecipeError, dump_yaml
 from moestro.train.checkpoint import read_tensors
-from moestro.train.weights import newest_checkpoint
+from moestro.train.weights import load_weights, newest_checkpoint
 from tests.hf.families import tiny
+from tests.tolerances import FLOAT32
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -93,6 +95,11 @@ def test_it_trains_resumes_to_the_bit_and_is_measured(folder, text_file, tmp_pat
     found = inspect_run(tmp_path / "whole", max_tokens=256)
     assert set(found["curves"]) == {"top_k"} and found["layers"]["blocks.0.ffn"]["n_experts"] == 4
     assert load_tokenizer(tmp_path / "whole" / "tokenizer").vocab_size == 257
+    opened, own = open_model(tmp_path / "whole"), build_model(load_recipe(tmp_path / "whole" / "recipe.yaml"), 257)
+    load_weights(own, newest_checkpoint(tmp_path / "whole"))
+    assert type(opened.model).__name__ == "MixtralForCausalLM"
+    tokens = torch.tensor([opened.tokenizer("to be").input_ids])
+    torch.testing.assert_close(opened.model(tokens).logits, own.eval()(tokens).logits, **FLOAT32)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
