@@ -136,7 +136,7 @@ def test_what_cannot_be_imported_is_said_and_nothing_is_left(tmp_path, monkeypat
 
 def test_a_folder_that_changed_since_it_was_begun_is_another(tmp_path, monkeypatch):
     source = public(tmp_path / "public")
-    monkeypatch.setattr(importing, "recipe_of", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(importing, "copy_files", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         import_model(source, tmp_path / "run")
     monkeypatch.undo()
