@@ -113,4 +113,22 @@ def by_router_norms(request: Request) -> Plan:
     )
 
 
-METHODS: dict[str, Callable[[Request], Plan]] = {"router-norm": by_router_norms}
+# Methods of `moestro.compress.measured`.
+MEASURED = (
+    *("frequency", "gate-sum", "man", "reap", "random", "recon"),
+    *("moe-i2", "svd", "merge", "hc-smoe", "auto"),
+)
+
+
+def by_measuring(request: Request) -> Plan:
+    """Any method that runs the model on text."""
+    # which needs transformers
+    from moestro.compress.measured import plan_by_measuring
+
+    return plan_by_measuring(request)
+
+
+METHODS: dict[str, Callable[[Request], Plan]] = {
+    "router-norm": by_router_norms,
+    **dict.fromkeys(MEASURED, by_measuring),
+}

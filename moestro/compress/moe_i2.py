@@ -91,7 +91,8 @@ def moe_i2(subject: Subject, batches: Sequence[Batch], settings: Settings) -> li
         chosen = refine(subject.model, blocks, candidates, settings.propagate)
     else:
         chosen = {name: subsets[0] for name, subsets in candidates.items()}
-    plans = [plan_of(subject, name, gone) for name, gone in chosen.items()]
+    alone = {name: {"damage alone": values} for name, values in missed.items()}
+    plans = [plan_of(subject, name, gone, alone.get(name)) for name, gone in chosen.items()]
     return plans if settings.fraction is None else with_ranks(subject.model, batches, plans, settings, subject)
 
 

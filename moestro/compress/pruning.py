@@ -81,10 +81,14 @@ def uniform(subject: Subject, ratio: float) -> dict[str, int]:
     return counts
 
 
-def plan_of(subject: Subject, name: str, gone: Sequence[int]) -> LayerPlan:
-    """The plan of a layer that loses these experts, with the scores, rows and entropy that reports show."""
+def plan_of(
+    subject: Subject, name: str, gone: Sequence[int], chosen_by: Mapping[str, Sequence[float]] | None = None
+) -> LayerPlan:
+    """The plan of a layer that loses these experts, with the scores, rows and entropy that reports show; the scores
+    that it was made by come first."""
     seen = subject.seen(name)
-    scores = {criterion: score(seen).tolist() for criterion, score in CRITERIA.items()}
+    scores = {criterion: list(values) for criterion, values in (chosen_by or {}).items()}
+    scores = scores | {c: score(seen).tolist() for c, score in CRITERIA.items() if c not in scores}
     entropy = float(seen.entropy) / seen.tokens if "entropy" in seen.sums else None
     return LayerPlan(
         layer_number(name),
@@ -111,7 +115,7 @@ def by_scores(subject: Subject, criterion: str, counts: Mapping[str, int]) -> li
         else:
             scores = CRITERIA[criterion](seen)
         keep = highest(scores, seen.n_experts - counts[name], groups_of(layer))
-        plans.append(plan_of(subject, name, removed(keep, seen.n_experts)))
+        plans.append(plan_of(subject, name, removed(keep, seen.n_experts), {criterion: scores.tolist()}))
     return plans
 
 
@@ -136,7 +140,8 @@ def by_damage(
 ) -> list[LayerPlan]:
     """NAEE (Lu 2024, arXiv:2402.14800): of every layer, the set of experts whose removal changes its output least."""
     found = searched(subject, counts, 1, enumerable, genetic)
-    return [plan_of(subject, name, search.subsets[0]) for name, search in found.items()]
+    alone = {name: {"damage alone": subject.damage(name).of_each()} if counts[name] else None for name in found}
+    return [plan_of(subject, name, search.subsets[0], alone[name]) for name, search in found.items()]
 
 
 def with_skipping(subject: Subject, plans: Sequence[LayerPlan]) -> list[LayerPlan]:

@@ -23,13 +23,18 @@ def plan_for(request: Request, path: Path) -> Plan:
 
     Raises: PlanError where it cannot be routed or written (before anything is measured), or the method is not known.
     """
-    if request.method not in METHODS:
-        raise PlanError(unknown("method", request.method, METHODS))
-    checked(request)
+    require_possible(request)
     path.parent.mkdir(parents=True, exist_ok=True)
     plan = METHODS[request.method](replace(request, folder=path.parent))
     write_plan(plan, path)
     return plan
+
+
+def require_possible(request: Request) -> None:
+    """Raises: PlanError where the method is not known, or what is asked for cannot be routed or written."""
+    if request.method not in METHODS:
+        raise PlanError(unknown("method", request.method, METHODS))
+    checked(request)
 
 
 def compressed(request: Request, destination: Path, progress: Progress = lambda file, done, total: None) -> Path:
@@ -44,10 +49,14 @@ def compressed(request: Request, destination: Path, progress: Progress = lambda 
     }
     kept = destination.with_name(f"{TEMPORARY}{destination.name}.plan")
     path = kept / PLAN_FILE
-    if read_control(kept / REQUEST) != wanted or not path.is_file():
+    if read_control(kept / REQUEST) != wanted:
         shutil.rmtree(kept, ignore_errors=True)
-        plan_for(request, path)
+        # before anything is measured: unknown methods and impossible requests leave nothing behind
+        require_possible(request)
+        kept.mkdir(parents=True)
         write_json(kept / REQUEST, wanted)
+    if not path.is_file():
+        plan_for(request, path)
     folder = apply_plan(request.source, read_plan(path), destination, request.output, path, progress)
     shutil.rmtree(kept)
     return folder

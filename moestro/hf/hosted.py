@@ -173,6 +173,10 @@ class Hosted(nn.Module):
         """Every MoE layer by its name in the model, in block order."""
         return {name: module for name, module in self.named_modules() if isinstance(module, MoELayer)}
 
+    def decoder_layers(self) -> list[nn.Module]:
+        """What maps one hidden state to the next, in order: called with the state first, the new one comes first."""
+        return [place.layer for place in places(self.decoder).values()]
+
     def n_mixtures(self) -> int:
         """Blocks whose feed-forward layer has experts, however many MoE layers it is made of."""
         return len({name.split(".")[1] for name in self.moe_layers()})
