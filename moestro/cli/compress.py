@@ -43,6 +43,7 @@ def run(arguments: Namespace) -> int:
     """Make a checkpoint of experts smaller: a plan, then the folder, in the same format."""
     from moestro.compress.applying import apply_plan
     from moestro.compress.plan_file import read_plan
+    from moestro.compress.quantised import quantised_share
     from moestro.compress.running import compressed, plan_for
 
     if arguments.plan is not None:
@@ -58,6 +59,8 @@ def run(arguments: Namespace) -> int:
     else:
         folder = compressed(_request(arguments), arguments.destination, _say)
     print(f"wrote {folder}")
+    if (share := quantised_share(folder)) > 0:
+        print(f"{share:.1%} of its numbers are stored in 8 bits or fewer")
     return 0
 
 

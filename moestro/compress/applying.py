@@ -19,6 +19,7 @@ from moestro.compress.folder_job import FolderJob
 from moestro.compress.plan import Plan, PlanError
 from moestro.compress.plan_file import plan_text, tensor_file
 from moestro.compress.projection import uniform
+from moestro.compress.quantised import quantisation_config
 from moestro.compress.rewriting import Rewriting
 from moestro.formats import Checkpoint
 from moestro.formats.complete import COUNTS_BY_LAYER
@@ -159,6 +160,8 @@ def config_changes(rewriting: Rewriting, output: Output) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if rewriting.dropped_layers and "num_nextn_predict_layers" in config:
         changes["num_nextn_predict_layers"] = 0
+    if plan.quantise is not None:
+        changes["quantization_config"] = quantisation_config(plan.quantise)
     if output.layout == "custom":
         return {**changes, **custom_changes(rewriting, MODELING)}
     counts = [rewriting.slots[layer].count for layer in rewriting.checkpoint.moe_layers]

@@ -1,7 +1,9 @@
 """Matrices of experts in 8 or 4 bits, as `compressed-tensors` stores them: readable by transformers, also for families
 that hold experts in one tensor, and by vLLM. Packing and formats are that library's; calibration (GPTQ) is here."""
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moestro.compress.plan import Quantisation
+from moestro.formats.shards import Shards
 
 # bits, kind of number and format of every scheme
 SCHEMES: dict[str, tuple[int, str, str]] = {
@@ -150,3 +153,23 @@ class _Library:
 
 def _library() -> _Library:
     return _Library()
+
+
+def quantised_share(folder: Path) -> float:
+    """Of all numbers that a folder's tensors stand for, the share that is stored in 8 bits or fewer: what a quantiser
+    that skips experts in silence does not reach. Scales and shapes are not counted.
+
+    Raises: FormatError for a folder that is no checkpoint.
+    """
+    shards, few, many = Shards(folder), 0, 0
+    for name in shards:
+        count = math.prod(shards[name].shape)
+        if name.endswith(("weight_scale", "weight_shape")):
+            continue
+        if name.endswith("weight_packed"):
+            few += math.prod(shards.read(name.replace("weight_packed", "weight_shape")).tolist())
+        elif shards[name].dtype.startswith("F8"):
+            few += count
+        else:
+            many += count
+    return few / max(1, few + many)

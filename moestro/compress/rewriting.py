@@ -10,6 +10,7 @@ from moestro.compress.experts import NewExperts
 from moestro.compress.feasible import Layout, limits_of
 from moestro.compress.plan import LayerPlan, Plan, PlanError
 from moestro.compress.slots import Slots, slots_of
+from moestro.compress.storing import Storing
 from moestro.formats import Checkpoint, Fused, PerExpert
 from moestro.formats.shards import Entry
 from moestro.formats.writer import Outgoing, computed, of_file, of_tensor, tensor_pieces
@@ -37,6 +38,7 @@ class Rewriting:
         self.checkpoint, self.plan, self.family = checkpoint, plan, checkpoint.family
         self.tensors = dict(tensors or {})
         self.experts = NewExperts(checkpoint, densify, self.tensors)
+        self.storing = Storing(checkpoint, plan, self.tensors)
         self.slots = slots_of(plan, limits_of(checkpoint), layout)
         self.unequal = {
             layer.layer for layer in plan.layers if layout == "custom" and is_unequal(layer, densify)
@@ -52,6 +54,8 @@ class Rewriting:
             )
         if "quantization_config" in self.checkpoint.config and any(slots.dead for slots in self.slots.values()):
             raise PlanError(f"the experts of {self.checkpoint.path} are quantised: dead ones cannot be added (padded)")
+        if self.plan.quantise is not None and (self.unequal or any(slots.dead for slots in self.slots.values())):
+            raise PlanError("quantise: factors, unequal widths and dead experts are not stored so: allowed: densify")
         if self.unequal and isinstance(self.family.experts, Fused):
             raise PlanError(
                 f"layer {min(self.unequal)}: {self.family.model_type} keeps the experts of a layer in one tensor, "
@@ -114,12 +118,18 @@ class Rewriting:
         part = self.parts(layer, old).get(name)
         if part is not None and layer.layer in self.unequal:
             yield from self._unequal(name, layer, new, part)
-        elif part is not None and self.experts.changes(layer, new):
-            yield self._made(self.renumbered(name, slots.of(new)), name, layer, new, part)
+        elif part is not None:
+            new_name = self.renumbered(name, slots.of(new))
+            changes = self.experts.changes(layer, new)
+            whole = self._made(new_name, name, layer, new, part) if changes else self._as_it_is(new_name, name)
+            yield from self.storing.stored(whole, layer, old, part)
         else:
-            yield of_file(self.renumbered(name, slots.of(new)), self.checkpoint.path, self._entry(name))
+            yield self._as_it_is(self.renumbered(name, slots.of(new)), name)
         if new == 0 and part is not None:
             yield from (self._dead(self.renumbered(name, slot), name, layer, part) for slot in slots.dead)
+
+    def _as_it_is(self, new_name: str, name: str) -> Outgoing:
+        return of_file(new_name, self.checkpoint.path, self._entry(name))
 
     def renumbered(self, name: str, expert: int) -> str:
         """An expert's tensor under another number."""

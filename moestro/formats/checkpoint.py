@@ -104,7 +104,7 @@ class Checkpoint:
         """Hidden units of one routed expert of the layer."""
         experts = self.family.experts
         if isinstance(experts, PerExpert):
-            return self.shape(experts.gate.format(layer=layer, expert=0))[0]
+            return self.shape(self.shards.matrix(experts.gate.format(layer=layer, expert=0)))[0]
         return self.shape(experts.gate_up.format(layer=layer))[2 if experts.transposed else 1] // 2
 
     def expert_tensors(self, layer: int, expert: int) -> dict[str, Stored]:

@@ -85,7 +85,8 @@ def _require_entries(experts: Fused, layer: int, count: int, shards: Shards) -> 
 
 def _require_alike(experts: PerExpert, layer: int, count: int, shards: Shards) -> None:
     for part in ("gate", "up", "down"):
-        names = [getattr(experts, part).format(layer=layer, expert=expert) for expert in range(count)]
+        named = [getattr(experts, part).format(layer=layer, expert=expert) for expert in range(count)]
+        names = [shards.matrix(name) for name in named]
         if missing := [name for name in names if name not in shards]:
             raise FormatError(f"{shards.folder} has no tensor {missing[0]} (layer {layer} routes to {count} experts)")
         if len(shapes := {shards[name].shape for name in names}) > 1:

@@ -152,6 +152,12 @@ class Shards(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def matrix(self, name: str) -> str:
+        """Under what name a matrix is stored: its own, or that of its packed numbers (compressed-tensors), which have
+        as many rows."""
+        packed = f"{name}_packed"
+        return packed if name not in self and packed in self else name
+
     def dtype(self, name: str) -> torch.dtype:
         """Raises: FormatError for a dtype that torch does not have."""
         stored = self[name].dtype
