@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moestro.compare.plan import load_comparison
+from moestro.convert.plan import load_conversion
 from moestro.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,8 @@ def test_commands_name_things_that_exist(command):
         load_recipe(ROOT / rest[0], rest[1:])
     elif verb == "compare":
         load_comparison(ROOT / rest[0])
+    elif verb == "convert":
+        load_conversion(ROOT / rest[rest.index("--recipe") + 1])
     else:
         assert verb in ("eval", "inspect")
 

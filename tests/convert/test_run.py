@@ -114,6 +114,24 @@ def test_a_trained_mixture_turned_back_is_what_all_its_experts_compute(dense, tm
         torch.testing.assert_close(mixture(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_routers_alone_can_be_trained(dense, tmp_path):
+    """As docs/convert.md says: everything else at a learning rate of 0."""
+    out = tmp_path / "moe"
+    groups = """run.optim.groups=[{pattern: "router", lr_scale: 1}, {pattern: ".", lr_scale: 0}]"""
+    assert groups.partition("=")[2] in (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    method = "method={kind: split, widths: {kind: equal, n_experts: 4}, top_k: 2}"
+    convert(dense, out, method, groups, "run.train.budget={steps: 2}", *TOKENS)
+    before = weights(out)
+    assert main(["train", str(out / "recipe.yaml"), "--out", str(out)]) == 0
+    changed = {name for name, value in weights(out).items() if not torch.equal(value, before[name])}
+    assert changed and all(".router.score." in name for name in changed)
+
+
+def test_the_page_s_recipes_exist() -> None:
+    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(\w+\.yaml)`", page)) == {path.name for path in RECIPES}
+
+
 def test_only_the_layers_asked_for_are_converted_and_may_see_what_stands_before_them(dense, tmp_path):
     method = "method={kind: split, widths: {kind: arithmetic, n_experts: 4}, top_k: 1, gate: share}"
     one = convert_run(dense, tmp_path / "one", load_conversion(None, [method, "layers=[1]", *TOKENS]))
