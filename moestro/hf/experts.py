@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import GELUActivation, SiLUActivation
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
 from moestro.ops import expert_ffn
@@ -117,6 +117,7 @@ def activation_name(act: object) -> str | None:
     if isinstance(act, GELUActivation):
         return "gelu" if act.act is F.gelu else None
     names = {nn.SiLU: "silu", SiLUActivation: "silu", nn.ReLU: "relu"}
+    names |= {NewGELUActivation: "gelu_tanh", GELUTanh: "gelu_tanh"}
     return names.get(type(act))  # type: ignore[arg-type]
 
 

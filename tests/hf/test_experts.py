@@ -52,8 +52,9 @@ ODD = {
     "transposed": ("aria", {"moe_num_experts": 5}),
     "side by side with biases": ("openai_privacy_filter", {"swiglu_alpha": 1.7, "swiglu_limit": 0.5}),
     "interleaved with biases": ("gpt_oss", {"swiglu_alpha": 1.7, "swiglu_limit": 0.5}),
-    "an activation that we lack": ("mixtral", {"hidden_act": "gelu_pytorch_tanh"}),
+    "an activation that we lack": ("mixtral", {"hidden_act": "quick_gelu"}),
     "exact gelu": ("mixtral", {"hidden_act": "gelu"}),
+    "gelu by tanh": ("mixtral", {"hidden_act": "gelu_pytorch_tanh"}),
 }
 
 
