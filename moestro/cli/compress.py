@@ -21,6 +21,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--uniform", action="store_true", help="equal numbers in every layer: the plan's largest")
     parser.add_argument("--plan-only", action="store_true", help="write the plan to DST (a .json file) and stop")
     parser.add_argument("--plan", type=Path, metavar="PLAN", help="apply this plan in place of making one")
+    parser.add_argument("--translate", action="store_true", help="only write DeepSeek-MoE 16B as the family it equals")
     _add_measures(parser)
 
 
@@ -35,21 +36,32 @@ def _add_measures(parser: Parser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="key=value", help="of the method; may be repeated"
     )
+    parser.add_argument(
+        "--eval",
+        nargs="?",
+        const="",
+        metavar="PATH|SOURCE",
+        help="measure both on this held-out text: perplexity, speed, memory (a run has text of its own)",
+    )
+    parser.add_argument("--eval-tokens", type=positive, default=65_536, metavar="N", help="default: 65,536")
     device = "cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)"
-    parser.add_argument("--device", help=f"for methods that run the model: {device}")
+    parser.add_argument("--device", help=f"where models run: {device}")
 
 
 def run(arguments: Namespace) -> int:
     """Make a checkpoint of experts smaller: a plan, then the folder, in the same format."""
-    from moestro.compress.applying import apply_plan
     from moestro.compress.plan_file import read_plan
-    from moestro.compress.quantised import quantised_share
-    from moestro.compress.running import compressed, plan_for
+    from moestro.compress.running import applied_to, compressed, plan_for
 
+    if arguments.translate:
+        from moestro.compress.deepseek import translated
+
+        print(f"wrote {translated(arguments.source, arguments.destination)}")
+        return 0
     if arguments.plan is not None:
         _refuse(arguments, ("method", "ratio", "plan_only"))
         plan, output = read_plan(arguments.plan), _output(arguments)
-        folder = apply_plan(arguments.source, plan, arguments.destination, output, arguments.plan, _say)
+        folder = applied_to(arguments.source, plan, arguments.destination, output, arguments.plan, _say)
     elif arguments.plan_only:
         if arguments.destination.suffix != ".json":
             raise UsageError(f"{arguments.destination}: with --plan-only DST is the plan to write, a .json file")
@@ -59,9 +71,29 @@ def run(arguments: Namespace) -> int:
     else:
         folder = compressed(_request(arguments), arguments.destination, _say)
     print(f"wrote {folder}")
-    if (share := quantised_share(folder)) > 0:
-        print(f"{share:.1%} of its numbers are stored in 8 bits or fewer")
+    _report(arguments, folder)
     return 0
+
+
+def _report(arguments: Namespace, folder: Path) -> None:
+    """report.json, the model card's section and the page, in the folder."""
+    from moestro.compare.compression import write_compression
+    from moestro.compress.measuring import Question
+    from moestro.compress.report import figures, reported, write_report
+
+    question = None
+    if arguments.eval is not None:
+        device = device_named(arguments.device)
+        question = Question(arguments.eval or None, arguments.eval_tokens, arguments.seq_len, device)
+    found = reported(arguments.source, folder, question)
+    rows = figures(found)
+    print(f"report: {write_report(found, folder)}, {write_compression(found, rows, folder / 'report.html')}")
+    for name, before, after in rows:
+        print(f"{name:<20} {before:>16} {after:>16}")
+    if "quantised_share" in found["after"]:
+        print(f"{found['after']['quantised_share']:.1%} of its numbers are stored in 8 bits or fewer")
+    for line in found["warnings"]:
+        print(f"warning: {line}")
 
 
 def _refuse(arguments: Namespace, names: tuple[str, ...]) -> None:

@@ -187,7 +187,7 @@ def index_of(checkpoint: Checkpoint, files: dict[str, list[Outgoing]]) -> dict[s
 def _require_whole(folder: Path, rewriting: Rewriting, output: Output) -> None:
     """Raises: FormatError where what was written is no folder of its family (a mistake of ours, found before anybody
     reads it)."""
-    if output.layout == "custom":
+    if output.layout == "custom" or rewriting.plan.quantise is not None:
         Shards(folder)
         return
     written = Checkpoint(folder)

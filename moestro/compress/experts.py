@@ -1,6 +1,5 @@
 """The experts that a plan makes: merged, narrowed, factored. One at a time, from the folder they are read from."""
 
-from dataclasses import fields
 from functools import lru_cache
 
 import torch
@@ -88,8 +87,9 @@ def merged_experts(
     if gate is None or not biased:
         return ExpertMatrices(up if gate is None else gate, up, down)
     gate_bias, up_bias = units[:, 3 * d_model :].unbind(1)
-    down_bias = sum(w * expert.down_bias.double() for w, expert in zip(weights, experts, strict=True))
-    return ExpertMatrices(gate, up, down, gate_bias, up_bias, torch.as_tensor(down_bias).to(gate.dtype))
+    outputs = torch.stack([torch.zeros(d_model) if e.down_bias is None else e.down_bias for e in experts])
+    down_bias = torch.tensor(weights, dtype=torch.float64) @ outputs.double()
+    return ExpertMatrices(gate, up, down, gate_bias, up_bias, down_bias.to(gate.dtype))
 
 
 def _with_biases(expert: ExpertMatrices) -> Tensor:
@@ -103,9 +103,6 @@ def _with_biases(expert: ExpertMatrices) -> Tensor:
 def narrowed(expert: ExpertMatrices, units: tuple[int, ...]) -> ExpertMatrices:
     """The expert with these of its hidden units alone."""
     index = torch.tensor(units)
-    parts = {field.name: getattr(expert, field.name) for field in fields(expert)}
-    kept = {
-        name: tensor if tensor is None or name == "down_bias" else tensor[:, index] if name == "down" else tensor[index]
-        for name, tensor in parts.items()
-    }
-    return ExpertMatrices(**kept)
+    gate_bias, up_bias = (None if bias is None else bias[index] for bias in (expert.gate_bias, expert.up_bias))
+    parts = expert.gate[index], expert.up[index], expert.down[:, index]
+    return ExpertMatrices(*parts, gate_bias, up_bias, expert.down_bias)

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Semantics
+from moestro.compress.source import RunSource, choice_of
 from moestro.formats import Checkpoint
+from moestro.routers.groups import EVERYWHERE
 
 Layout = Literal["stock", "padded", "custom"]
 
@@ -93,8 +95,14 @@ class Limits:
             raise InfeasibleError(f"layer {layer.layer} keeps {layer.n_kept} of {layer.n_experts} experts, {why}")
 
 
-def limits_of(checkpoint: Checkpoint) -> Limits:
-    """What the routers of a folder ask for, by its config.json."""
+def limits_of(checkpoint: Checkpoint | RunSource) -> Limits:
+    """What the routers of a folder ask for, by its config.json or, of a run, by the layers themselves: the most that
+    any of them asks."""
+    if isinstance(checkpoint, RunSource):
+        chosen = [choice_of(layer) for _, layer in checkpoint.mixtures.values()]
+        limited = [c.limit for c in chosen if getattr(c, "limit", EVERYWHERE).limits]
+        most = max(getattr(c, "top_k", 1) for c in chosen)
+        return Limits(most, limited[0].n_groups, limited[0].top_groups, limited[0].best) if limited else Limits(most)
     config, family = checkpoint.config, checkpoint.family
     groups = config.get("n_group") or 1
     by_one = family.correction is None
@@ -109,8 +117,12 @@ def pads_exactly(checkpoint: Checkpoint) -> bool:
     return checkpoint.family.correction is not None or checkpoint.family.bias is not None
 
 
-def check_request(checkpoint: Checkpoint, layout: Layout, semantics: Semantics, per_layer: bool) -> None:
+def check_request(checkpoint: Checkpoint | RunSource, layout: Layout, semantics: Semantics, per_layer: bool) -> None:
     """Raises: InfeasibleError where no plan of this kind could be written in a folder of kind `layout`."""
+    if isinstance(checkpoint, RunSource):
+        if semantics != "slice" or layout != "stock":
+            raise InfeasibleError(f"a run keeps its own format and semantics 'slice', not {layout!r} and {semantics!r}")
+        return
     if semantics != "slice" and layout != "custom":
         raise InfeasibleError(_cannot(layout, f"semantics {semantics!r}", checkpoint))
     if per_layer and layout == "stock":

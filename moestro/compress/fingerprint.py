@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from moestro.compress.plan import Fingerprint, Plan, PlanError
+from moestro.compress.source import RunSource
 from moestro.formats import Checkpoint
 from moestro.formats.shards import INDEX
 from moestro.formats.writer import tensor_pieces
@@ -18,8 +19,17 @@ CHANGED = {
 }
 
 
-def fingerprint(checkpoint: Checkpoint) -> Fingerprint:
-    """Hashes of a folder's config.json, index, headers, and of the content of its router tensors (no other)."""
+def fingerprint(checkpoint: Checkpoint | RunSource) -> Fingerprint:
+    """Hashes of a folder's config.json, index, headers, and of the content of its router tensors (no other); of a run's
+    recipe, the state of its checkpoint, and the same of its model."""
+    if isinstance(checkpoint, RunSource):
+        return Fingerprint(
+            checkpoint.family.model_type,
+            sha256(checkpoint.path / "recipe.yaml"),
+            sha256(checkpoint.checkpoint / "state.json"),
+            _headers(checkpoint.checkpoint, ("model.safetensors",)),
+            _routers(checkpoint),
+        )
     index = checkpoint.path / INDEX
     return Fingerprint(
         checkpoint.family.model_type,
@@ -53,7 +63,7 @@ def _headers(folder: Path, files: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def _routers(checkpoint: Checkpoint) -> str:
+def _routers(checkpoint: Checkpoint | RunSource) -> str:
     digest = hashlib.sha256()
     for layer in (*checkpoint.moe_layers, *checkpoint.extra_layers):
         for role, name in sorted(checkpoint.router_tensors(layer).items()):

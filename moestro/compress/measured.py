@@ -22,6 +22,7 @@ from moestro.compress.moe_i2 import Settings, moe_i2
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Quantisation, TensorFile
 from moestro.compress.pruning import Subject, by_damage, by_scores, with_skipping
 from moestro.compress.search import Genetic
+from moestro.compress.source import RunSource, open_source
 from moestro.compress.text import batches_of
 from moestro.data import Batch
 from moestro.data.cache import digest
@@ -175,14 +176,21 @@ def plan_by_measuring(request: Request) -> Plan:
 
 
 def loaded(request: Request) -> nn.Module:
-    """The source as a decoder of ours, with every mixture over the folder's own tensors."""
+    """The source as a decoder of ours: a run's own, or one with every mixture over the folder's own tensors."""
+    source = open_source(request.source)
+    if isinstance(source, RunSource):
+        return source.loaded().to(request.device).eval()
     from moestro.hf import Hosted, load
 
     return Hosted(load(request.source, device=request.device)).eval()
 
 
 def _plan(
-    request: Request, checkpoint: Checkpoint, layers: list[LayerPlan], options: dict[str, Any], collected: Collected
+    request: Request,
+    checkpoint: Checkpoint | RunSource,
+    layers: list[LayerPlan],
+    options: dict[str, Any],
+    collected: Collected,
 ) -> Plan:
     scheme = options["quantise"]
     how = Quantisation(scheme, options["group_size"], options["calibrated"]) if scheme else None

@@ -1,6 +1,6 @@
 """The ways to make a plan, by the names that the command line has for them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,8 @@ from moestro.compress.feasible import STOCK, Limits, Output, check_request, limi
 from moestro.compress.fingerprint import fingerprint
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Semantics
 from moestro.compress.router_norms import kept_by_change, require_moved, router_norm_changes
+from moestro.compress.source import RunSource, open_source
+from moestro.compress.widths import unit_norms, wide_enough
 from moestro.formats import Checkpoint
 
 
@@ -23,7 +25,7 @@ class Request:
 
     `reference` is the checkpoint before fine-tuning; `text` (a file, folder or source), `tokens` and `seq_len` are what
     a method that looks at text reads of it, on `device`. `options` are the method's own, by name. `folder` is where the
-    plan will lie, for tensors that a method leaves beside it.
+    plan will lie, for what a method leaves beside it.
     """
 
     source: Path
@@ -42,7 +44,7 @@ class Request:
     folder: Path | None = None
 
 
-def checked(request: Request) -> tuple[Checkpoint, Limits, dict[int, int]]:
+def checked(request: Request) -> tuple[Checkpoint | RunSource, Limits, dict[int, int]]:
     """The source, what its routers ask for, and how many experts every layer keeps where all lose the same share.
 
     Raises: InfeasibleError where that cannot be routed, or not be written in a folder of this kind; PlanError for an
@@ -50,14 +52,29 @@ def checked(request: Request) -> tuple[Checkpoint, Limits, dict[int, int]]:
     """
     if not 0 <= request.ratio < 1:
         raise PlanError(f"ratio={request.ratio}, allowed: 0 to below 1 (the share of routed experts that goes)")
-    checkpoint = Checkpoint(request.source)
-    limits = limits_of(checkpoint)
-    layers = (*checkpoint.moe_layers, *checkpoint.extra_layers)
-    kept = {layer: limits.n_kept(checkpoint.n_experts(layer), request.ratio) for layer in layers}
+    source = open_source(request.source)
+    limits, layers = limits_of(source), (*source.moe_layers, *source.extra_layers)
+    share = 0.0 if request.method in KEEPS_EXPERTS else request.ratio
+    kept = {layer: limits.n_kept(source.n_experts(layer), share) for layer in layers}
     different = request.per_layer and not request.output.uniform
     if request.ratio > 0:
-        check_request(checkpoint, request.output.layout, request.semantics, different)
-    return checkpoint, limits, kept
+        check_request(source, request.output.layout, request.semantics, different)
+    return source, limits, kept
+
+
+def made(request: Request, layers: Sequence[LayerPlan], **more: Any) -> Plan:
+    """The plan of a request: these layers, and how they came about."""
+    return Plan(
+        request.method,
+        request.ratio,
+        fingerprint(open_source(request.source)),
+        tuple(layers),
+        request.semantics,
+        options=dict(request.options),
+        seed=request.seed,
+        versions=versions(),
+        **more,
+    )
 
 
 def versions() -> dict[str, str]:
@@ -86,12 +103,12 @@ def by_router_norms(request: Request) -> Plan:
     chosen = option(request, {"center": False, "fold_norm": False, "force": False})
     if request.reference is None:
         raise PlanError("router-norm compares with the checkpoint before fine-tuning: say where it is (--reference)")
-    checkpoint, limits, kept = checked(request)
-    reference = Checkpoint(request.reference)
-    changes = router_norm_changes(reference, checkpoint, chosen["center"], chosen["fold_norm"])
+    source, limits, kept = checked(request)
+    reference = open_source(request.reference)
+    changes = router_norm_changes(reference, source, chosen["center"], chosen["fold_norm"])
     if not chosen["force"] and request.ratio > 0:
         require_moved(changes)
-    layers = tuple(
+    layers = [
         LayerPlan(
             layer,
             len(change),
@@ -99,18 +116,21 @@ def by_router_norms(request: Request) -> Plan:
             scores={"router_norm_change": change.tolist()},
         )
         for layer, change in changes.items()
-    )
-    return Plan(
-        request.method,
-        request.ratio,
-        fingerprint(checkpoint),
-        layers,
-        request.semantics,
-        options=chosen,
-        seed=request.seed,
-        reference=fingerprint(reference),
-        versions=versions(),
-    )
+    ]
+    return made(request, layers, reference=fingerprint(reference))
+
+
+def by_unit_norms(request: Request) -> Plan:
+    """All experts stay and become narrower: the hidden units whose weights are smallest go, the same share of every
+    expert, or (`per_layer`) of all experts of a layer together, which leaves experts of different widths."""
+    option(request, {})
+    source, _, _ = checked(request)
+    plans = []
+    for layer in source.moe_layers:
+        sizes = [unit_norms(source, layer, expert) for expert in range(source.n_experts(layer))]
+        units = wide_enough(sizes, request.ratio, together=request.per_layer)
+        plans.append(LayerPlan(layer, len(sizes), tuple(range(len(sizes))), units=units if request.ratio else None))
+    return made(request, plans)
 
 
 # Methods of `moestro.compress.measured`.
@@ -130,5 +150,8 @@ def by_measuring(request: Request) -> Plan:
 
 METHODS: dict[str, Callable[[Request], Plan]] = {
     "router-norm": by_router_norms,
+    "width": by_unit_norms,
     **dict.fromkeys(MEASURED, by_measuring),
 }
+# Methods that remove something else than experts.
+KEEPS_EXPERTS = frozenset({"width", "svd"})

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moestro.compress.criteria import highest
 from moestro.compress.plan import PlanError
+from moestro.compress.source import RunSource
 from moestro.formats import Checkpoint
 
 # Largest change of a norm below which routers count as not trained.
@@ -40,7 +41,7 @@ def norm_change(
 
 
 def router_norm_changes(
-    reference: Checkpoint, tuned: Checkpoint, center: bool = False, fold_norm: bool = False
+    reference: Checkpoint | RunSource, tuned: Checkpoint | RunSource, center: bool = False, fold_norm: bool = False
 ) -> dict[int, Float[Tensor, "e"]]:
     """Delta of every expert of every layer, multi-token prediction included where both have it. Only router tensors
     are read, and the norms before them where `fold_norm`.
@@ -90,7 +91,9 @@ def kept_by_change(change: Float[Tensor, "e"], n_kept: int, groups: int = 1) -> 
     return tuple(sorted(last - expert for expert in highest(change.flip(0), n_kept, groups)))
 
 
-def _gain(checkpoint: Checkpoint, layer: int) -> Tensor:
+def _gain(checkpoint: Checkpoint | RunSource, layer: int) -> Tensor:
+    if isinstance(checkpoint, RunSource):
+        return checkpoint.read(f"blocks.{layer}.ffn_norm.weight")
     names = [name.format(layer=layer) for name in NORMS]
     there = [name for name in names if name in checkpoint.shards]
     if len(there) != 1:

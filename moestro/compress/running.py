@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from moestro.compress.applying import Progress, apply_plan
+from moestro.compress.feasible import STOCK, Output, limits_of
 from moestro.compress.fingerprint import fingerprint
 from moestro.compress.folder_job import read_control
 from moestro.compress.methods import METHODS, Request, checked
+from moestro.compress.own import apply_to_run
 from moestro.compress.plan import Plan, PlanError
 from moestro.compress.plan_file import read_plan, write_plan
-from moestro.formats import Checkpoint
+from moestro.compress.projection import uniform
+from moestro.compress.source import RunSource, open_source
 from moestro.recipe.syntax import unknown
 from moestro.train.durable import TEMPORARY, sha256_json, write_json
 
@@ -45,7 +48,7 @@ def compressed(request: Request, destination: Path, progress: Progress = lambda 
     asked = {**asdict(request), "source": str(request.source.resolve()), "reference": str(request.reference)}
     wanted: dict[str, Any] = {
         "request": sha256_json({name: str(value) for name, value in asked.items()}),
-        "source": asdict(fingerprint(Checkpoint(request.source))),
+        "source": asdict(fingerprint(open_source(request.source))),
     }
     kept = destination.with_name(f"{TEMPORARY}{destination.name}.plan")
     path = kept / PLAN_FILE
@@ -57,6 +60,26 @@ def compressed(request: Request, destination: Path, progress: Progress = lambda 
         write_json(kept / REQUEST, wanted)
     if not path.is_file():
         plan_for(request, path)
-    folder = apply_plan(request.source, read_plan(path), destination, request.output, path, progress)
+    folder = applied_to(request.source, read_plan(path), destination, request.output, path, progress)
     shutil.rmtree(kept)
     return folder
+
+
+def applied_to(
+    source: Path,
+    plan: Plan,
+    destination: Path,
+    output: Output = STOCK,
+    plan_path: Path | None = None,
+    progress: Progress = lambda file, done, total: None,
+) -> Path:
+    """A plan applied to a Hugging Face folder (`applying.apply_plan`) or a run (`own.apply_to_run`).
+
+    Raises: PlanError, FormatError.
+    """
+    found = open_source(source)
+    if not isinstance(found, RunSource):
+        return apply_plan(source, plan, destination, output, plan_path, progress)
+    if output.layout != "stock":
+        raise PlanError(f"a run keeps its own format: --format {output.layout} is for Hugging Face folders")
+    return apply_to_run(found, uniform(plan, limits_of(found)) if output.uniform else plan, destination)

@@ -33,6 +33,21 @@ def load(
         raise ValueError(f"experts={experts!r}, allowed: eager, {', '.join(ALL_EXPERTS_FUNCTIONS.valid_keys())}")
     checked(folder, trust_remote_code)
     given = {"experts_implementation": experts, "attn_implementation": attention}
+    return strictly(folder, device, trust_remote_code, dtype, **given)
+
+
+def strictly(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str = "auto",
+    **given: str | None,
+) -> PreTrainedModel:
+    """The model of a folder that transformers knows, of whatever form (quantised, with code of its own): no tensor may
+    be missing, left over or of another shape. `given` goes to transformers, where it is not None.
+
+    Raises: FormatError.
+    """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         Path(folder),
         dtype=dtype,

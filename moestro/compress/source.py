@@ -1,0 +1,120 @@
+"""What is compressed: a folder of the Hugging Face format, or a run of our own, through the same few questions."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from moestro.compress.applied import layer_number
+from moestro.compress.plan import PlanError
+from moestro.data import load_tokenizer
+from moestro.formats import Checkpoint
+from moestro.layers.moe import MoELayer
+from moestro.model import Transformer
+from moestro.recipe.build import build_model
+from moestro.recipe.evaluation import CHECKPOINTS
+from moestro.recipe.load import Recipe, load_recipe
+from moestro.routers import BiasedRouter, ScoredRouter
+from moestro.train import load_weights
+
+MODEL_TYPE = "moestro"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of what a folder is, as `formats.Family` says it."""
+
+    model_type: str = MODEL_TYPE
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """A run's newest checkpoint. Layers are blocks of the decoder; nothing but headers and routers is read.
+
+    Raises: PlanError where a block has more than one mixture.
+    """
+
+    path: Path
+    family: Kind = Kind()
+    extra_layers: tuple[int, ...] = ()
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What the run was trained by."""
+        return load_recipe(self.path / "recipe.yaml")
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """The folder of the newest checkpoint."""
+        return CHECKPOINTS["newest"](self.path)
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The decoder without weights."""
+        return build_model(self.recipe, load_tokenizer(self.path / "tokenizer").vocab_size, "meta")
+
+    def loaded(self) -> Transformer:
+        """The decoder with the checkpoint's weights."""
+        model = build_model(self.recipe, load_tokenizer(self.path / "tokenizer").vocab_size)
+        load_weights(model, self.checkpoint)
+        return model
+
+    @cached_property
+    def mixtures(self) -> dict[int, tuple[str, MoELayer]]:
+        """{block: name and layer} of the blocks with experts."""
+        found: dict[int, tuple[str, MoELayer]] = {}
+        for name, layer in self.model.moe_layers().items():
+            if layer_number(name) in found:
+                raise PlanError(f"block {layer_number(name)} has several mixtures, allowed: one ({self.path})")
+            found[layer_number(name)] = (name, layer)
+        if not found:
+            raise PlanError(f"the model of {self.path} has no experts")
+        return found
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Blocks with experts."""
+        return tuple(self.mixtures)
+
+    def n_experts(self, layer: int) -> int:
+        """Experts of a block."""
+        return self.mixtures[layer][1].router.n_experts
+
+    def router_tensors(self, layer: int) -> dict[str, str]:
+        """{"weight": its name} of a block's router.
+
+        Raises: PlanError where the router has no row for every expert.
+        """
+        name, moe = self.mixtures[layer]
+        if not isinstance(moe.router, ScoredRouter | BiasedRouter):
+            raise PlanError(f"{name}: {type(moe.router).__name__} has no rows of experts; allowed: scored, biased")
+        return {"weight": f"{name}.router.score.weight"}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the checkpoint."""
+        with safe_open(self.checkpoint / "model.safetensors", framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def open_source(path: Path) -> Checkpoint | RunSource:
+    """A run folder (it has a recipe) or a Hugging Face folder.
+
+    Raises: PlanError for a family that has to be translated first.
+    """
+    if (path / "recipe.yaml").is_file():
+        return RunSource(path)
+    found = Checkpoint(path)
+    if found.config.get("model_type") == "deepseek":
+        raise PlanError(
+            f"{path} is DeepSeek-MoE 16B, whose own code no longer loads: write it as the family it equals "
+            f"first (moestro compress {path} DST --translate)"
+        )
+    return found
+
+
+def choice_of(layer: MoELayer) -> Any:
+    """What of a layer chooses experts, and may have `top_k` and `limit`: a scored router's selection, or the router."""
+    return layer.router.select if isinstance(layer.router, ScoredRouter) else layer.router
