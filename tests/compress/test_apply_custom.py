@@ -11,7 +11,7 @@ from moestro.compress import Group, PlanError
 from moestro.compress.applying import apply_plan
 from moestro.compress.feasible import Output
 from moestro.formats import Checkpoint
-from tests.compress.folders import FAMILIES, GROUPED, LARGER, blocks, loaded, masked, plan_for, saved, some_of
+from tests.compress.folders import FEWER, GROUPED, LARGER, blocks, loaded, masked, plan_for, saved, some_of
 from tests.hf.families import some_tokens, tiny
 
 CUSTOM = Output("custom")
@@ -36,7 +36,7 @@ def uneven(folder):
     return {layer: range(i, n) for i, layer in enumerate(layers)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEWER)
 def test_layers_with_numbers_of_experts_of_their_own_equal_masking(tmp_path, family):
     model = saved(family, tmp_path / "src")
     keep = uneven(tmp_path / "src")
