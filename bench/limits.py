@@ -1,0 +1,71 @@
+"""Running a command under a hard limit of memory: a control group of its own where one can be made, else rlimit."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@contextmanager
+def memory_limit(size: int) -> Iterator[dict[str, str]]:
+    """How a child enters a limit of `size` bytes, as environment variables for `enter`: a control group, which limits
+    the page cache too, removed afterwards; or a limit of the process's own data, which does not."""
+    group = _group(size)
+    if group is None:
+        yield {"BENCH_RLIMIT": str(size)}
+        return
+    try:
+        yield {"BENCH_CGROUP": str(group)}
+    finally:
+        group.rmdir()
+
+
+def _group(size: int) -> Path | None:
+    """A child of this process's control group with a limit; None where there is none to be had."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
+        _, controllers, path = line.split(":", 2)
+        first, limit = ("memory", "memory.limit_in_bytes") if controllers == "memory" else (".", "memory.max")
+        if controllers not in ("memory", ""):
+            continue
+        group = CGROUPS / first / path.lstrip("/") / f"moestro-bench-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / limit).write_text(str(size))
+            return group
+        except OSError:
+            group.rmdir()
+    return None
+
+
+def enter() -> str:
+    """Put this process under the limit that its environment names; says which kind it is."""
+    if group := os.environ.get("BENCH_CGROUP"):
+        (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
+        return "cgroup"
+    if size := os.environ.get("BENCH_RLIMIT"):
+        resource.setrlimit(resource.RLIMIT_DATA, (int(size), int(size)))
+        return "rlimit"
+    return "none"
+
+
+def limited(command: Sequence[str], size: int) -> dict[str, Any]:
+    """Run a command under the limit; the JSON object that is its last line of output.
+
+    Raises: RuntimeError with the end of what it said where it failed.
+    """
+    with memory_limit(size) as variables:
+        environment = {**os.environ, **variables, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:3])} ended with {done.returncode}: {done.stderr[-600:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
