@@ -1,5 +1,8 @@
 """Stock models from folders, checked before anything large is read."""
 
+import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.formats import DENSE_FAMILIES, FAMILIES, Checkpoint, FormatError
+from moestro.formats.complete import COUNTS_BY_LAYER
 
 
 def load(
@@ -22,8 +26,9 @@ def load(
     `AutoModelForCausalLM.from_pretrained`.
 
     The folder is checked first (`moestro.formats`): nothing missing, no gaps between experts, config.json and tensors
-    agree. `experts` is how transformers computes experts: eager, grouped_mm, batched_mm, moestro; its own default where
-    None. `attention` likewise. `dtype` is the folder's own unless given. Nothing is ever fetched. Code that lies in the
+    agree. Layers beyond the last, which predict further tokens, are left out with a warning. `experts` is how
+    transformers computes experts: eager, grouped_mm, batched_mm, moestro; its own default where None. `attention`
+    likewise. `dtype` is the folder's own unless given. Nothing is ever fetched. Code that lies in the
     folder runs only with `trust_remote_code`, and then a folder of any family is taken as it is.
 
     Raises: FormatError for a folder that is missing, damaged, incomplete or of an unknown family; ValueError for an
@@ -57,6 +62,7 @@ def strictly(
         **{name: value for name, value in given.items() if value is not None},
     )
     model, found = loaded
+    found["unexpected_keys"] = _without_extra_layers(found["unexpected_keys"], model.config)
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if found[what]:
             raise FormatError(f"{folder}: {what.replace('_', ' ')} for {type(model).__name__}: {_few(found[what])}")
@@ -71,12 +77,38 @@ def checked(folder: str | Path, trust_remote_code: bool = False) -> Checkpoint:
     checkpoint = Checkpoint(folder)
     kind = checkpoint.config.get("model_type")
     if kind in FAMILIES:
-        _ = checkpoint.family
+        _require_stated(checkpoint)
     elif kind not in DENSE_FAMILIES and not trust_remote_code:
         code = " It asks for code of its own (auto_map)." if "auto_map" in checkpoint.config else ""
         allowed = ", ".join([*FAMILIES, *DENSE_FAMILIES])
         raise FormatError(f"{checkpoint.path / 'config.json'}: model_type {kind!r}, allowed: {allowed}.{code}")
     return checkpoint
+
+
+def _require_stated(checkpoint: Checkpoint) -> None:
+    """Raises: FormatError where config.json leaves the number of experts to transformers, which then assumes another
+    one, or a token wants more experts than there are, which only shows when the model runs."""
+    family, file = checkpoint.family, checkpoint.path / "config.json"
+    keys = " or ".join(family.count_keys)
+    if not checkpoint.moe_layers:
+        return
+    if not any(key in checkpoint.config for key in (*family.count_keys, COUNTS_BY_LAYER)):
+        raise FormatError(f"{file} does not say how many experts there are ({keys})")
+    fewest = min(checkpoint.n_experts(layer) for layer in checkpoint.moe_layers)
+    if checkpoint.top_k > fewest:
+        raise FormatError(f"{file}: {family.top_k_key}={checkpoint.top_k}, but a layer has {fewest} experts")
+
+
+def _without_extra_layers(names: Iterable[str], config: Any) -> list[str]:
+    """The names without those of layers beyond the last, which predict further tokens and which transformers drops."""
+    extra: list[str] = []
+    for name in names:
+        number = re.match(r"model\.layers\.(\d+)\.", name)
+        if number and int(number[1]) >= config.num_hidden_layers:
+            extra.append(name)
+    if extra:
+        warnings.warn(f"transformers drops {len(extra)} tensors of extra layers: {_few(extra)}", stacklevel=3)
+    return [name for name in names if name not in extra]
 
 
 def skeleton(folder: str | Path) -> PreTrainedModel:
