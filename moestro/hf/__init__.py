@@ -7,7 +7,20 @@ Importing this package registers our grouped operation under the name `moestro`:
 from moestro.hf.expertless import load_without_experts
 from moestro.hf.experts import MOESTRO, experts_modules, intercepted
 from moestro.hf.hosted import Hosted
-from moestro.hf.load import load
+from moestro.hf.load import checked, load, skeleton
+from moestro.hf.tokenizers import tokenizer_of
 from moestro.hf.view import dense_view, view
 
-__all__ = ["MOESTRO", "Hosted", "dense_view", "experts_modules", "intercepted", "load", "load_without_experts", "view"]
+__all__ = [
+    "MOESTRO",
+    "Hosted",
+    "checked",
+    "dense_view",
+    "experts_modules",
+    "intercepted",
+    "load",
+    "load_without_experts",
+    "skeleton",
+    "tokenizer_of",
+    "view",
+]

@@ -169,10 +169,6 @@ class Hosted(nn.Module):
             getattr(self.decoder, f"{name}_checkpointing_disable")()
         self._recompute = wanted
 
-    def decoder_layers(self) -> list[nn.Module]:
-        """The layers of transformers that make the residual stream, in order."""
-        return [place.layer for place in places(self.decoder).values()]
-
     def moe_layers(self) -> dict[str, MoELayer]:
         """Every MoE layer by its name in the model, in block order."""
         return {name: module for name, module in self.named_modules() if isinstance(module, MoELayer)}

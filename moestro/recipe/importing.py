@@ -15,7 +15,7 @@ from moestro.formats import Checkpoint, FormatError
 from moestro.formats.writer import file_pieces
 from moestro.recipe.build import build_model
 from moestro.recipe.load import Recipe, check_recipe
-from moestro.recipe.pretrained import PRETRAINED, pretrained_tokenizer
+from moestro.recipe.pretrained import PRETRAINED, library, pretrained_tokenizer
 from moestro.recipe.resolve import Origin
 from moestro.recipe.syntax import dump_yaml
 from moestro.train.durable import TEMPORARY, sync_file, write_text
@@ -54,12 +54,10 @@ def import_model(
     no tokenizer, ValueError for one that cannot be used or has more tokens than the model; RunFolderError where `out`
     holds something else; OSError where the disk is too small.
     """
-    from moestro.hf.load import checked
-
     source, out = Path(source).expanduser().absolute(), Path(out).expanduser().absolute()
     if source.resolve() in (out.resolve(), *out.resolve().parents):
         raise RunFolderError(f"{out} lies in {source}, which is only read: choose another folder")
-    checkpoint = checked(source)
+    checkpoint = library().checked(source)
     text = pretrained_tokenizer(source if tokenizer is None else Path(tokenizer).expanduser())
     recipe = recipe_of(checkpoint, text, out)
     build_model(recipe, text.vocab_size, "meta")

@@ -77,21 +77,17 @@ def hosted(plan: Pretrained, vocab_size: int, origin: Origin) -> "Hosted":
     ImportError naming the extra where transformers is not installed.
     """
     place = Place(origin, ("model",))
-    try:
-        from moestro.hf import Hosted, load
-        from moestro.hf.load import skeleton
-    except ImportError as error:
-        raise ImportError(f'kind: pretrained needs transformers: pip install "moestro[hf]" ({error})') from error
+    hf = library()
     try:
         empty = torch.get_default_device().type == "meta"
-        decoder = skeleton(plan.folder) if empty else load(plan.folder, dtype=getattr(torch, plan.dtype))
+        decoder = hf.skeleton(plan.folder) if empty else hf.load(plan.folder, dtype=getattr(torch, plan.dtype))
     except FormatError as error:
         raise (place / "folder").error(str(error)) from error
     known: dict[str, Any] = {"d_model": decoder.config.hidden_size}
     known["shared_banks"] = SharedBanks(plan.shared_banks, dict(known))
     parts = {i: plan.ffn for i in range(decoder.config.num_hidden_layers) if plan.ffn} | plan.layers
     try:
-        model = Hosted(decoder, {i: part.build(known) for i, part in parts.items()}, plan.allow_non_causal)
+        model = hf.Hosted(decoder, {i: part.build(known) for i, part in parts.items()}, plan.allow_non_causal)
     except RecipeError:
         raise
     except ValueError as error:
@@ -106,6 +102,16 @@ def hosted(plan: Pretrained, vocab_size: int, origin: Origin) -> "Hosted":
 def pretrained_tokenizer(folder: Path) -> FileTokenizer:
     """The tokenizer of a folder in Hugging Face's format: tokenizer.json, or a sentencepiece model that transformers
     turns into one."""
-    from moestro.hf.tokenizers import tokenizer_of
+    return library().tokenizer_of(folder)
 
-    return tokenizer_of(folder)
+
+def library() -> Any:
+    """The package `moestro.hf`, which is imported only where it is needed: transformers takes seconds.
+
+    Raises: ImportError naming the extra where transformers is not installed.
+    """
+    try:
+        from moestro import hf
+    except ImportError as error:
+        raise ImportError(f'public checkpoints need transformers: pip install "moestro[hf]" ({error})') from error
+    return hf

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
+import moestro
 from moestro.cli import main
 from moestro.data import load_tokenizer
 from moestro.formats import FormatError
@@ -168,3 +170,10 @@ def test_a_sentencepiece_model_becomes_our_tokenizer(tmp_path, text_file):
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
     assert ours.encode(text) == theirs.encode(text) and ours.decode(ours.encode(text)) == text
     assert ours.eos == "</s>" and load(source).config.vocab_size >= ours.vocab_size
+
+
+def test_without_transformers_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.delattr(moestro, "hf")
+    monkeypatch.setitem(sys.modules, "moestro.hf", None)
+    with pytest.raises(ImportError, match=r'public checkpoints need transformers: pip install "moestro\[hf\]"'):
+        import_model(tmp_path / "public", tmp_path / "run")

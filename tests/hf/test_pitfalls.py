@@ -53,9 +53,7 @@ def test_qwen3_s_two_keys_must_agree_and_one_must_be_there(tmp_path):
     with pytest.raises(FormatError, match="contradicts itself"):
         load(said(folder, num_experts=3))
     load(said(folder, num_experts=4, num_local_experts=None))
-    with pytest.raises(
-        FormatError, match=r"does not say how many experts .*\(num_experts or num_local_experts\)"
-    ):
+    with pytest.raises(FormatError, match=r"does not say how many experts .*\(num_experts or num_local_experts\)"):
         load(said(folder, num_experts=None))
 
 
