@@ -27,8 +27,8 @@ from moestro.train.checkpoint import list_checkpoints
 
 # The corpus whose dense model is a public pretrained one.
 PRETRAINED = "tinystories"
-# How the pretrained model's text is read: as many tokens a sequence as it was trained with.
-READING = {"data.seq_len": 512, "data.val_fraction": 0.3, "train.batch_size": 8}
+# How the text of the pretrained model is read: few tokens a step, so that all arms stop near the same budget.
+READING = {"data.seq_len": 256, "data.val_fraction": 0.3, "train.batch_size": 2}
 DENSE = "dense"
 # Useful training FLOPs of the dense models trained here, times a study's budget.
 SOURCE_BUDGETS = 2.0
