@@ -135,10 +135,10 @@ def _companions(folder: FolderJob, rewriting: Rewriting, output: Output, files: 
         for name in names:
             folder.copy(name, source / name)
         return
-    text = (source / "config.json").read_text(encoding="utf-8")
-    write_text(folder.path / "config.json", edited(text, config_changes(rewriting, output)))
     if output.layout == "custom":
         write_text(folder.path / MODELING, modeling_text(rewriting.checkpoint))
+    text = (source / "config.json").read_text(encoding="utf-8")
+    write_text(folder.path / "config.json", edited(text, config_changes(rewriting, output)))
     if SINGLE not in files:
         write_json(folder.path / INDEX, index_of(rewriting.checkpoint, files))
 

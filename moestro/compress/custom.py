@@ -12,7 +12,6 @@ from moestro.compress.rewriting import Rewriting
 from moestro.formats import Checkpoint
 from moestro.formats.complete import COUNTS_BY_LAYER
 
-CLASS = "CompressedForCausalLM"
 EXPERTS = "moestro_experts"
 # families whose own loop over experts does not know the number that stands for no expert (transformers 5.23)
 NO_EXPERT_FAILS = {"gpt_oss"}
@@ -49,13 +48,15 @@ def custom_changes(rewriting: Rewriting, file: str) -> dict[str, Any]:
     said = {str(layer): _layer(rewriting, layer) for layer in rewriting.checkpoint.moe_layers}
     routed = [layer["routed"] for layer in said.values()]
     counts = {COUNTS_BY_LAYER: routed} if len(set(routed)) > 1 else {}
+    # of the family, since transformers keeps conversions of weights by the name of the class
+    name = f"Compressed{rewriting.checkpoint.config['architectures'][0]}"
     scalar = max(routed) + bool(rewriting.unequal)
     return {
         **dict.fromkeys(rewriting.family.count_keys, scalar),
         **counts,
         EXPERTS: said,
-        "architectures": [CLASS],
-        "auto_map": {"AutoModelForCausalLM": f"{file.removesuffix('.py')}.{CLASS}"},
+        "architectures": [name],
+        "auto_map": {"AutoModelForCausalLM": f"{file.removesuffix('.py')}.{name}"},
     }
 
 

@@ -63,6 +63,17 @@ def test_a_custom_folder_is_a_transformers_model_like_others(tmp_path, family):
     assert torch.equal(logits(loaded(tmp_path / "again", trust=True)), want)
 
 
+def test_folders_of_two_families_load_in_one_process_in_any_order(tmp_path):
+    for family in ("mixtral", "phimoe"):
+        saved(family, tmp_path / family)
+        plan = plan_for(tmp_path / family, uneven(tmp_path / family))
+        apply_plan(tmp_path / family, plan, tmp_path / f"small_{family}", CUSTOM)
+    want = {}
+    for family in ("mixtral", "phimoe", "mixtral", "phimoe"):
+        have = logits(loaded(tmp_path / f"small_{family}", trust=True))
+        assert torch.equal(have, want.setdefault(family, have))
+
+
 def test_router_logits_of_unequal_layers_are_refused(tmp_path):
     saved("mixtral", tmp_path / "src")
     small = compressed(tmp_path, plan_for(tmp_path / "src", uneven(tmp_path / "src")))
