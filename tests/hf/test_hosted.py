@@ -11,6 +11,7 @@ from moestro.layers import DenseFFN, MoELayer
 from moestro.objectives import LoadBalance
 from moestro.ops import backend
 from moestro.routers import ExpertChoice, LinearScore, ResidualRouter, ScoredRouter, TopK
+from moestro.train.rules import BiasBalance
 from tests.hf.families import DENSE, MOE, some_tokens, tiny
 from tests.tolerances import FLOAT32
 
@@ -182,6 +183,20 @@ def test_what_cannot_be_hosted_is_refused():
     switched.blocks[1].ffn.router.set_available(torch.tensor([True, True, False, True]))
     with pytest.raises(ValueError, match="layer 1 is no longer"), switched.stock():
         pass
+
+
+def test_a_rule_moves_deepseek_s_own_bias_and_the_stock_model_has_it():
+    model = Hosted(tiny("deepseek_v3")).train()
+    before = model.moe_layers()["blocks.1.ffn"].router.bias.clone()
+    rule = BiasBalance(rate=0.25)
+    found = model(some_tokens())
+    rule.observe(found.traces[0])
+    rule.apply(1)
+    with model.stock() as stock:
+        after = stock.state_dict()["model.layers.1.mlp.gate.e_score_correction_bias"]
+    load = found.traces[0].routing.load()
+    torch.testing.assert_close(after - before, 0.25 * (load.mean() - load).sign(), **FLOAT32)
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -102,6 +102,14 @@ def test_what_a_config_changes_is_seen(case):
             assert float(traces[0].experts_per_token().max()) == changes["num_experts_per_tok"]
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_gates_of_many_experts_are_theirs_but_for_the_last_bit(family):
+    """Theirs are summed in the order of an unsorted top-k."""
+    for block, layer in pairs(family, num_experts_per_tok=4):
+        with backend.force("reference"), torch.no_grad():
+            torch.testing.assert_close(layer(hidden())[0], output(block, hidden()), **FLOAT32_LAST_BITS)
+
+
 def test_the_bias_steers_the_choice_and_stays_shared():
     (_, layer), *_ = [pair for pair in pairs("deepseek_v3") if isinstance(pair[1], MoELayer)]
     _, (before,) = layer(hidden())
