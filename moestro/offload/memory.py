@@ -67,7 +67,8 @@ class SlotMemory:
             if len(buffer) == size:
                 return free.pop(index)
         while free and self._held[precision] + size > self.capacity[precision]:
-            self._held[precision] -= len(free.pop())
+            self._held[precision] -= len(free[-1])
+            self._let_go(free.pop())
         self._held[precision] += size
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._note()
@@ -75,9 +76,17 @@ class SlotMemory:
 
     def _scratch_of(self, size: int) -> Tensor:
         if self._scratch is None or len(self._scratch) < size:
+            if self._scratch is not None:
+                self._let_go(self._scratch)
             self._scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
             self._note()
         return self._scratch[:size]
+
+    def _let_go(self, buffer: Tensor) -> None:
+        """Before memory is freed: not while a copy to it that was given up may still run."""
+        self._arrivals.pop(buffer.data_ptr(), None)
+        if self.device.type == "cuda":
+            buffer.record_stream(self.source._copies.stream)  # type: ignore
 
     def _note(self) -> None:
         scratch = 0 if self._scratch is None else len(self._scratch)
