@@ -40,7 +40,7 @@ def reported(source: Path, destination: Path, question: Question | None) -> dict
         "warnings": warnings(plan),
         "before": sizes(source),
         "after": sizes(destination, plan),
-        "decode_speed": SPEED if all(layer.skip_below is None for layer in plan.layers) else None,
+        "decode_speed": None if any(map(_spares_work, plan.layers)) else SPEED,
     }
     if plan.quantise is not None:
         found["after"]["quantised_share"] = quantised_share(destination)
@@ -48,6 +48,11 @@ def reported(source: Path, destination: Path, question: Question | None) -> dict
         found["before"] |= measured(source, question)
         found["after"] |= measured(destination, question, source)
     return found
+
+
+def _spares_work(layer: LayerPlan) -> bool:
+    """Whether a token needs less arithmetic than before."""
+    return layer.skip_below is not None or layer.narrows or layer.factors
 
 
 def _layer(layer: LayerPlan) -> dict[str, Any]:

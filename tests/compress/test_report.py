@@ -99,6 +99,20 @@ def test_the_card_keeps_what_stood_in_it_and_has_one_section(tmp_path):
     assert json.loads((tmp_path / "dst" / "report.json").read_text()) == found
 
 
+def test_decoding_is_said_to_be_unchanged_only_where_a_token_needs_the_same_arithmetic(tmp_path):
+    folder(tmp_path)
+    for name, keywords, unchanged in (
+        ("dropped", {}, True),
+        ("narrow", {"units": (tuple(range(9)),) * 6}, False),
+        ("thin", {"ranks": (4,) * 6}, False),
+        ("skipping", {"skip_below": 0.2}, False),
+    ):
+        plan = plan_for(tmp_path / "src", range(6), **keywords)
+        apply_plan(tmp_path / "src", plan, tmp_path / name, Output("custom"))
+        found = reported(tmp_path / "src", tmp_path / name, None)
+        assert (found["decode_speed"] == SPEED) is unchanged, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["stock", "custom"])
 def test_the_command_measures_both_and_writes_a_page(tmp_path, capsys, layout):
