@@ -38,15 +38,15 @@ def singleton_experts(
     those instead of a gradient.
     """
     outside = compute_dtype(x)
-    rows = _rows(x, weight, up, down)
-    inside, stored = _dtypes(rows, up, outside, sparse_gradients)
+    native = backend.runs_native(x, weight, up, down)
+    inside, stored = _dtypes(native, up, outside, sparse_gradients)
     x, weight, up, down = x.to(outside).to(inside), weight.to(inside), up.to(stored), down.to(stored)
     gate = None if gate is None else gate.to(stored)
     with without_autocast(x):
         if backend.active() == "reference":
             y = reference.singleton_experts(x, ids, weight, up, down, activation, sparse_gradients, gate)
         else:
-            y = _fused(x, ids, weight, up, down, activation, sparse_gradients, gate, rows)  # type: ignore[call-arg]
+            y = _fused(x, ids, weight, up, down, activation, sparse_gradients, gate, _rows(native))  # type: ignore
     return y.to(outside)
 
 
@@ -61,25 +61,25 @@ def value_rows(
     Memory, dtypes and gradients as in `singleton_experts`; the dtype outside is autocast's, else that of `values`.
     """
     outside = compute_dtype(values)
-    rows = _rows(weight, values)
-    inside, stored = _dtypes(rows, values, outside, sparse_gradients)
+    native = backend.runs_native(weight, values)
+    inside, stored = _dtypes(native, values, outside, sparse_gradients)
     weight, values = weight.to(inside), values.to(stored)
     with without_autocast(values):
         if backend.active() == "reference":
             y = reference.value_rows(ids, weight, values, sparse_gradients)
         else:
-            y = _fused_values(ids, weight, values, sparse_gradients, rows)  # type: ignore[call-arg]
+            y = _fused_values(ids, weight, values, sparse_gradients, _rows(native))  # type: ignore
     return y.to(outside)
 
 
-def _rows(*tensors: Tensor) -> ModuleType:
+def _rows(native: bool) -> ModuleType:
     """Who fetches rows; the backward pass asks the same."""
-    return native_table_rows if backend.runs_native(*tensors) else table_rows
+    return native_table_rows if native else table_rows
 
 
-def _dtypes(rows: ModuleType, table: Tensor, outside: torch.dtype, sparse: bool) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(native: bool, table: Tensor, outside: torch.dtype, sparse: bool) -> tuple[torch.dtype, torch.dtype]:
     """The dtype of the arithmetic and that in which tables are read."""
-    if rows is native_table_rows:
+    if native:
         return torch.float32, table.dtype
     return (torch.promote_types(table.dtype, torch.float32), table.dtype) if sparse else (outside, outside)
 
