@@ -15,7 +15,6 @@ from moestro.compress.config_text import edited
 from moestro.compress.custom import custom_changes, modeling_text
 from moestro.compress.feasible import STOCK, Output, check_plan, limits_of
 from moestro.compress.fingerprint import fingerprint, require_source
-from moestro.compress.folder_job import FolderJob
 from moestro.compress.plan import Plan, PlanError
 from moestro.compress.plan_file import plan_text, tensor_file
 from moestro.compress.projection import uniform
@@ -26,6 +25,7 @@ from moestro.formats.complete import COUNTS_BY_LAYER
 from moestro.formats.shards import INDEX, SINGLE, Shards, read_json
 from moestro.formats.writer import Outgoing
 from moestro.train.durable import sha256_json, write_json, write_text
+from moestro.train.folder_job import FolderJob
 
 # What a compressed folder says of how it was made, and the plan it was made by.
 RECORD, PLAN = "compression.json", "compression_plan.json"

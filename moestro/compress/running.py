@@ -8,7 +8,6 @@ from typing import Any
 from moestro.compress.applying import Progress, apply_plan
 from moestro.compress.feasible import STOCK, Output, limits_of
 from moestro.compress.fingerprint import fingerprint
-from moestro.compress.folder_job import read_control
 from moestro.compress.methods import METHODS, Request, checked
 from moestro.compress.own import apply_to_run
 from moestro.compress.plan import Plan, PlanError
@@ -17,6 +16,7 @@ from moestro.compress.projection import uniform
 from moestro.compress.source import RunSource, open_source
 from moestro.recipe.syntax import unknown
 from moestro.train.durable import TEMPORARY, sha256_json, write_json
+from moestro.train.folder_job import read_control
 
 REQUEST, PLAN_FILE = "request.json", "plan.json"
 

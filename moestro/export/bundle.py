@@ -1,6 +1,7 @@
 """One file out of many: the classes that a model needs, with everything that they need, as their source has it."""
 
 import ast
+import builtins
 import re
 from collections.abc import Iterable, Mapping
 
@@ -39,7 +40,17 @@ def bundled(
     needs = Needs(roots, replaced, elsewhere)
     names = _Names(needs)
     sections = [_section(module(name), needs, names, replaced) for name in _in_import_order(needs)]
-    return "\n\n\n".join([_imports(needs, elsewhere).rstrip(), *(section for section in sections if section)]) + "\n"
+    source = "\n\n\n".join([_imports(needs, elsewhere).rstrip(), *(section for section in sections if section)]) + "\n"
+    _require_closed(source)
+    return source
+
+
+def _require_closed(source: str) -> None:
+    """Raises: BundleError where the source reads a name that it does not define."""
+    whole = Module("bundle", source)
+    defined = {*whole.definitions, *whole.imports, *dir(builtins)}
+    if missing := sorted({name.id for name in outer_names(whole.tree)} - defined):
+        raise BundleError(f"the bundle reads what it does not define: {', '.join(missing)}")
 
 
 class _Names:

@@ -38,7 +38,7 @@ def _first_edits(node: ast.AST, text: Text, known: Known) -> Iterator[Edit]:
 
 
 def _after_leaving(block: list[ast.stmt], text: Text) -> Edit | None:
-    for statement, following in zip(block, block[1:], strict=False):
+    for statement in block[:-1]:
         if isinstance(statement, ast.Return | ast.Raise):
             return Edit(text.line((statement.end_lineno or 0) + 1), text.line((block[-1].end_lineno or 0) + 1))
     return None

@@ -109,7 +109,7 @@ def meant(where: Module, node: ast.expr) -> Symbol | Imported | None:
     if node.id in where.definitions:
         return Symbol(where.name, node.id)
     symbol = where.imports.get(node.id)
-    return found_in(*symbol) if isinstance(symbol, Symbol) and symbol.name else symbol
+    return found_in(symbol.module, symbol.name) if isinstance(symbol, Symbol) and symbol.name else symbol
 
 
 def found_in(module_name: str, name: str) -> Symbol | Imported:
@@ -124,7 +124,7 @@ def found_in(module_name: str, name: str) -> Symbol | Imported:
     if name in home.definitions:
         return Symbol(module_name, name)
     if (symbol := home.imports.get(name)) is not None:
-        return found_in(*symbol) if isinstance(symbol, Symbol) and symbol.name else symbol
+        return found_in(symbol.module, symbol.name) if isinstance(symbol, Symbol) and symbol.name else symbol
     if inside.startswith(ABSENT) or (home.is_package and find_spec(inside) is not None):
         return Symbol(inside, None)
     raise BundleError(f"{module_name} has no {name}")

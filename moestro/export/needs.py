@@ -5,15 +5,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from moestro.export.library import Imported, Module, Symbol, found_in, meant, module
 from moestro.export.scopes import FUNCTIONS, outer_names
 
 # Called by name: an attribute that is asked for in words.
 ASKED = {"getattr", "hasattr", "setattr"}
-# Methods that torch calls by itself.
-CALLED = {*dir(nn.Module), *dir(torch.autograd.Function)}
+# Methods that torch and transformers call by themselves.
+CALLED = {*dir(torch.autograd.Function), *dir(PreTrainedModel), *dir(PreTrainedConfig), *dir(GenerationMixin)}
 
 
 class Replacement(NamedTuple):
@@ -26,8 +26,8 @@ class Replacement(NamedTuple):
 class Needs:
     """The closure of `roots`: `symbols` of the package, names `imported` from other libraries and `from_elsewhere`.
 
-    A method is needed where it is special, overrides one of torch's, belongs to a root, or where anything that is
-    needed mentions its name: so no method that could be called is left out.
+    A method is needed where it is special, overrides one that torch or transformers call, belongs to a root, or where
+    anything that is needed mentions its name: so no method that could be called is left out.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Needs:
                 if isinstance(owner, Symbol) and owner.name is None:
                     self._use(home, found_in(owner.module, node.attr))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ASKED:
-                self._mentioned |= {item.value for item in node.args if isinstance(item, ast.Constant)}
+                self._mentioned |= {str(item.value) for item in node.args if isinstance(item, ast.Constant)}
 
     def _use(self, home: Module, symbol: Symbol | Imported) -> None:
         self._add(symbol)

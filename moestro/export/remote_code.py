@@ -1,5 +1,6 @@
 """The code that travels with a model, so that it loads where this package is not installed."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -54,11 +55,13 @@ def remote_code(construction: Mapping[str, Any]) -> dict[str, str]:
         [_symbol(MoestroModel), _symbol(MoestroForCausalLM)], replaced, {MoestroConfig.__module__: f".{CONFIGURATION}"}
     )
     configuration = bundled([_symbol(MoestroConfig), _symbol(sizes)])
-    said = "moestro {} of a mixture-of-experts language model, as one file for transformers."
-    return {
-        f"{CONFIGURATION}.py": HEAD.format(what=said.format("configuration"), version=__version__) + configuration,
-        f"{MODELING}.py": HEAD.format(what=said.format("code"), version=__version__) + modeling,
-    }
+    said = "{} of a mixture-of-experts language model for transformers, as one file."
+    modeling = HEAD.format(what=said.format("The code"), version=__version__) + modeling
+    # transformers remembers a model's class by that of its configuration, and that by folder name and source: two
+    # folders of one name and other models would share their code if their configurations did not differ
+    belongs = f"# Belongs to {MODELING}.py of SHA-256 {hashlib.sha256(modeling.encode()).hexdigest()}.\n\n"
+    configuration = HEAD.format(what=said.format("The configuration"), version=__version__) + belongs + configuration
+    return {f"{CONFIGURATION}.py": configuration, f"{MODELING}.py": modeling}
 
 
 def _symbol(value: Callable[..., Any]) -> Symbol:

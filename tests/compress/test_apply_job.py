@@ -268,7 +268,7 @@ def test_damaged_sources_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_one_process_at_a_time_writes_a_folder(tmp_path):
-    from moestro.compress.folder_job import FolderJob
+    from moestro.train.folder_job import FolderJob
 
     with FolderJob(tmp_path / "dst", {}):
         with pytest.raises(PlanError, match="another process is writing"):

@@ -9,18 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from moestro.compress.plan import PlanError
 from moestro.formats.writer import Outgoing, file_pieces, write_file
 from moestro.train.durable import TEMPORARY, publish_folder, remove_temporary, sync_file, write_json
 
 JOB, DONE, LOCK = "job.json", "done.json", "lock"
 
 
+class FolderInUse(RuntimeError):
+    """Another process is writing the folder."""
+
+
 class FolderJob:
     """What becomes the folder `destination`. `job` (JSON) says what is written: files that an interrupted process
     finished are kept where it was the same, and everything begins anew where it was another.
 
-    Entered, it holds a lock until it is left. Raises: PlanError where another process holds it.
+    Entered, it holds a lock until it is left. Raises: FolderInUse where another process holds it.
     """
 
     def __init__(self, destination: Path, job: Mapping[str, Any]) -> None:
@@ -35,7 +38,7 @@ class FolderJob:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self.lock)
-            raise PlanError(f"another process is writing {self.destination}: wait for it, or stop it") from error
+            raise FolderInUse(f"another process is writing {self.destination}: wait for it, or stop it") from error
         if read_control(self.control / JOB) != self.job:
             shutil.rmtree(self.path, ignore_errors=True)
             (self.control / DONE).unlink(missing_ok=True)
