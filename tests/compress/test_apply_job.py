@@ -268,10 +268,10 @@ def test_damaged_sources_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_one_process_at_a_time_writes_a_folder(tmp_path):
-    from moestro.train.folder_job import FolderJob
+    from moestro.train.folder_job import FolderInUse, FolderJob
 
     with FolderJob(tmp_path / "dst", {}):
-        with pytest.raises(PlanError, match="another process is writing"):
+        with pytest.raises(FolderInUse, match="another process is writing"):
             FolderJob(tmp_path / "dst", {}).__enter__()
 
 
