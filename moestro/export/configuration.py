@@ -30,6 +30,9 @@ class MoestroConfig(PreTrainedConfig):
 
 def sizes(construction: dict[str, Any]) -> dict[str, Any]:
     """What other programs ask a configuration for, under their names."""
+    # what is around a decoder has it as its model
+    while "model" in construction:
+        construction = construction["model"]
     attention = construction["blocks"][0]["attention"]
     heads = attention["n_heads"]
     return {

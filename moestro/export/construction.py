@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moestro.export.vocabulary import vocabulary
+from moestro.export.vocabulary import adapted, vocabulary
 from moestro.model import Transformer
 from moestro.recipe.bind import Part
 from moestro.recipe.build import assemble
@@ -29,8 +29,17 @@ def construction(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
     if isinstance(plan, Pretrained):
         raise Place(recipe.origin, ("model",)).error("a pretrained model has no construction: its folder describes it")
     with torch.device("meta"):
-        model = assemble(calls.watched_plan(plan), vocab_size, recipe.origin)
-    return calls.node(calls.decoder(model, plan))
+        model = calls.decoder(assemble(calls.watched_plan(plan), vocab_size, recipe.origin), plan)
+        around = None if recipe.adapt is None else calls.watched(recipe.adapt).build()
+        if around is None or around.mixtures is None:
+            return calls.node(model)
+        said = {"targets": around.targets, "allow_non_causal": plan.allow_non_causal}
+        adapted(model, around.mixtures, **said)
+    return calls.node(calls.note(Adapted(), adapted, {"model": model, "mixtures": around.mixtures, **said}))
+
+
+class Adapted:
+    """Stands for a model with its adapters, where the model itself stands for what it was without."""
 
 
 class Calls:
@@ -44,16 +53,17 @@ class Calls:
 
     def watched_plan(self, plan: Decoder) -> Decoder:
         """The same plan of a decoder; what its parts make is remembered."""
-        named = {name: self._watched(getattr(plan, name)) for name in ("attention", "ffn", "layers", "shared_banks")}
+        named = {name: self.watched(getattr(plan, name)) for name in ("attention", "ffn", "layers", "shared_banks")}
         return replace(plan, **named)
 
-    def _watched(self, value: Any) -> Any:
+    def watched(self, value: Any) -> Any:
+        """A part, or parts in mappings and lists, whose making is remembered."""
         if isinstance(value, Part):
-            keywords = {name: self._watched(inner) for name, inner in value.keywords.items()}
+            keywords = {name: self.watched(inner) for name, inner in value.keywords.items()}
             return replace(value, make=self._watched_maker(value.make), keywords=keywords)
         if isinstance(value, dict):
-            return {key: self._watched(inner) for key, inner in value.items()}
-        return type(value)(self._watched(inner) for inner in value) if isinstance(value, list | tuple) else value
+            return {key: self.watched(inner) for key, inner in value.items()}
+        return type(value)(self.watched(inner) for inner in value) if isinstance(value, list | tuple) else value
 
     def _watched_maker(self, make: Callable[..., Any]) -> Callable[..., Any]:
         # parts are bound and built by their signature, which `wraps` keeps

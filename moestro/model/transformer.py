@@ -78,6 +78,9 @@ class Transformer(nn.Module):
         """The parts to which tokens are more than themselves and earlier ones, by name."""
         routers = {name: layer.router for name, layer in self.moe_layers().items()}
         parts = routers | {f"blocks.{i}": block for i, block in enumerate(self._blocks())}
+        for name, module in self.named_modules():
+            if isinstance(module, AdaptedLinear):
+                parts |= {f"{name}.{i}": mixture.router for i, mixture in enumerate(module.each())}
         return {name: part for name, part in parts.items() if not part.causal}
 
     def forward(
