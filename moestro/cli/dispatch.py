@@ -5,7 +5,19 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Protocol
 
-from moestro.cli import compare, compress, convert, evaluate, import_model, inspect, offload, prepare, train, version
+from moestro.cli import (
+    compare,
+    compress,
+    convert,
+    evaluate,
+    export,
+    import_model,
+    inspect,
+    offload,
+    prepare,
+    train,
+    version,
+)
 from moestro.cli.arguments import Parser, UsageError
 from moestro.cli.terminal import failed
 from moestro.recipe.syntax import RecipeError, unknown
@@ -29,6 +41,7 @@ VERBS: dict[str, Verb] = {
     "compare": compare,
     "compress": compress,
     "convert": convert,
+    "export": export,
     "import": import_model,
     "offload": offload,
     "prepare": prepare,

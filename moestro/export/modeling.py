@@ -17,6 +17,7 @@ class MoestroPreTrainedModel(PreTrainedModel):
     """What both models share. Weights are those of a checkpoint: nothing is ever initialised in their place."""
 
     config_class = MoestroConfig
+    config: MoestroConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     # one after another, with whatever layers they hold

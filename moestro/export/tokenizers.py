@@ -1,5 +1,6 @@
 """A run's tokenizer as transformers know tokenizers: the same ids for every text."""
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -32,3 +33,11 @@ def fast_tokenizer(folder: Path, length: int) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer's files, under the class name that every version of transformers knows."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

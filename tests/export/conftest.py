@@ -1,5 +1,6 @@
 """Models of every system as transformers know them, and runs to export."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,14 +44,15 @@ def some_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> Callable[..., Path]:
     """The folder of a recipe's run of two steps; each is trained once."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
+    folder, made, numbers = tmp_path_factory.mktemp("runs"), {}, itertools.count()
 
     def run(name: str, *overrides: str) -> Path:
         if (name, overrides) not in made:
-            path = folder / f"{name}-{len(made)}"
+            path = folder / f"{name}-{next(numbers)}"
             steps = ["train.budget.steps=2", "train.eval_tokens=256", *SHRUNK.get(name, [])]
             recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [*small_data, *steps, *overrides])
-            run_training(recipe, path, show_preparation=False)
+            with torch.enable_grad():
+                run_training(recipe, path, show_preparation=False)
             made[name, overrides] = path
         return made[name, overrides]
 

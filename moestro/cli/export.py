@@ -1,0 +1,64 @@
+"""moestro export"""
+
+import argparse
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from moestro.cli.arguments import Parser
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_arguments(parser: Parser) -> None:
+    """RUN, --out, and what the folder is like"""
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--format",
+        choices=("moestro", "stock"),
+        default="moestro",
+        help="moestro (default): any model, with the code that loads it; stock: Llama, Mixtral or Qwen2-MoE, where one "
+        "of them computes the same",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they were trained)"
+    )
+    parser.add_argument("--shard-size", type=size, default=size("5GB"), metavar="SIZE", help="of a file: 500MB (5GB)")
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="default: newest")
+    parser.add_argument(
+        "--license", metavar="NAME", help="of the weights, for the model card: apache-2.0, cc-by-4.0, ..."
+    )
+    parser.add_argument("--unfinished", action="store_true", help="export a run whose training is not over")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an earlier export in DIR, once the new one is whole"
+    )
+
+
+def run(arguments: Namespace) -> int:
+    """Write a run's model as a folder that transformers, lm-eval and other tools load."""
+    try:
+        from moestro.export.folder import Choices, export_run
+    except ModuleNotFoundError as error:
+        raise ImportError(f'moestro export needs {error.name}: pip install "moestro[hf]"') from error
+
+    choices = Choices(
+        arguments.format, arguments.dtype, arguments.shard_size, arguments.checkpoint, arguments.unfinished,
+        arguments.force, arguments.license,
+    )  # fmt: skip
+    done = export_run(arguments.run, arguments.out, choices)
+    print(f"{done.path}: {done.architecture}, {done.n_parameters:,} parameters, {done.nbytes / 1e6:,.1f} MB of weights")
+    return 0
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 500MB.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    match = re.fullmatch(r"([0-9]+) *([KMG]?B|)", text.strip().upper())
+    if not match or int(match[1]) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; allowed: a number of bytes, KB, MB or GB, such as 500MB"
+        )
+    return int(match[1]) * UNITS[match[2]]

@@ -1,0 +1,100 @@
+"""The tensors of a checkpoint under the names of a folder, and which file holds each."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moestro.export.modeling import MoestroForCausalLM, stays_wide
+from moestro.formats.shards import SINGLE, Shards
+from moestro.formats.writer import Outgoing, computed, of_file
+from moestro.train.checkpoint import read_state
+from moestro.train.tensors import model_tensors
+
+
+class ExportError(RuntimeError):
+    """A model cannot be exported so; the message says why and what else there is."""
+
+
+class Stored:
+    """The tensors of a run's checkpoint, verified, under the names that they have in `MoestroForCausalLM`.
+
+    Raises: CheckpointError where a file is damaged; ExportError where the checkpoint is of another model.
+    """
+
+    def __init__(self, checkpoint: Path, model: MoestroForCausalLM) -> None:
+        self.state = read_state(checkpoint)
+        # a checkpoint keeps its model in one file of the format's own name
+        self.shards = Shards(checkpoint)
+        own, _ = model_tensors(model.decoder)
+        first: dict[int, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            first.setdefault(id(tensor), name)
+        self.names = {first[id(tensor)]: name for name, tensor in own.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        if shapes != {name: entry.shape for name, entry in self.shards.items()}:
+            raise ExportError(f"{checkpoint} holds the tensors of another model than its recipe")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.names))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self.shards.read(self.names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is stored."""
+        return self.shards.dtype(self.names[name])
+
+    def outgoing(self, name: str, dtype: torch.dtype | None) -> Outgoing:
+        """One tensor to be written: byte for byte, or in `dtype` where it is of floating point and not kept wide."""
+        entry, stored = self.shards[self.names[name]], self.dtype(name)
+        wanted = stored
+        if dtype is not None and stored.is_floating_point:
+            wanted = torch.float32 if stays_wide(name, torch.empty(0)) and dtype.itemsize < 4 else dtype
+        if wanted == stored:
+            return of_file(name, self.shards.folder, entry)
+        return computed(name, wanted, entry.shape, partial(cast, name, partial(self.read, name), wanted))
+
+
+def cast(name: str, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype.
+
+    Raises: ExportError where numbers lie beyond it.
+    """
+    tensor = read()
+    narrow = tensor.to(dtype)
+    if not bool(narrow.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise ExportError(
+            f"{name} has numbers of up to {float(tensor.abs().max()):.3g}, beyond {dtype}: choose another"
+        )
+    return narrow
+
+
+def files_of(tensors: Sequence[Outgoing], shard_bytes: int) -> dict[str, list[Outgoing]]:
+    """{file name: tensors}: in their order, as many to a file as fit into `shard_bytes`, one at least."""
+    groups: list[list[Outgoing]] = [[]]
+    room = shard_bytes
+    for tensor in tensors:
+        if groups[-1] and tensor.nbytes > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
+
+
+def index_of(files: Mapping[str, Sequence[Outgoing]]) -> dict:
+    """The index of several files."""
+    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+    weights = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+
+
+def n_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
