@@ -92,7 +92,9 @@ def test_narrower_weights_and_the_best_checkpoint(run_of: Runs, tmp_path: Path) 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["peer", "dynmoe", "hypermoe"])
+@pytest.mark.parametrize(
+    "name", ["peer", pytest.param("dynmoe", marks=pytest.mark.slow), pytest.param("hypermoe", marks=pytest.mark.slow)]
+)
 def test_other_systems_too(run_of: Runs, tmp_path: Path, name: str) -> None:
     run = run_of(name)
     export_run(run, tmp_path / "out")
