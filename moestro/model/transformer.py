@@ -14,6 +14,7 @@ from moestro.layers.moe import MoELayer
 from moestro.model.active import idle_parameters
 from moestro.model.block import Block
 from moestro.model.cache import Cache
+from moestro.routers.base import Router
 from moestro.routing import Trace
 
 
@@ -76,12 +77,8 @@ class Transformer(nn.Module):
 
     def _looking_ahead(self) -> dict[str, nn.Module]:
         """The parts to which tokens are more than themselves and earlier ones, by name."""
-        routers = {name: layer.router for name, layer in self.moe_layers().items()}
-        parts = routers | {f"blocks.{i}": block for i, block in enumerate(self._blocks())}
-        for name, module in self.named_modules():
-            if isinstance(module, AdaptedLinear):
-                parts |= {f"{name}.{i}": mixture.router for i, mixture in enumerate(module.each())}
-        return {name: part for name, part in parts.items() if not part.causal}
+        parts = {name: part for name, part in self.named_modules() if isinstance(part, Router | Block)}
+        return {name.removesuffix(".router"): part for name, part in parts.items() if not part.causal}
 
     def forward(
         self,

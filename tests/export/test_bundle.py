@@ -219,4 +219,4 @@ def test_the_file_of_hmoe_holds_hmoe_and_says_where_it_comes_from() -> None:
     roots = {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     roots |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
     assert roots <= {"torch", "transformers", *sys.stdlib_module_names}
-    assert max(len(line) for line in modeling.splitlines()) <= 140 and len(modeling.splitlines()) < 1600
+    assert max(len(line) for line in modeling.splitlines()) <= 140 and len(modeling.splitlines()) < 1800

@@ -26,7 +26,7 @@ CACHED = ["hmoe", "peer", "dynmoe", "hypermoe", "stratified", "memory_plus"]
 close = torch.testing.assert_close
 
 
-@pytest.mark.parametrize("name", [*SYSTEMS, *(f"paper/{name}" for name in PAPER)])
+@pytest.mark.parametrize("name", [*SYSTEMS, *(pytest.param(f"paper/{name}", marks=pytest.mark.slow) for name in PAPER)])
 def test_a_construction_is_the_recipe_s_model(name: str) -> None:
     """Through JSON with sorted keys, as configurations are written."""
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", SHRUNK.get(name, []))
