@@ -12,7 +12,7 @@ from moestro.cost import NOTHING, Cost
 from moestro.experts.base import ExpertBank
 from moestro.experts.free_adapters import FreeAdapters
 from moestro.experts.hyper import HyperExpert
-from moestro.experts.shared import SharedExpert
+from moestro.experts.shared import OutputBias, SharedExpert
 from moestro.layers.base import TokenLayer
 from moestro.layers.recording import ActiveRows
 from moestro.routers.base import Router
@@ -115,7 +115,7 @@ class MoELayer(TokenLayer):
         """The branches that know experts by their numbers: banks, and what is made of a routing."""
         return [branch for branch in self.branches if hasattr(branch, "n_experts")]
 
-    def _branches(self) -> "list[ExpertBank | SharedExpert | HyperExpert | FreeAdapters]":
+    def _branches(self) -> "list[ExpertBank | SharedExpert | OutputBias | HyperExpert | FreeAdapters]":
         return list(self.branches)  # type: ignore[arg-type]
 
 

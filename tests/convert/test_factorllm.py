@@ -213,10 +213,15 @@ def test_padding_adds_nothing_and_learns_nothing(kind):
             assert not grad[padding].any() and grad[~padding].any()
 
 
-def test_it_costs_k_of_n_experts_and_the_router():
-    """Check 12: k / n of the dense network's FLOPs and 2 d n."""
-    made = split(seen(), n_experts=4, top_k=2)
-    assert made.layer.expected_token_flops() == 3 * 2 * D * W * 2 / 4 + 2 * D * 4
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_costs_k_of_n_experts_and_the_router(kind):
+    """Check 12: k / n of the dense network's FLOPs and 2 d n; biases count nothing."""
+    made = split(seen(kind), n_experts=4, top_k=2)
+    matrices = 3 if kind.endswith("glu") else 2
+    want = matrices * 2 * D * W * 2 / 4 + 2 * D * 4
+    assert made.layer.expected_token_flops() == want
+    _, (trace,) = made.layer(drawn(TOKENS, D))
+    assert float(trace.flops().useful) == TOKENS * want
 
 
 def test_the_fitted_scale_is_the_least_squares_one():
