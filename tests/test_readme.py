@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moestro.cli.dispatch import VERBS
+from moestro.cli import VERBS
+from moestro.cli.arguments import Parser
 from moestro.compare.plan import load_comparison
 from moestro.convert.plan import load_conversion
 from moestro.recipe.load import load_recipe
@@ -14,13 +15,17 @@ from moestro.recipe.load import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for language, block in BLOCKS
-    if language == "sh"
-    for line in block.splitlines()
-    if line.startswith(("moestro ", "make "))
-]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of the commands in a page's shell blocks."""
+    blocks = [block for language, block in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL) if language == "sh"]
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("moestro ", "make "))]
+
+
+COMMANDS = commands(TEXT)
+OF_PAGES = [words for name in ("evaluate", "serve") for words in commands((ROOT / "docs" / f"{name}.md").read_text())]
 
 
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
@@ -44,7 +49,19 @@ def test_commands_name_things_that_exist(command):
     elif verb == "convert":
         load_conversion(ROOT / rest[rest.index("--recipe") + 1])
     else:
-        assert verb in VERBS
+        understood(verb, rest)
+
+
+def understood(verb: str, words: list[str]) -> None:
+    parser = Parser()
+    VERBS[verb].add_arguments(parser)
+    parser.parse_intermixed_args(words)
+
+
+@pytest.mark.parametrize("command", OF_PAGES, ids=" ".join)
+def test_commands_of_the_pages_are_understood(command):
+    words = command[: command.index("<")] if "<" in command else command
+    understood(words[1], words[2:])
 
 
 def test_files_and_folders_that_are_named_exist():

@@ -1,10 +1,18 @@
 """Arguments that several verbs take, and the parser that reads them."""
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from moestro.recipe.syntax import nearest
+
+if TYPE_CHECKING:
+    from moestro.export import Opened
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class UsageError(Exception):
@@ -29,6 +37,54 @@ def add_device(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)")
 
 
+def add_model(parser: Parser) -> None:
+    """MODEL, --checkpoint, --dtype, --device"""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a run folder, or one in Hugging Face's format")
+    add_checkpoint(parser)
+    add_dtype(parser)
+    add_device(parser)
+
+
+def add_checkpoint(parser: Parser) -> None:
+    """--checkpoint"""
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="of a run; default: newest")
+
+
+def add_dtype(parser: "argparse._ActionsContainer") -> None:
+    """--dtype"""
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the folder keeps)")
+
+
+def opened_model(arguments: argparse.Namespace, model: Path) -> "Opened":
+    """The model that the arguments of `add_model` name, and its tokenizer.
+
+    Raises: UsageError for a device that is not there; ImportError; what `open_model` raises.
+    """
+    import torch
+
+    device = device_named(arguments.device)
+    # read when transformers is imported: a folder is open in a moment
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with extra("hf"):
+        from moestro.export import open_model
+    dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
+    return open_model(model, device, dtype, arguments.checkpoint)
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around the imports of a verb that needs the extra `name`.
+
+    Raises: ImportError that says how to install it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "moestro":
+            raise
+        raise ImportError(f"this needs the package {error.name!r}: pip install 'moestro[{name}]'") from error
+
+
 def add_run(parser: Parser, tokens: str) -> None:
     """RUN, and on which text and how it is measured; `tokens` says how many are read where --tokens is not given."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
@@ -42,7 +98,7 @@ def add_run(parser: Parser, tokens: str) -> None:
         metavar="key=value",
         help="turn a knob without training: model.ffn.router.select.threshold=0.4 (or a top_k); may be repeated",
     )
-    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="default: newest")
+    add_checkpoint(parser)
     parser.add_argument(
         "--json", type=Path, nargs="?", const=Path("-"), metavar="PATH", help="write JSON, without PATH to the terminal"
     )

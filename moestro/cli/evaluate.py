@@ -1,22 +1,42 @@
 """moestro eval"""
 
+import sys
 from argparse import Namespace
 
-from moestro.cli.arguments import Parser, add_run, device_named
+from moestro.cli.arguments import Parser, UsageError, add_dtype, add_run, device_named, extra, opened_model, positive
 from moestro.cli.terminal import as_json
+
+# what only tasks take, and what they do not
+OF_TASKS = ("dtype", "limit", "seed", "batch_size", "max_length")
+OF_TEXT = ("tokens", "settings")
 
 
 def add_arguments(parser: Parser) -> None:
-    """RUN, and how it is measured"""
+    """RUN, how it is measured, --tasks and what belongs to them"""
     add_run(parser, "all")
+    tasks = parser.add_argument_group("tasks of the literature, through lm-eval")
+    tasks.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="in place of all that: these tasks; RUN may then be any model's folder, and --data is the folder that "
+        "their files lie in. papers: the suite of the papers; help: all names. Paths of task files may be among them",
+    )
+    tasks.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
+    tasks.add_argument("--seed", type=int, metavar="N", help="of few-shot draws and resampling (default: 0)")
+    tasks.add_argument("--batch-size", type=positive, metavar="N", help="default: 8")
+    tasks.add_argument("--max-length", type=positive, metavar="N", help="tokens (default: the model's own context)")
+    add_dtype(tasks)
 
 
 def run(arguments: Namespace) -> int:
-    """Evaluate a run: bits per byte, perplexity, and how each layer uses its experts."""
+    """Evaluate a run: bits per byte, perplexity, and how each layer uses its experts; or any model on tasks."""
+    if arguments.tasks is not None:
+        return _tasks(arguments)
     from rich.console import Console
 
     from moestro.recipe.evaluation import evaluate_run, figures_table
 
+    _refuse(arguments, OF_TASKS, "needs --tasks")
     device = device_named(arguments.device)
     figures = evaluate_run(
         arguments.run, arguments.data, device, arguments.tokens, arguments.checkpoint, arguments.settings
@@ -24,3 +44,36 @@ def run(arguments: Namespace) -> int:
     if not as_json(arguments.json, figures):
         Console().print(figures_table(figures))
     return 0
+
+
+def _tasks(arguments: Namespace) -> int:
+    _refuse(arguments, OF_TEXT, "does not go with --tasks")
+    with extra("eval"):
+        from moestro.harness import ScoredModel, evaluate_tasks, resolve_tasks, task_names, tasks_table
+    if arguments.tasks == "help":
+        print("\n".join(task_names()))
+        return 0
+    tasks = resolve_tasks([name.strip() for name in arguments.tasks.split(",")])
+    if arguments.data is None:
+        raise UsageError("--tasks needs --data FOLDER, the folder that the tasks' files lie in")
+    from rich.console import Console
+
+    opened = opened_model(arguments, arguments.run)
+    scored = ScoredModel(*opened, arguments.batch_size or 8, arguments.max_length)
+    seed = arguments.seed or 0
+
+    def begun(name: str) -> None:
+        print(f"moestro: {name}", file=sys.stderr)
+
+    figures = evaluate_tasks(scored, tasks, arguments.data, arguments.limit, seed, begun)
+    figures = {"model": str(arguments.run), **figures}
+    if not as_json(arguments.json, figures):
+        Console().print(tasks_table(figures))
+    return 0
+
+
+def _refuse(arguments: Namespace, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(arguments, name):
+            option = "set" if name == "settings" else name.replace("_", "-")
+            raise UsageError(f"--{option} {why}")

@@ -54,7 +54,8 @@ class Reads(Protocol):
 
 
 class Continuation:
-    """The text after one prompt. Alone in its batch, so that its tokens do not depend on who else is served."""
+    """The text after one prompt. Alone in its batch, so that its tokens do not depend on who else is served. What a
+    model gives no cache for is read again in every step."""
 
     def __init__(self, reads: Reads, prompt: Sequence[int], options: Options) -> None:
         self._reads, self._options = reads, options
@@ -104,7 +105,6 @@ class Continuation:
             output = model(
                 input_ids=torch.tensor([unread], device=model.device),
                 past_key_values=self._cache,
-                use_cache=True,
                 **self._reads.forward_options,
             )
         self._cache = output.past_key_values

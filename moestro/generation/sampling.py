@@ -47,7 +47,7 @@ class Sampling:
 
         Raises: ArithmeticError where the logits are not numbers.
         """
-        logits = logits.detach().to("cpu", torch.float64)
+        logits = logits.detach().cpu().double()
         if not bool(torch.isfinite(logits.max())):
             raise ArithmeticError("the model's logits are not finite")
         if self.temperature == 0.0:

@@ -22,20 +22,18 @@ class TextModel:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.ends = _ends(model, tokenizer)
-        # logits of a whole prompt can be larger than the model
-        takes = inspect.signature(model.forward).parameters
-        self.forward_options: Mapping[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.forward_options: Mapping[str, Any] = _forward_options(model)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, with those that the tokenizer puts before every text.
 
         Raises: ValueError where the text has none.
         """
-        return self._checked(self.tokenizer(text).input_ids)
+        return self._checked(self.tokenizer(text, verbose=False).input_ids)
 
     def encode_rendered(self, text: str) -> list[int]:
         """The tokens of a text that already holds its special tokens, as a chat template writes it."""
-        return self._checked(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self._checked(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special ones have none."""
@@ -74,6 +72,14 @@ class TextModel:
         if not tokens:
             raise ValueError("the prompt is empty; allowed: at least one token")
         return tokens
+
+
+def _forward_options(model: Any) -> dict[str, Any]:
+    """Logits of the last token alone, where the model can: those of a prompt can be larger than the model. No cache
+    where the model's tokens depend on later ones."""
+    keeps = getattr(getattr(model, "generation_config", None), "use_cache", None)
+    options: dict[str, Any] = {"use_cache": keeps is not False}
+    return options | ({"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {})
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

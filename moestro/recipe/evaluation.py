@@ -28,7 +28,7 @@ from moestro.train.checkpoint import list_checkpoints, step_of
 LISTED = 64
 NAME_WIDTH = 16
 # Columns of words.
-LEFT = ("layer", "load", "remark", "unit", "by expert 0, 1, 2, ...")
+LEFT = ("layer", "load", "metric", "remark", "task", "unit", "by expert 0, 1, 2, ...")
 CHECKPOINTS = {"newest": newest_checkpoint, "best": best_checkpoint}
 
 

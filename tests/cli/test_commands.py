@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moestro.cli import main
+from moestro.cli import VERBS, main
 from moestro.ops import native
 from tests.conftest import ROOT
 
@@ -60,7 +60,7 @@ def test_help_is_quick_and_waits_for_no_torch() -> None:
     assert done.returncode == 0 and "--out DIR" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "inspect", "compare", "convert", "prepare", "version"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as done:
         main([verb, "--help"])
@@ -334,6 +334,6 @@ def test_the_module_and_the_script_are_the_same_command() -> None:
     done = moestro("train", "recipes/hmoe.yaml", "model.ffn.router.select.topk=3")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "moestro: error: unknown key 'topk'; did you mean 'top_k'? allowed: gate, limit, renormalize, top_k "
+        "moestro: error: unknown key 'topk'; did you mean 'top_k'? allowed: gate, limit, renormalize, scale, top_k "
         "(command line: model.ffn.router.select.topk)\n"
     )
