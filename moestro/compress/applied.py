@@ -47,7 +47,7 @@ def applied(
         if plan.layer not in numbers:
             raise ValueError(f"layer {plan.layer} has no experts, allowed: {', '.join(map(str, numbers))}")
         name = numbers[plan.layer]
-        apply_to(layers[name], plan, semantics, merged_rows, moments and moments[name])
+        apply_to(layers[name], plan, semantics, merged_rows, None if moments is None else moments[name])
     return smaller
 
 

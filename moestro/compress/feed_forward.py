@@ -55,7 +55,8 @@ class FeedForward:
     def units(self, expert: int) -> Units:
         """The hidden units of one expert."""
         inside, out = self.matrices(expert)
-        return units_of(*(inside.chunk(2) if self.glu else (None, inside)), out)
+        gate, up = inside.chunk(2) if self.glu else (None, inside)
+        return units_of(gate, up, out)
 
     def hidden(self, inside: Float[Tensor, "_ d"], x: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
         """The hidden units' values on tokens, of an expert with this in-projection."""

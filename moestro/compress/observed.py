@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moestro.compress.feed_forward import FeedForward
@@ -129,7 +129,7 @@ def entropy(logits: Float[Tensor, "t e"]) -> Float[Tensor, "t"]:
 def expert_output(layer: MoELayer, expert: int, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """What one expert of the layer's banks answers to these tokens, its gate left out."""
     n = len(x)
-    offsets: Int[Tensor, e1] = torch.zeros(layer.router.n_experts + 1, dtype=torch.int64, device=x.device)
+    offsets = torch.zeros(layer.router.n_experts + 1, dtype=torch.int64, device=x.device)
     offsets[expert + 1 :] = n
     first, *others = (bank.run(x, offsets) for bank in layer.banks())
     return sum(others, first)

@@ -145,10 +145,12 @@ class _Library:
         return self._qparams(low, high, scheme.weights)[0]
 
     def compress(self, tensors: dict[str, Tensor], scheme: Any) -> dict[str, Tensor]:
-        return self._compressor.get_value_from_registry(scheme.format).compress(tensors, scheme)
+        made = self._compressor.get_value_from_registry(scheme.format).compress({**tensors}, scheme)
+        return {name: tensor for name, tensor in made.items() if tensor is not None}
 
     def decompress(self, tensors: dict[str, Tensor], scheme: Any) -> Tensor:
-        return self._compressor.get_value_from_registry(scheme.format).decompress(tensors, scheme)["weight"]
+        made: Any = self._compressor.get_value_from_registry(scheme.format).decompress({**tensors}, scheme)
+        return made["weight"]
 
 
 def _library() -> _Library:
