@@ -123,7 +123,7 @@ def _skip(layer: MoELayer, below: float) -> None:
     if not isinstance(router, ScoredRouter) or type(router.select) is not TopK:
         raise ValueError(f"dynamic skipping is for top-k routers, not {type(router).__name__}")
     chosen = router.select
-    router.select = SkippingTopK(chosen.top_k, below, chosen.renormalize, chosen.gate, chosen.limit)
+    router.select = SkippingTopK(chosen.top_k, below, chosen.renormalize, chosen.gate, chosen.limit, chosen.scale)
 
 
 def kept(name: str, n_experts: int, keep: Sequence[int], **more: Any) -> LayerPlan:

@@ -22,8 +22,9 @@ class SkippingTopK(TopK):
         renormalize: bool = True,
         gate: str = "softmax",
         limit: GroupLimit = EVERYWHERE,
+        scale: float = 1.0,
     ) -> None:
-        super().__init__(top_k, renormalize, gate, limit)
+        super().__init__(top_k, renormalize, gate, limit, scale)
         if not 0 <= skip_below < 1:
             raise ValueError(f"skip_below={skip_below}, allowed: 0 to below 1")
         self.skip_below = skip_below

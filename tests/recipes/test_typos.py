@@ -95,7 +95,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
         (
             "hmoe",
             "model.ffn.router.select.topk=3",
-            "unknown key 'topk'; did you mean 'top_k'? allowed: gate, limit, renormalize, top_k ",
+            "unknown key 'topk'; did you mean 'top_k'? allowed: gate, limit, renormalize, scale, top_k ",
         ),
         (
             "hmoe",
