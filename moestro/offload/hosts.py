@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moestro.formats import Checkpoint
+from moestro.formats import Checkpoint, Fused
 from moestro.offload.blobs import Experts
+from moestro.offload.calibration import Calibration
 from moestro.offload.folders import experts_in
 from moestro.offload.predictor import Predictor, StackedGates, gates_of
 
@@ -34,6 +36,10 @@ class Host(Protocol):
 
     def predictor(self, model: Any, device: torch.device) -> Predictor:
         """Asks the routers of the layers ahead."""
+        ...
+
+    def calibration(self) -> Calibration:
+        """What measures the inputs of this model's matrices."""
         ...
 
     def running(self, model: Any, fn: Experting) -> AbstractContextManager[None]:
@@ -62,6 +68,11 @@ class StockHost:
     def predictor(self, model: Any, device: torch.device) -> StackedGates:
         return StackedGates(gates_of(self.checkpoint), device)
 
+    def calibration(self) -> Calibration:
+        experts = self.checkpoint.family.experts
+        transposed = isinstance(experts, Fused) and experts.transposed
+        return Calibration(None, None) if transposed else Calibration(hidden=_hidden_units)
+
     @contextmanager
     def running(self, model: Any, fn: Experting) -> Iterator[None]:
         from moestro.hf.experts import intercepted
@@ -73,6 +84,11 @@ class StockHost:
         from moestro.hf.expertless import tokenizer_in
 
         return tokenizer_in(self.path)
+
+
+def _hidden_units(module: Any, rows: Tensor) -> Tensor:
+    bias = module.gate_up_proj_bias[0] if module.has_bias else None
+    return module._apply_gate(F.linear(rows, module.gate_up_proj[0], bias))
 
 
 def host_of(folder: str | Path) -> Host:

@@ -13,6 +13,7 @@ from moestro.experts.ffn import FFNBank
 from moestro.experts.linears import ConcatLinear
 from moestro.formats.shards import DTYPES, Entry, header
 from moestro.offload.blobs import Experts, Extent, Stored, laid_out
+from moestro.offload.calibration import Calibration
 from moestro.offload.codecs import Plain
 from moestro.offload.files import OffloadError
 from moestro.offload.predictor import Chosen
@@ -76,6 +77,10 @@ class OwnHost:
         if any(router.follows for router in routers):
             raise OffloadError("routers that follow the layer before cannot be asked ahead of time: prefetch 0")
         return RouterPredictor(routers)
+
+    def calibration(self) -> Calibration:
+        # w_out is kept transposed: its columns are outputs
+        return Calibration("w_in", None)
 
     @contextmanager
     def running(self, model: Any, fn: Any) -> Iterator[None]:

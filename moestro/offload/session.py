@@ -141,7 +141,7 @@ class Session:
 
     def calibrate(self, tokens: Tensor, window: int = 256) -> Calibration:
         """What this text [n] shows of every expert's inputs, computed exactly."""
-        found = self.engine.watcher = Calibration()
+        found = self.engine.watcher = self.host.calibration()
         try:
             with self.running(), self.exactly():
                 for part in tokens.split(window):

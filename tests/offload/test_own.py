@@ -58,7 +58,11 @@ def test_experts_of_unequal_widths(run_of: Callable[..., Path], tmp_path: Path) 
         assert session.host.tokenizer().encode("a") == tokenizer.encode("a")
         assert not any(p.is_meta for n, p in session.model.named_parameters() if ".w_" not in n)
     plan = Plan(least + 100_000, CODECS["int8"], 0.3, Thresholds(0.3, 1.0))
-    with Session(folder, plan, store=tmp_path / "low") as session, session.running():
+    with Session(folder, plan, store=tmp_path / "low") as session:
+        calibration = session.calibrate(tokens(60)[0])
+    assert set(calibration.importance((0, 0))) == {"w_in"} and calibration.n_experts == len(sizes) * 8
+    with Session(folder, plan, store=tmp_path / "low", calibration=calibration) as session, session.running():
+        assert session.low is not None and session.low.calibrated
         mixed = session.model(tokens(1)).logits
         assert session.loader.counts.misses_low > 0
         assert torch.allclose(mixed, want[:, :1], atol=0.05) and not torch.equal(mixed, want[:, :1])
