@@ -28,8 +28,8 @@ PLANS: dict[str, tuple[Thresholds, Codec | None]] = {
 
 
 def offloading(trained: Trained) -> dict[str, Any]:
-    """ "nats": loss a token of every plan, each token decoded after those before it; and what the exact run's trace says
-    (`replayed`)."""
+    """The loss a token under every plan, "nats", each token decoded after those before it; and what the exact run's
+    trace says (`replayed`)."""
     few = trained.final_tokens < 4 * DECODED
     held_out = text(trained, DECODED // 8 if few else DECODED)
     with tempfile.TemporaryDirectory(prefix="moestro-effects-") as temporary:
