@@ -110,7 +110,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
         (
             "hmoe",
             "model.ffn.kind=dense",
-            "unknown key 'router'; allowed: activation, d_model, glu, width (recipes/hmoe.yaml",
+            "unknown key 'router'; allowed: activation, ",
         ),
         (
             "hmoe",
@@ -148,7 +148,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
         (
             "hmoe",
             "data.tokenizer=bpe",
-            "expected a mapping with one kind of bpe, bytes, file; got 'bpe' (a word) (command l",
+            "expected a mapping with one kind of bpe, bytes, file",
         ),
         (
             "hmoe",
