@@ -2,12 +2,15 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.formats import DENSE_FAMILIES, FAMILIES, Checkpoint, FormatError
@@ -53,14 +56,17 @@ def strictly(
 
     Raises: FormatError.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        Path(folder),
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    with usable(Path(folder)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            Path(folder),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            # told apart from other errors below
+            ignore_mismatched_sizes=True,
+            **{name: value for name, value in given.items() if value is not None},
+        )
     model, found = loaded
     found["unexpected_keys"] = _without_extra_layers(found["unexpected_keys"], model.config)
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -100,26 +106,62 @@ def _require_stated(checkpoint: Checkpoint) -> None:
 
 
 def _without_extra_layers(names: Iterable[str], config: Any) -> list[str]:
-    """The names without those of layers beyond the last, which predict further tokens and which transformers drops."""
-    extra: list[str] = []
-    for name in names:
-        number = re.match(r"model\.layers\.(\d+)\.", name)
-        if number and int(number[1]) >= config.num_hidden_layers:
-            extra.append(name)
+    """The names without those of layers that predict further tokens, which transformers drops."""
+    extra = [name for name in names if config.num_hidden_layers <= _layer_of(name) < _all_layers(config)]
     if extra:
         warnings.warn(f"transformers drops {len(extra)} tensors of extra layers: {_few(extra)}", stacklevel=3)
     return [name for name in names if name not in extra]
 
 
+def _layer_of(name: str) -> int:
+    number = re.match(r"(?:model\.layers|transformer\.h|h)\.(\d+)\.", name)
+    return int(number[1]) if number else -1
+
+
+def _all_layers(config: Any) -> int:
+    """Layers of the model, and those behind them that predict further tokens (MTP)."""
+    return config.num_hidden_layers + (getattr(config, "num_nextn_predict_layers", None) or 0)
+
+
 def skeleton(folder: str | Path) -> PreTrainedModel:
     """The folder's model without its weights, on the device meta.
 
-    Raises: FormatError as `load` does.
+    Raises: FormatError as `load` does; no tensor is read for it.
     """
-    checked(folder)
-    config = AutoConfig.from_pretrained(Path(folder), local_files_only=True)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    checkpoint = checked(folder)
+    with usable(checkpoint.path), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path, local_files_only=True))
+    _require_tensors(checkpoint, model)
+    return model
+
+
+def _require_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raises: FormatError where the folder lacks a tensor of the model, has it in another shape, or has more layers."""
+    if more := [name for name in checkpoint.names() if _layer_of(name) >= _all_layers(model.config)]:
+        raise FormatError(f"{checkpoint.path} has more layers than config.json says: {_few(more)}")
+    # some folders name the tensors of the model below its head alone
+    prefix = f"{model.base_model_prefix}."
+    stored = {name.removeprefix(prefix): checkpoint.shape(name) for name in checkpoint.names()}
+    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
+        have, want = stored.get(name.removeprefix(prefix)), tuple(tensor.shape)
+        if have is None and name not in model.all_tied_weights_keys:
+            raise FormatError(f"{checkpoint.path} has no tensor {name}, of which config.json speaks")
+        if have is not None and tuple(have) != want:
+            raise FormatError(f"{checkpoint.path}: {name} is {list(have)}, by config.json {list(want)}")
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Inside, transformers reads config.json.
+
+    Raises: FormatError where it stumbles over a value there.
+    """
+    try:
+        yield
+    except (StrictDataclassError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise FormatError(
+            f"{folder / 'config.json'}: transformers cannot use it ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _few(names: Any) -> str:

@@ -28,4 +28,8 @@ def tokenizer_of(folder: str | Path) -> FileTokenizer:
         raise ValueError(f"{folder}: {type(made).__name__} cannot be written as a tokenizer.json")
     with tempfile.TemporaryDirectory() as written:
         made.save_pretrained(written)
-        return FileTokenizer(written)
+        try:
+            return FileTokenizer(written)
+        except ValueError as error:
+            made_of = f"{folder} ({type(made).__name__} made of it)"
+            raise ValueError(str(error).replace(str(Path(written) / "tokenizer.json"), made_of)) from error

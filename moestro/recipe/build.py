@@ -46,7 +46,7 @@ def build_model(
 def _adapted(recipe: Recipe, vocab_size: int, from_start: bool) -> Transformer:
     plan = recipe.model
     if isinstance(plan, Pretrained):
-        model: Transformer = hosted(plan, vocab_size, recipe.origin)  # type: ignore[assignment]
+        model: Transformer = hosted(plan, vocab_size, recipe.data.value("seq_len"), recipe.origin)  # type: ignore[assignment]
     else:
         model = assemble(plan, vocab_size, recipe.origin)
     if recipe.adapt is not None:

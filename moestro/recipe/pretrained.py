@@ -69,11 +69,12 @@ def located(folder: Path, origin: Origin) -> Path:
     return (beside if beside.exists() else folder.expanduser()).absolute()
 
 
-def hosted(plan: Pretrained, vocab_size: int, origin: Origin) -> "Hosted":
+def hosted(plan: Pretrained, vocab_size: int, seq_len: int, origin: Origin) -> "Hosted":
     """The decoder with its weights, or without them where torch's default device is meta; fresh layers are drawn from
     torch's default generator.
 
-    Raises: RecipeError where the folder cannot be read, a part refuses its values, or a layer does not fit;
+    Raises: RecipeError where the folder cannot be read, a part refuses its values, a layer does not fit, or the data
+    has more tokens or longer windows than the model knows;
     ImportError naming the extra where transformers is not installed.
     """
     place = Place(origin, ("model",))
@@ -95,6 +96,10 @@ def hosted(plan: Pretrained, vocab_size: int, origin: Origin) -> "Hosted":
     if vocab_size > model.vocab_size:
         raise Place(origin, ("data", "tokenizer")).error(
             f"the tokenizer has {vocab_size:,} tokens, the model in {plan.folder} {model.vocab_size:,}"
+        )
+    if model.longest is not None and seq_len > model.longest:
+        raise Place(origin, ("data", "seq_len")).error(
+            f"seq_len={seq_len:,}, but the model in {plan.folder} has {model.longest:,} positions"
         )
     return model
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from moestro.recipe import importing
 from moestro.recipe.build import build_model
 from moestro.recipe.importing import import_model
 from moestro.recipe.load import load_recipe
+from moestro.recipe.syntax import RecipeError
 from moestro.train.folder import RunFolderError
 from tests.hf.families import DENSE, MOE, tiny
 from tests.hf.test_pretrained_recipe import write_tokenizer
@@ -134,6 +136,36 @@ def test_what_cannot_be_imported_is_said_and_nothing_is_left(tmp_path, monkeypat
         import_model(tmp_path / "narrow", tmp_path / "run", tokenizer=source)
     assert not (tmp_path / "run").exists()
     import_model(bare, tmp_path / "run", tokenizer=source, link=True)
+
+
+SAYINGS = [
+    ("olmoe", {"hidden_size": 48}, r"is \[.*\], by config\.json \["),
+    ("olmoe", {"num_attention_heads": 2}, r"self_attn.* by config\.json"),
+    ("olmoe", {"vocab_size": 300}, r"\[260, 32\], by config\.json \[300, 32\]"),
+    ("llama", {"num_hidden_layers": 3}, r"has no tensor model\.layers\.2\..*, of which config\.json speaks"),
+    ("llama", {"num_hidden_layers": 1}, r"has more layers than config\.json says: model\.layers\.1\."),
+    ("gpt2", {"n_layer": 1}, r"has more layers than config\.json says: transformer\.h\.1\."),
+    ("olmoe", {"hidden_size": "wide"}, r"transformers cannot use it \(.*hidden_size"),
+    ("olmoe", {"hidden_act": "zigzag"}, r"transformers cannot use it \(KeyError: 'zigzag'"),
+]
+
+
+@pytest.mark.parametrize(("family", "said", "message"), SAYINGS)
+def test_a_configuration_of_another_model_is_found_before_anything_is_copied(family, said, message, tmp_path, capsys):
+    source = public(tmp_path / "public", family)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **said}))
+    assert main(["import", str(source), "--out", str(tmp_path / "run")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(FormatError):
+        load(source)
+
+
+def test_windows_are_no_longer_than_a_table_of_positions(tmp_path):
+    made = import_model(public(tmp_path / "public", "gpt2"), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"seq_len=65, but the model in .* has 64 positions \(.*data\.seq_len\)"):
+        build_model(load_recipe(made.recipe, ["data.seq_len=65"]), 257)
 
 
 def test_a_folder_that_changed_since_it_was_begun_is_another(tmp_path, monkeypatch):
