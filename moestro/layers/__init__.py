@@ -1,6 +1,6 @@
 """Floor 3: feed-forward layers of a block, called alike: x, keep -> y, traces."""
 
-from moestro.layers.adapted import AdaptedLinear, LowRankMixtures
+from moestro.layers.adapted import AdaptedLinear, LowRankMixtures, adapter_flops
 from moestro.layers.adapting import Adapters, adapt, adapters_of
 from moestro.layers.base import Layer
 from moestro.layers.composite import InputGatedLayer, SequenceLayer
@@ -31,6 +31,7 @@ __all__ = [
     "StratifiedLayer",
     "TaughtLayer",
     "adapt",
+    "adapter_flops",
     "adapters_of",
     "from_peer_pytorch",
     "scaled_experts",

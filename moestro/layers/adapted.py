@@ -1,5 +1,6 @@
 """`AdaptedLinear`: soft mixtures of low-rank experts around a linear map of any module."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,12 @@ class AdaptedLinear(nn.Module):
         return sum((mixture.flops(batch, seq_len) for mixture in self.each()), NOTHING)
 
 
+def adapter_flops(model: nn.Module, batch: int, seq_len: int) -> Cost:
+    """Forward FLOPs of all adapters of a model on sequences all of whose tokens they serve."""
+    adapters = (module for module in model.modules() if isinstance(module, AdaptedLinear))
+    return sum((adapter.flops(batch, seq_len) for adapter in adapters), NOTHING)
+
+
 def soft(d_model: int, n_experts: int) -> ScoredRouter:
     """Token mixing: gates softmax(x Phi), so that each token mixes experts by itself."""
     return ScoredRouter(LinearScore(d_model, n_experts), Soft())
@@ -138,6 +145,8 @@ class LowRankMixtures:
     ) -> None:
         if n_experts < 1 or rank < 1 or not groups:
             raise ValueError(f"n_experts={n_experts}, rank={rank}, groups={list(groups)}, allowed: at least 1 of each")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale={scale}, allowed: above 0")
         self.n_experts, self.rank, self.router, self.groups = n_experts, rank, router, tuple(groups)
         self.scale = scale * n_experts if times_experts else scale
 

@@ -1,6 +1,7 @@
 """Putting adapters around the linear maps of a model, and taking them off again."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Adapters:
                 layer.enabled = enabled
 
     def unwrap(self) -> nn.Module:
-        """Take the adapters off; returns the model, as it was before."""
+        """Take the adapters off; returns the model, as it was before. What they froze stays frozen."""
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer.base)
         return self.model
@@ -82,8 +83,12 @@ class Adapters:
         """Add the adapters to the weights that they stand around, and take them off; returns the model.
 
         Raises: ValueError, before anything is changed, where a mixture's gates depend on tokens, or a weight is no
-        floating-point matrix.
+        floating-point matrix or another module's, too (tied).
         """
+        owners = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
+        for name, layer in self.layers.items():
+            if owners[id(layer.weight)] > 1:
+                raise ValueError(f"{name}: its weight is tied to another module's, which would change with it")
         deltas = {name: merged(name, layer) for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
             layer.weight.add_(deltas[name].to(layer.weight))
@@ -114,10 +119,11 @@ def adapt(
     """Put `mixtures` around every linear map of `model` whose name has the regular expression `targets` in it
     (re.search), in place. With `freeze`, nothing but the adapters learns.
 
-    Raises: ValueError where no linear map matches or one is adapted already, and for routers that look at other tokens
+    Raises: ValueError where no linear map matches, `targets` is no regular expression or the model has adapters
+    already, and for routers that look at other tokens
     (slots), which would let a causal model see the future, unless `allow_non_causal`.
     """
-    found = {name: module for name, module in model.named_modules() if re.search(targets, name) and is_linear(module)}
+    found = {name: module for name, module in model.named_modules() if _named(targets, name) and is_linear(module)}
     if not found:
         names = ", ".join(name for name, module in model.named_modules() if is_linear(module)) or "none"
         raise ValueError(f"targets={targets!r} matches no linear map; there are: {names}")
@@ -137,6 +143,13 @@ def adapt(
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return Adapters(model, layers, told)
+
+
+def _named(targets: str, name: str) -> bool:
+    try:
+        return re.search(targets, name) is not None
+    except re.error as error:
+        raise ValueError(f"targets={targets!r} is no regular expression: {error}") from error
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from moestro.data import Tokenizer, load_tokenizer
 from moestro.layers import LowRankMixtures, adapt
 from moestro.model import Transformer
 from moestro.recipe.bind import Part
+from moestro.recipe.syntax import RecipeError
 from moestro.train.checkpoint import CheckpointError
 from moestro.train.weights import load_weights, newest_checkpoint
 
@@ -37,6 +38,8 @@ def start_adapted(section: Part, model: Transformer, from_start: bool, allow_non
     if plan.mixtures is not None:
         try:
             adapt(model, plan.targets, plan.mixtures, plan.freeze, allow_non_causal)
+        except RecipeError:
+            raise
         except ValueError as error:
             raise section.place.error(str(error)) from error
 

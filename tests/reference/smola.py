@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def softmax(values: list[Tensor]) -> list[Tensor]:
-    top = max(float(v) for v in values)
+    top = max(float(v.detach()) for v in values)
     powers = [torch.exp(v - top) for v in values]
     total = torch.stack(powers).sum()
     return [p / total for p in powers]

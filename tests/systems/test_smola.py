@@ -277,6 +277,14 @@ def test_merging() -> None:
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
+def test_tied_weights_are_not_merged() -> None:
+    model = tiny_model(kinds=("dense",))
+    model.head.weight = model.embedding.weight
+    adapters = adapt(model, "head", LowRankMixtures(E, R, uniform))
+    with pytest.raises(ValueError, match="head: its weight is tied to another module's"):
+        adapters.merge()
+
+
 def test_gradients_at_the_start() -> None:
     layer = LowRankMixtures(E, R, sharp).around(nn.Linear(D_IN, D_OUT), TokenFacts()).double()
     layer(tokens()).square().sum().backward()

@@ -198,6 +198,12 @@ def test_what_cannot_be_started_from(base, tmp_path: Path) -> None:
         (["data.tokenizer={kind: bpe, vocab_size: 300}"], r"reads text through another tokenizer; allowed: its own"),
         (["model.d_model=32"], r"the checkpoint is of another model: .*\(.*adapt\.start\)"),
         (["adapt.targets=nowhere"], r"targets='nowhere' matches no linear map; .*\(.*adapt"),
+        (["adapt.targets='('"], r"targets='\(' is no regular expression: .*\(.*adapt"),
+        (["adapt.mixtures.scale=0"], r"scale=0\.0, allowed: above 0"),
+        (
+            ["adapt.mixtures.router={kind: scored, score: {kind: linear}, select: {kind: top_k, top_k: 9}}"],
+            r"^top_k=9 > 4 experts \([^()]*adapt\.mixtures\.router[^()]*\)$",
+        ),
         (["adapt.mixtures.rank=0"], r"rank=0, .*allowed: at least 1"),
         (
             ["adapt.mixtures.router={kind: slots, slots: 2}"],
