@@ -1,7 +1,7 @@
 """`Hosted`: a decoder of transformers whose feed-forward blocks are our layers, called as our own decoder is."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from moestro.cost import Cost
 from moestro.hf.view import layer_of, places
-from moestro.layers import Layer, MoELayer
+from moestro.layers import Layer, MoELayer, adapter_flops
 from moestro.model import Output
 from moestro.model.active import idle_parameters
+from moestro.model.causality import looking_ahead, require_causal
 from moestro.routers import BiasedRouter, ScoredRouter
 from moestro.routing import Trace
 
@@ -48,8 +49,9 @@ class Bridge(nn.Module):
     def forward(self, x: Float[Tensor, "b s d"]) -> Any:
         host, block = self.to_host
         ffn: Any = block.ffn
-        y, traces = ffn(x, host.keep, tuple(host.traces)) if ffn.follows else ffn(x, host.keep)
-        host.traces.extend(traces)
+        y, traces = ffn(x, host.keep, tuple(host.traces or ())) if ffn.follows else ffn(x, host.keep)
+        if host.traces is not None:
+            host.traces.extend(traces)
         return (y, None) if self.pair else y
 
 
@@ -85,20 +87,13 @@ class Hosted(nn.Module):
         self.vocab_size: int = decoder.config.vocab_size
         self.d_model: int = decoder.config.hidden_size
         self.keep: Tensor | None = None
-        self.traces: list[Trace] = []
+        # of the forward pass that is going on, None between them: what backward computes again leaves none behind
+        self.traces: list[Trace] | None = None
         self._recompute, self._collecting = False, False
         decoder.register_forward_pre_hook(self._begin)
-        decoder.register_forward_hook(self._end)
+        decoder.register_forward_hook(self._end, always_call=True)
         if not allow_non_causal:
-            self._check_causal()
-
-    def _check_causal(self) -> None:
-        for name, layer in self.moe_layers().items():
-            if not layer.router.causal:
-                raise ValueError(
-                    f"{name}: {type(layer.router).__name__} looks at other tokens, so predictions would depend on the "
-                    "future; say allow_non_causal: true to train it all the same"
-                )
+            require_causal(self)
 
     def forward(
         self,
@@ -122,21 +117,29 @@ class Hosted(nn.Module):
         self.keep, self._collecting = keep, True
         try:
             found = decoder(input_ids=tokens, use_cache=cache is not None, **known)
-            return Output(found.logits, tuple(self.traces))
+            return Output(found.logits, tuple(self.traces or ()))
         finally:
-            self.traces, self._collecting = [], False
-            # blocks that are computed again in the backward pass ask for it again
-            self.keep = keep if self._recompute else None
+            self.keep, self.traces, self._collecting = None, None, False
 
     def _begin(self, decoder: nn.Module, _arguments: Any) -> None:
-        """The decoder may also be called by itself, to generate: then all tokens count and nobody wants traces."""
+        """The decoder may also be called by itself, to generate: layers that follow others need traces then, too."""
         self.traces = []
-        if not self._collecting:
-            self.keep = None
 
     def _end(self, decoder: nn.Module, _arguments: Any, _output: Any) -> None:
         if not self._collecting:
-            self.traces = []
+            self.traces = None
+
+    def _told_again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a block's forward pass and of its second one, in backward, which is told what the first was."""
+        return nullcontext(), self._keeping(self.keep)
+
+    @contextmanager
+    def _keeping(self, keep: Tensor | None) -> Iterator[None]:
+        before, self.keep = self.keep, keep
+        try:
+            yield
+        finally:
+            self.keep = before
 
     def new_cache(self) -> Cache:
         """An empty cache of earlier tokens."""
@@ -150,7 +153,7 @@ class Hosted(nn.Module):
     @property
     def causal(self) -> bool:
         """Whether no token depends on later ones."""
-        return all(layer.router.causal for layer in self.moe_layers().values())
+        return not looking_ahead(self)
 
     @property
     def recompute(self) -> bool:
@@ -164,10 +167,18 @@ class Hosted(nn.Module):
         # the old name, which transformers 6 drops, where there is no new one yet
         name = "activation" if hasattr(self.decoder, "activation_checkpointing_enable") else "gradient"
         if wanted:
-            getattr(self.decoder, f"{name}_checkpointing_enable")({"use_reentrant": False})
+            getattr(self.decoder, f"{name}_checkpointing_enable")(
+                {"use_reentrant": False, "context_fn": self._told_again}
+            )
         elif self._recompute:
             getattr(self.decoder, f"{name}_checkpointing_disable")()
         self._recompute = wanted
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens in a row, None where positions are no table of so many (GPT-2's) but computed."""
+        table = getattr(self.decoder.base_model, "wpe", None)
+        return None if table is None else table.num_embeddings
 
     def moe_layers(self) -> dict[str, MoELayer]:
         """Every MoE layer by its name in the model, in block order."""
@@ -207,7 +218,7 @@ class Hosted(nn.Module):
         """
         found = places(self.decoder)
         for number, block in enumerate(self._blocks()):
-            if not self._is_stock(number, block):
+            if self._restored(number, block) is None:
                 kind = type(self.stock_blocks[number]).__name__
                 raise ValueError(
                     f"layer {number} is no longer the {kind} of {self.decoder.config.model_type}: it was replaced, or "
@@ -226,29 +237,33 @@ class Hosted(nn.Module):
         """The decoder as a model of its own, to be moved and to generate: with transformers' own blocks where these are
         what they were, else with our layers as its modules. This host is of no use afterwards."""
         for (number, place), block in zip(places(self.decoder).items(), self._blocks(), strict=True):
-            if self._is_stock(number, block):
-                place.put(self.stock_blocks[number].train(self.training))
-            else:
+            stock = self._restored(number, block)
+            if stock is None:
                 place.block.layer = block
+            else:
+                place.put(stock.train(self.training))
         return self.decoder
 
-    def _is_stock(self, number: int, block: HostedBlock) -> bool:
-        """Whether the block's layer is still what transformers' own block computes, which then has all its tensors."""
-        old = self.stock_blocks[number]
-        router: Any = getattr(block.ffn, "router", None)
+    def _restored(self, number: int, block: HostedBlock) -> nn.Module | None:
+        """transformers' own block with what was learned, None where the layer no longer computes what it does."""
+        old, router = self.stock_blocks[number], getattr(block.ffn, "router", None)
+        # its parameters are the layer's; the bias is a buffer, of which a model that is moved makes another
         if {id(p) for p in block.parameters()} != {id(p) for p in old.parameters()}:
-            return False
+            return None
+        if isinstance(router, ScoredRouter) and not bool(router.available.all()):
+            return None
         if isinstance(router, BiasedRouter):
             old.gate.e_score_correction_bias = router.bias
-        return not isinstance(router, ScoredRouter) or bool(router.available.all())
+        return old
 
     def _backbone_flops(self, batch: int, seq_len: int) -> Cost:
-        """Linear modules outside of the blocks, and attention, of which causality needs (s + 1) / 2s."""
+        """Linear modules outside of the blocks, adapters, and attention, of which causality needs (s + 1) / 2s."""
         kinds = (nn.Linear, Conv1D)
         weights = sum(m.weight.numel() for m in self.decoder.modules() if isinstance(m, kinds))
         linear = 2.0 * batch * seq_len * weights
         square = 2.0 * batch * seq_len * seq_len * _attended(self.decoder)
-        return Cost(linear + square * (seq_len + 1) / (2 * seq_len), linear + square)
+        backbone = Cost(linear + square * (seq_len + 1) / (2 * seq_len), linear + square)
+        return backbone + adapter_flops(self, batch, seq_len)
 
     def _blocks(self) -> list[Any]:
         return list(self.blocks)

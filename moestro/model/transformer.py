@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moestro.cost import Cost
-from moestro.layers.adapted import AdaptedLinear
+from moestro.layers.adapted import adapter_flops
 from moestro.layers.moe import MoELayer
 from moestro.model.active import idle_parameters
 from moestro.model.block import Block
 from moestro.model.cache import Cache
-from moestro.routers.base import Router
+from moestro.model.causality import looking_ahead, require_causal
 from moestro.routing import Trace
 
 
@@ -61,24 +61,12 @@ class Transformer(nn.Module):
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         if not allow_non_causal:
-            self._check_causal()
-
-    def _check_causal(self) -> None:
-        for name, part in self._looking_ahead().items():
-            raise ValueError(
-                f"{name}: {type(part).__name__} looks at other tokens, so predictions would depend on the future; "
-                "say allow_non_causal: true to train it all the same"
-            )
+            require_causal(self)
 
     @property
     def causal(self) -> bool:
         """Whether no token depends on later ones, so that a cache of earlier ones can be continued."""
-        return not self._looking_ahead()
-
-    def _looking_ahead(self) -> dict[str, nn.Module]:
-        """The parts to which tokens are more than themselves and earlier ones, by name."""
-        parts = {name: part for name, part in self.named_modules() if isinstance(part, Router | Block)}
-        return {name.removesuffix(".router"): part for name, part in parts.items() if not part.causal}
+        return not looking_ahead(self)
 
     def forward(
         self,
@@ -140,19 +128,16 @@ class Transformer(nn.Module):
         """Forward FLOPs on `batch` sequences of what the traces show was used; attention, routers, head counted."""
         head = Cost.exact(batch * seq_len * self._head_flops())
         backbone = sum((block.flops(batch, seq_len) for block in self._blocks()), head)
-        backbone = sum((adapter.flops(batch, seq_len) for adapter in self._adapters()), backbone)
+        backbone += adapter_flops(self, batch, seq_len)
         return sum((trace.flops() for trace in traces), backbone)
 
     def expected_token_flops(self, seq_len: int) -> float:
         """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
-        adapters = sum(float(adapter.flops(1, seq_len).useful) for adapter in self._adapters()) / seq_len
+        adapters = float(adapter_flops(self, 1, seq_len).useful) / seq_len
         return self._head_flops() + adapters + sum(block.expected_token_flops(seq_len) for block in self._blocks())
 
     def _head_flops(self) -> float:
         return 2.0 * self.head.weight.numel()
-
-    def _adapters(self) -> list[AdaptedLinear]:
-        return [module for module in self.modules() if isinstance(module, AdaptedLinear)]
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]

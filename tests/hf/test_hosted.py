@@ -7,10 +7,10 @@ import torch
 
 from moestro.experts import FFNBank
 from moestro.hf import Hosted
-from moestro.layers import DenseFFN, MoELayer
+from moestro.layers import DenseFFN, LowRankMixtures, MoELayer, adapt
 from moestro.objectives import LoadBalance
 from moestro.ops import backend
-from moestro.routers import ExpertChoice, LinearScore, ResidualRouter, ScoredRouter, TopK
+from moestro.routers import ExpertChoice, LinearScore, ResidualRouter, ScoredRouter, SlotRouter, TopK
 from moestro.train.rules import BiasBalance
 from tests.hf.families import DENSE, MOE, some_tokens, tiny
 from tests.tolerances import FLOAT32
@@ -137,6 +137,39 @@ def test_recomputation_changes_no_gradient(family):
         torch.testing.assert_close(mine, theirs, **FLOAT32)
 
 
+def test_what_is_computed_again_is_told_what_it_was_told_first_and_leaves_nothing():
+    """Also where another forward pass lies between one and its backward pass."""
+    model = Hosted(tiny("mixtral")).train()
+    keep = torch.ones(2, 2, 12, dtype=torch.bool)
+    keep[0, 0, 5:], keep[1, 1, 3:] = False, False
+
+    def gradients(recompute: bool):
+        model.recompute = recompute
+        model.zero_grad()
+        for found in [model(some_tokens(), keep=each) for each in keep]:
+            (found.logits.square().mean() + LoadBalance()(found.traces[0])).backward()
+        return [p.grad for p in model.parameters()]
+
+    for mine, theirs in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(mine, theirs, **FLOAT32)
+    assert model.traces is None and model.keep is None
+
+
+def test_adapters_count_and_look_ahead_as_in_a_decoder_of_ours():
+    model, plain = Hosted(tiny("llama")), Hosted(tiny("llama"))
+    adapters = adapt(model, r"q_proj|up$", LowRankMixtures(3, 2))
+    sizes = [(layer.base.in_features, layer.base.out_features) for layer in adapters.layers.values()]
+    assert sizes == 2 * [(32, 32)] + 2 * [(32, 40)]
+    more = sum(2 * 3 * i + 3 * 2 * 2 * (i + o) for i, o in sizes)
+    assert model.expected_token_flops(12) == pytest.approx(plain.expected_token_flops(12) + more)
+    assert float(model.flops(2, 12, ()).useful) == pytest.approx(float(plain.flops(2, 12, ()).useful) + 24 * more)
+    assert model.causal
+    adapters.unwrap()
+    slots = LowRankMixtures(3, 2, lambda d_model, n_experts: SlotRouter(d_model, n_experts))
+    adapt(model, "q_proj", slots, allow_non_causal=True)
+    assert not model.causal
+
+
 def test_costs_of_a_llama_are_those_of_its_matrices():
     model = Hosted(tiny("llama"))
     found = model(some_tokens())
@@ -205,7 +238,7 @@ def test_a_released_decoder_generates_and_holds_all_its_tensors(replaced):
     model = Hosted(tiny("gpt_oss"), {1: mixture()} if replaced else {}).eval()
     want = model(some_tokens(1, 5)).logits
     hosted_says = model.decoder.generate(some_tokens(1, 5), max_new_tokens=6, do_sample=False)
-    assert model.traces == []
+    assert model.traces is None
     n_parameters = sum(p.numel() for p in model.parameters())
     decoder = model.release()
     assert sum(p.numel() for p in decoder.parameters()) == n_parameters
