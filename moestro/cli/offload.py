@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moestro.offload.session import Plan, Session
     from moestro.offload.trace import Recorder, Trace
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 # of choices in HIGH and LOW that a profile looks for: the paper's, on Mixtral
 SHARES = (0.67, 0.30)
 BENCH_PROMPT, BENCH_TOKENS = 16, 24
@@ -94,7 +94,7 @@ def size(text: str) -> int:
 
     Raises: argparse.ArgumentTypeError.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.lower())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.lower())
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; allowed: 8GiB, 500MB, 4096 and such")
     return int(float(found[1]) * UNITS[found[2] or ""])
@@ -107,7 +107,9 @@ def _plan(arguments: Namespace) -> "Plan":
 
     if len(arguments.policy) > 1:
         raise UsageError("--policy: one to run with; replay takes several")
-    exact = arguments.exact or arguments.t1 >= 1
+    exact = arguments.exact or arguments.t1 == 1
+    if exact and arguments.calibrate:
+        raise UsageError("--calibrate is for LOW copies; exact runs (--exact, --t1 1) have none")
     return Plan(
         arguments.memory,
         None if exact else codec_named(arguments.low),
@@ -133,7 +135,14 @@ def _generate(arguments: Namespace, folder: Path) -> int:
     from moestro.offload.report import run_lines
     from moestro.offload.session import Plan, Session
 
-    plan, device = _plan(arguments), device_named(arguments.device)
+    device = device_named(arguments.device)
+    try:
+        plan = _plan(arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    for text in (arguments.eval, arguments.calibrate):
+        if text is not None and not text.exists():
+            raise UsageError(f"no file {text}")
     calibration = None
     if arguments.calibrate and plan.low:
         with Session(folder, Plan(plan.memory), device) as session:

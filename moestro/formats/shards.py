@@ -1,14 +1,12 @@
-"""The tensors of a folder: which file holds each, its shape and dtype, read one at a time through memory maps."""
+"""The tensors of a folder: which file holds each, its shape and dtype, read one at a time."""
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,6 +21,9 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -168,16 +169,32 @@ class Shards(Mapping[str, Entry]):
         return DTYPES[stored]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or `rows` of its first dimension, copied from the memory map."""
-        entry = self[name]
-        try:
-            path = self.folder / entry.file
-            opened = _opened(str(path), path.stat().st_mtime_ns)
-            return opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{self.folder / entry.file}: cannot read {name}: {error}") from error
+        """A tensor, or `rows` of its first dimension (of step 1), in memory of its own: no view of a memory map, which
+        would end the process where the file is cut.
+
+        Raises: FormatError where the file cannot be read or has become shorter.
+        """
+        entry, shape, start, stop = self[name], self[name].shape, self[name].start, self[name].stop
+        if rows is not None:
+            first, last, _ = rows.indices(shape[0])
+            shape, row = (max(0, last - first), *shape[1:]), (stop - start) // max(1, shape[0])
+            start, stop = start + first * row, start + max(first, last) * row
+        values = torch.empty(stop - start, dtype=torch.uint8)
+        _fill(values, self.folder / entry.file, start, name)
+        return values.view(self.dtype(name)).view(shape)
 
 
-@lru_cache(maxsize=8)
-def _opened(path: str, changed: int) -> Any:
-    return safe_open(path, framework="pt")
+def _fill(values: Tensor, path: Path, start: int, name: str) -> None:
+    view, done = values.numpy().data, 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while done < len(view):
+                read = file.readinto(view[done:])
+                if not read:
+                    raise FormatError(
+                        f"{path}: cannot read {name}: it ends at byte {start + done}, cut since it opened"
+                    )
+                done += read
+    except OSError as error:
+        raise FormatError(f"{path}: cannot read {name}: {error}") from error

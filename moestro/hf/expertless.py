@@ -30,8 +30,7 @@ def load_without_experts(folder: str | Path, device: str | torch.device = "cpu")
     """
     checkpoint = Checkpoint(folder)
     config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    # copies: a tensor that is a view of a file's memory map would take the process with it when the file is cut
-    kept = {name: checkpoint.read(name).clone() for name in other_tensors(checkpoint)}
+    kept = {name: checkpoint.read(name) for name in other_tensors(checkpoint)}
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     with without_experts({type(module) for module in experts_modules(empty).values()}):

@@ -92,7 +92,7 @@ class Mix:
 
     def __post_init__(self) -> None:
         weights = self.weights
-        if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+        if not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):
             raise ValueError(f"weights of the mix (lru, lfu, lhu, fld) {weights}, allowed: not negative, of sum 1")
 
     @property

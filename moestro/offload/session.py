@@ -49,6 +49,10 @@ class Plan:
     per_sequence: bool = True
 
     def __post_init__(self) -> None:
+        if self.depth < 0:
+            raise ValueError(f"prefetch depth {self.depth}, allowed: 0 (none) or more")
+        if not 0 <= self.low_share < 1:
+            raise ValueError(f"share of memory for LOW copies {self.low_share}, allowed: 0 <= share < 1")
         if self.low is None and not self.thresholds.exact and self.thresholds.high < self.thresholds.low:
             raise ValueError(f"{self.thresholds} ask for LOW copies, and there are none: give their precision")
         if self.cooperative and not self.host:
@@ -102,7 +106,7 @@ class Session:
         """Bytes of each pool: what is left of the memory without the other weights and the scratch slot."""
         share = self.plan.low_share if self.low else 0.0
         scratch = max(stored.blob.size for layer in self.tiers[Precision.HIGH] for stored in layer)
-        slots = math.ceil(scratch / max(1e-9, 1 - share))
+        slots = math.ceil(scratch / (1 - share))
         if self.plan.memory - resident - scratch < slots:
             raise OffloadError(
                 f"{self.plan.memory:,} bytes do not do: {resident:,} for what is no expert, {scratch:,} to compute the "

@@ -151,7 +151,7 @@ def read_trace(path: Path) -> Trace:
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise TraceError(f"{path}, line {number}: not JSON: {line[:40]!r}") from None
     if not isinstance(parsed, dict):
         raise TraceError(f"{path}, line {number}: not a JSON object: {line[:40]!r}")
@@ -168,8 +168,8 @@ def _header(path: Path, line: bytes) -> Header:
         same = [len(layer) for layer in header.high] == [len(layer) for layer in header.low]
     except TypeError as error:
         raise TraceError(f"{path}, line 1: {error}") from None
-    if not sizes or min(sizes) < 0 or not same:
-        raise TraceError(f"{path}, line 1: sizes of experts are missing, negative, or differ in number")
+    if not sizes or not same or not all(type(size) is int and size > 0 for size in sizes):
+        raise TraceError(f"{path}, line 1: sizes of experts are missing, no whole numbers above 0, or differ in number")
     return header
 
 
@@ -186,6 +186,7 @@ def _step(path: Path, number: int, parsed: dict[str, Any], header: Header) -> St
         if (
             ids.shape != weights.shape
             or ids.dim() != 2
+            or len(ids) != len(step.ids)
             or (ids.numel() and not 0 <= ids.min() <= ids.max() < n_experts)
         ):
             raise TraceError(f"{path}, line {number}: ids and weights do not fit {n_experts} experts")
@@ -195,4 +196,6 @@ def _step(path: Path, number: int, parsed: dict[str, Any], header: Header) -> St
 def _chosen(ids: list[list[int]], weights: list[list[float]]) -> tuple[Tensor, Tensor]:
     if not all(math.isfinite(w) for row in weights for w in row):
         raise ValueError("a weight is not finite")
+    if not all(type(expert) is int for row in ids for expert in row):
+        raise TypeError("an expert is no whole number")
     return torch.tensor(ids, dtype=torch.long), torch.tensor(weights, dtype=torch.float64)

@@ -78,6 +78,12 @@ def test_exact_says_so(folder: Path, capsys: pytest.CaptureFixture) -> None:
         (["SRC", "--memory", "8GiB", "--prompt", "a", "--low", "int3"], "precision 'int3', allowed"),
         (["SRC", "--memory", "8GiB", "--prompt", "a", "--t1", "0.9", "--t2", "0.5"], "T1=0.9, T2=0.5"),
         (["SRC", "--memory", "8GiB", "--prompt", "a", "--exact", "--cooperative"], "needs them in host memory"),
+        (["SRC", "--memory", "8GiB", "--prompt", "a", "--t1", "2"], "T1=2.0"),
+        (["SRC", "--memory", "8GiB", "--prompt", "a", "--low-share", "1"], "LOW copies 1.0, allowed"),
+        (["SRC", "--memory", "8GiB", "--prompt", "a", "--policy", "mix:nan,0,0,1"], "of sum 1"),
+        (["SRC", "--memory", "8GiB", "--prompt", "a", "--exact", "--calibrate", "SRC/config.json"], "have none"),
+        (["SRC", "--memory", "8GiB", "--eval", "nowhere"], "no file nowhere"),
+        (["SRC", "--memory", "8GiB", "--prompt", "a", "--prefetch", "-1"], "prefetch depth -1"),
         (["replay"], "takes one trace"),
         (["replay", "SRC/config.json"], "line 1: not JSON"),
         (["profile", "nowhere"], "nowhere"),
@@ -90,8 +96,8 @@ def test_mistakes_are_said(words: list[str], message: str, folder: Path, capsys:
 
 
 def test_sizes() -> None:
-    read = [size(text) for text in ("8GiB", "500MB", "4096", "1.5k", "2 gib")]
-    assert read == [8 << 30, 500_000_000, 4096, 1500, 2 << 30]
+    read = [size(text) for text in ("8GiB", "500MB", "4096", "1.5k", "2 gib", "1TiB")]
+    assert read == [8 << 30, 500_000_000, 4096, 1500, 2 << 30, 1 << 40]
     for text in ("", "0", "GiB", "-1", "1TB5"):
         with pytest.raises(ArgumentTypeError, match="no size"):
             size(text)

@@ -1,14 +1,17 @@
 """Folders are read expert by expert, and what is wrong with one is said before anything is read."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moestro.formats import FAMILIES, Checkpoint, FormatError
+from moestro.formats.shards import Shards
 from tests.formats.folders import WIDTH, D, E, mixtral_config, mixtral_tensors, write_folder
 
 
@@ -153,3 +156,27 @@ def test_templates_name_what_they_take() -> None:
     for family in FAMILIES.values():
         named = [family.router, family.bias or "", family.correction or "", family.shared or ""]
         assert all(set(re.findall(r"\{(\w+)\}", name)) <= {"layer"} for name in named)
+
+
+def test_tensors_read_are_copies_that_outlive_their_file(tmp_path: Path) -> None:
+    """Every dtype and shape as safetensors itself reads it; a file that is cut afterwards is an error, not a signal."""
+    values = torch.arange(24).view(4, 3, 2)
+    dtypes = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint16, torch.bool]
+    tensors = {f"t{i}": values.to(torch.float32).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors |= {"scalar": torch.tensor(3.5), "none": torch.zeros(0, 4), "row": torch.ones(1, 5)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    shards = Shards(tmp_path)
+    read = {name: shards.read(name) for name in tensors}
+    path = tmp_path / "model.safetensors"
+    for rows in (slice(1, 3), slice(0, 0), slice(3, 9), slice(2, 1)):
+        for name in ("t0", "t1", "t4", "none"):
+            assert torch.equal(shards.read(name, rows).float(), tensors[name][rows].float())
+    os.truncate(path, path.stat().st_size // 2)
+    for name, want in tensors.items():
+        assert read[name].dtype == want.dtype and torch.equal(read[name].double(), want.double()), name
+    with pytest.raises(FormatError, match=r"model.safetensors: cannot read t\d: it ends at byte"):
+        for name in dict.fromkeys(shards):
+            shards.read(name)
+    path.unlink()
+    with pytest.raises(FormatError, match="cannot read t0"):
+        shards.read("t0")

@@ -53,6 +53,8 @@ def test_damage_is_refused_with_its_line(tmp_path: Path) -> None:
         "not JSON": "{",
         "KeyError": json.dumps({k: v for k, v in step.items() if k != "w"}),
         "do not fit 8 experts": json.dumps({**step, "i": [[8, 0]]}),
+        "no whole number": json.dumps({**step, "i": [[0.5, 1]]}),
+        "do not fit": json.dumps({**step, "a": [[step["i"] * 2, step["w"] * 2]]}),
         "layer 7": json.dumps({**step, "l": 7}),
         "not finite": json.dumps({**step, "w": [[float("nan"), 1.0]]}),
         "not a JSON object": "3",
@@ -60,6 +62,11 @@ def test_damage_is_refused_with_its_line(tmp_path: Path) -> None:
     for message, line in broken.items():
         path.write_text("\n".join([*lines[:3], line, *lines[4:]]) + "\n")
         with pytest.raises(TraceError, match=f"line 4: .*{message}"):
+            read_trace(path)
+    header = json.loads(lines[0])
+    for sizes in ("abc", [["a"] * 8] * 3, [[8.5] * 8] * 3, [[0] * 8] * 3, [8, 8, 8]):
+        path.write_text("\n".join([json.dumps({**header, "high": sizes}), *lines[1:]]) + "\n")
+        with pytest.raises(TraceError, match="line 1"):
             read_trace(path)
     for text, message in {"{}\n": "not a trace of format", lines[0][:-1] + ',"x":1}\n': "line 1"}.items():
         path.write_text(text)
