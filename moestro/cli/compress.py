@@ -1,11 +1,18 @@
 """moestro compress"""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moestro.cli.arguments import Parser, UsageError, device_named, positive
 from moestro.recipe.syntax import parse_yaml
+
+# what makes a plan, and what it is where nobody says so
+OF_PLANS: dict[str, Any] = {
+    **{"method": None, "ratio": None, "plan_only": False, "per_layer": False, "semantics": "slice"},
+    **{"reference": None, "calib": None, "seed": 0, "option": []},
+}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -59,12 +66,13 @@ def run(arguments: Namespace) -> int:
         print(f"wrote {translated(arguments.source, arguments.destination)}")
         return 0
     if arguments.plan is not None:
-        _refuse(arguments, ("method", "ratio", "plan_only"))
+        _refuse(arguments, OF_PLANS, "--plan says what is done; it does not go with")
         plan, output = read_plan(arguments.plan), _output(arguments)
         folder = applied_to(arguments.source, plan, arguments.destination, output, arguments.plan, _say)
     elif arguments.plan_only:
         if arguments.destination.suffix != ".json":
             raise UsageError(f"{arguments.destination}: with --plan-only DST is the plan to write, a .json file")
+        _refuse(arguments, {"eval": None}, "--plan-only writes no model to measure; it does not go with")
         plan_for(_request(arguments), arguments.destination)
         print(f"plan: {arguments.destination}")
         return 0
@@ -96,10 +104,10 @@ def _report(arguments: Namespace, folder: Path) -> None:
         print(f"warning: {line}")
 
 
-def _refuse(arguments: Namespace, names: tuple[str, ...]) -> None:
-    for name in names:
-        if getattr(arguments, name):
-            raise UsageError(f"--plan says what is done; it does not go with --{name.replace('_', '-')}")
+def _refuse(arguments: Namespace, unset: Mapping[str, Any], why: str) -> None:
+    for name, default in unset.items():
+        if getattr(arguments, name) != default:
+            raise UsageError(f"{why} --{name.replace('_', '-')}")
 
 
 def _request(arguments: Namespace) -> Any:

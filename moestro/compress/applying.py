@@ -29,6 +29,8 @@ from moestro.train.folder_job import FolderJob
 
 # What a compressed folder says of how it was made, and the plan it was made by.
 RECORD, PLAN = "compression.json", "compression_plan.json"
+# The request that a plan came from, where there was one.
+REQUESTED = "compression_request.json"
 MODELING = "modeling_compressed.py"
 # Weights in other formats, which would no longer be those of this model.
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".safetensors", ".ot"}
@@ -85,8 +87,7 @@ def _there(source: Path, destination: Path, job: dict[str, Any]) -> Path | None:
 
     Raises: PlanError for anything else.
     """
-    if source.resolve() in (destination.resolve(), *destination.resolve().parents):
-        raise PlanError(f"{destination} lies in the source {source}, which is never changed: choose another folder")
+    require_outside(source, destination)
     if not destination.exists():
         return None
     record = destination / RECORD
@@ -99,6 +100,12 @@ def _there(source: Path, destination: Path, job: dict[str, Any]) -> Path | None:
         return destination
     made = "holds another compression" if whole and said else "exists and is no finished compression by this plan"
     raise PlanError(f"{destination} {made}: choose another folder, or remove it")
+
+
+def require_outside(source: Path, destination: Path) -> None:
+    """Raises: PlanError where writing the destination would write into the source."""
+    if source.resolve() in (destination.resolve(), *destination.resolve().parents):
+        raise PlanError(f"{destination} lies in the source {source}, which is never changed: choose another folder")
 
 
 def _tensors(plan: Plan, plan_path: Path | None) -> dict[str, Tensor]:
@@ -148,7 +155,7 @@ def _others(source: Path) -> Iterator[Path]:
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
         hidden = any(part.startswith(".") for part in inside.parts)
-        own = inside.as_posix() in ("config.json", INDEX, RECORD, PLAN)
+        own = inside.as_posix() in ("config.json", INDEX, RECORD, PLAN, REQUESTED)
         if path.is_file() and not hidden and not own and path.suffix not in OTHER_WEIGHTS:
             if not path.name.endswith(".index.json"):
                 yield path

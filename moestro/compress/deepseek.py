@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from moestro.compress.folder_job import FolderJob
 from moestro.compress.plan import PlanError
 from moestro.formats import Checkpoint
 from moestro.formats.shards import INDEX, SINGLE
 from moestro.formats.writer import Outgoing, computed, of_file
 from moestro.train.durable import write_json
+from moestro.train.folder_job import FolderJob
 
 MODEL_TYPE = "deepseek"
 SAME = (

@@ -151,11 +151,12 @@ def plan_by_measuring(request: Request) -> Plan:
     checkpoint, _, kept = checked(request)
     moments = options["calibrated"] or options.get("whiten", False)
     ask = Ask(options["sample"], method.everywhere, moments, request.seed)
-    model, batches = loaded(request), batches_of(request)
+    batches = batches_of(request)
     held_out = batches[3::4] if method.holds_out else []
     batches = [batch for place, batch in enumerate(batches) if not (method.holds_out and place % 4 == 3)]
     if method.holds_out and not held_out:
         raise PlanError(f"{request.method}: the text has {len(batches)} batches, too few to hold one out: more tokens")
+    model = loaded(request)
     # an interrupted pass is found again by what was asked, whatever method asked it
     asked = digest(vars(ask), str(request.source.resolve()), request.text, request.tokens, request.seq_len)
     keep = None if request.folder is None else request.folder / f"{CALIBRATION}-{asked[:12]}"

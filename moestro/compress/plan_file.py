@@ -25,8 +25,9 @@ def plan_text(plan: Plan) -> str:
     return _dumped({"version": VERSION, **asdict(plan)}, "") + "\n"
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan at `path`, checked whole, with the hash of the tensors beside it where it has any.
+def read_plan(path: Path, whole: bool = True) -> Plan:
+    """The plan at `path`, checked, with the hash of the tensors beside it where it has any; without `whole` these need
+    not be there, as they are not in a compressed folder.
 
     Raises: PlanError naming the file and the key, what was there and what is allowed.
     """
@@ -38,7 +39,7 @@ def read_plan(path: Path) -> Plan:
         plan = Binder({}).bind(Plan, tree, Place(Origin(path, tree))).build()
     except RecipeError as error:
         raise PlanError(str(error)) from error
-    if plan.tensors is not None:
+    if whole and plan.tensors is not None:
         tensor_file(path, plan.tensors)
     return plan
 

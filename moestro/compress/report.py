@@ -26,7 +26,7 @@ BEGIN, END = "<!-- moestro compress -->", "<!-- /moestro compress -->"
 
 def reported(source: Path, destination: Path, question: Question | None) -> dict[str, Any]:
     """Everything about one compression; what needs the models run only where there is a `question`."""
-    plan = read_plan(destination / "compression_plan.json")
+    plan = read_plan(destination / "compression_plan.json", whole=False)
     found: dict[str, Any] = {
         "source": source.name,
         "method": plan.method,

@@ -77,7 +77,7 @@ def require_moved(changes: Mapping[int, Float[Tensor, "e"]]) -> None:
         raise RoutersStillError(
             f"the largest change of a router row's norm is {most:.1e}: fine-tuning left the routers alone (frozen, or "
             "adapters on other matrices), so this method has nothing to go by. Choose another method, another "
-            "--reference, or --force to prune the lowest numbers"
+            "--reference, or --option force=true to prune the lowest numbers"
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from moestro.compress.applying import Progress, apply_plan
+from moestro.compress.applying import PLAN, REQUESTED, Progress, apply_plan, require_outside
 from moestro.compress.feasible import STOCK, Output, limits_of
 from moestro.compress.fingerprint import fingerprint
 from moestro.compress.methods import METHODS, Request, checked
@@ -41,10 +41,12 @@ def require_possible(request: Request) -> None:
 
 
 def compressed(request: Request, destination: Path, progress: Progress = lambda file, done, total: None) -> Path:
-    """A request carried out: plan, then folder. Interrupted, the same call continues, and makes no finished plan again.
+    """A request carried out: plan, then folder. Interrupted, the same call continues, and makes no finished plan again;
+    finished, it measures nothing. Nothing is left of a request that is refused.
 
     Raises: PlanError, FormatError.
     """
+    require_outside(request.source, destination)
     asked = {**asdict(request), "source": str(request.source.resolve()), "reference": str(request.reference)}
     wanted: dict[str, Any] = {
         "request": sha256_json({name: str(value) for name, value in asked.items()}),
@@ -53,16 +55,34 @@ def compressed(request: Request, destination: Path, progress: Progress = lambda 
     kept = destination.with_name(f"{TEMPORARY}{destination.name}.plan")
     path = kept / PLAN_FILE
     if read_control(kept / REQUEST) != wanted:
+        if destination.exists():
+            return _finished(request, destination, wanted)
         shutil.rmtree(kept, ignore_errors=True)
         # before anything is measured: unknown methods and impossible requests leave nothing behind
         require_possible(request)
         kept.mkdir(parents=True)
         write_json(kept / REQUEST, wanted)
     if not path.is_file():
-        plan_for(request, path)
+        try:
+            plan_for(request, path)
+        except ValueError:
+            shutil.rmtree(kept)
+            raise
     folder = applied_to(request.source, read_plan(path), destination, request.output, path, progress)
+    write_json(folder / REQUESTED, wanted)
     shutil.rmtree(kept)
     return folder
+
+
+def _finished(request: Request, destination: Path, wanted: dict[str, Any]) -> Path:
+    """The destination, where this request made it and its files are there.
+
+    Raises: PlanError for anything else.
+    """
+    if not destination.is_dir() or read_control(destination / REQUESTED) != wanted:
+        raise PlanError(f"{destination} exists and was made otherwise: choose another folder, or remove it")
+    plan = read_plan(destination / PLAN, whole=False)
+    return applied_to(request.source, plan, destination, request.output)
 
 
 def applied_to(

@@ -84,8 +84,13 @@ def computed(name: str, dtype: torch.dtype, shape: tuple[int, ...], compute: Cal
     return Outgoing(name, NAMES[dtype], shape, math.prod(shape) * dtype.itemsize, pieces)
 
 
-def write_file(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None) -> str:
+def write_file(
+    path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None, sparse: bool = False
+) -> str:
     """Write one safetensors file; returns its SHA-256 (hexadecimal).
+
+    `sparse` leaves holes for pieces of zeros. Not for files that are written again and again as they fill up, such as
+    checkpoints with moments of 0: a disk too small should refuse the first one, not one hours later.
 
     Raises: ValueError where a tensor has other bytes than it said; OSError where the system refuses.
     """
@@ -95,7 +100,7 @@ def write_file(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, s
     with path.open("wb") as file:
         for piece in chain([header(order, metadata)], *(_checked(tensor) for tensor in order)):
             digest.update(piece)
-            if _is_zero(piece):
+            if sparse and _is_zero(piece):
                 # a hole, where the file system has them
                 file.seek(len(piece), os.SEEK_CUR)
             else:

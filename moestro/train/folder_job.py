@@ -61,7 +61,7 @@ class FolderJob:
         """Write one file of tensors, unless it is there."""
         if name not in self.done:
             half = self.path / (TEMPORARY + name)
-            digest = write_file(half, tensors, metadata)
+            digest = write_file(half, tensors, metadata, sparse=True)
             self._finish(half, name, digest)
 
     def copy(self, name: str, source: Path) -> None:

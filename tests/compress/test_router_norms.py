@@ -106,7 +106,7 @@ def test_routers_in_other_precisions_are_compared_in_float64(tmp_path):
 
 def test_routers_that_did_not_move_are_refused(tmp_path):
     request, *_ = tuned(tmp_path, change_of=0.0)
-    with pytest.raises(RoutersStillError, match=r"largest change .* is 0.0e\+00.*--reference, or --force"):
+    with pytest.raises(RoutersStillError, match=r"largest change .* is 0.0e\+00.*--reference, or --option force=true"):
         by_router_norms(request)
     forced = by_router_norms(Request(**{**vars(request), "options": {"force": True}}))
     assert all(layer.keep == (2, 3, 4, 5, 6, 7) for layer in forced.layers)

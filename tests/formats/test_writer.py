@@ -111,3 +111,13 @@ def test_tables_are_written_and_read_without_a_second_copy(tmp_path):
     written, read = (int(word) for word in done.stdout.split())
     assert written < 16, done.stderr
     assert read < 256 + 32
+
+
+def test_zeros_take_room_on_the_disk_unless_holes_are_asked_for(tmp_path):
+    """A first checkpoint, whose moments are 0, must not fit where the later ones will not."""
+    tensors = {"moments": torch.zeros(2**20)}
+    digest = write_tensors(tmp_path / "full", tensors)
+    assert write_file(tmp_path / "holes", [of_tensor("moments", tensors["moments"])], sparse=True) == digest
+    assert (tmp_path / "full").read_bytes() == (tmp_path / "holes").read_bytes()
+    on_disk = {name: (tmp_path / name).stat().st_blocks * 512 for name in ("full", "holes")}
+    assert on_disk["full"] >= 2**22 > on_disk["holes"]
