@@ -24,6 +24,10 @@ every operation by its definition: the same numbers, more slowly.
 USE_STOCK = """`AutoModelForCausalLM.from_pretrained(FOLDER)`, and whatever else reads this architecture. Logits were
 compared with the run's when this folder was written.
 """
+USE_PRETRAINED = """`AutoModelForCausalLM.from_pretrained(FOLDER)`, and whatever else reads this architecture.
+"""
+# The card of the model that a run began with.
+ORIGINAL_CARD = "README.original.md"
 
 
 @dataclass(frozen=True)
@@ -42,29 +46,65 @@ class Facts:
     causal: bool
 
 
-def card(recipe: Recipe, facts: Facts) -> str:
+@dataclass(frozen=True)
+class Base:
+    """The pretrained model that a run began with: its folder's name, its family, whether it was trained on, and the
+    licence that its own card states."""
+
+    name: str
+    family: str
+    trained: bool
+    licence: str | None
+
+
+def card(recipe: Recipe, facts: Facts, base: Base | None = None) -> str:
     """README.md of a folder, with the header that model hubs read."""
-    paper, data = recipe.paper, recipe.resolved["data"]
+    paper = recipe.paper
     title = f"{facts.run}: {paper.title}" if paper.title else facts.run
-    known = {
+    licence = facts.licence or (base.licence if base else None)
+    known: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["moestro", "mixture-of-experts"],
+        "tags": ["moestro", base.family if base else "mixture-of-experts"],
     }
-    known |= {"license": facts.licence} if facts.licence else {}
+    known |= {"license": licence} if licence else {}
+    use = USE_OWN if facts.layout == "moestro" else USE_STOCK if base is None else USE_PRETRAINED
     sections = [
         f"# {title}",
-        f"A language model trained and exported by moestro {__version__}, checkpoint of step {facts.step:,}"
-        + ("." if facts.finished else ", in the middle of training."),
+        _origin(facts, base),
         _paper(recipe),
-        f"## Use\n\n{USE_OWN if facts.layout == 'moestro' else USE_STOCK}" + ("" if facts.causal else _NOT_CAUSAL),
-        f"## Figures\n\n{_figures(facts)}",
-        f"## Data\n\nSource `{_words(data['source'])}`, tokenizer `{_words(data['tokenizer'])}`, sequences of "
-        f"{data['seq_len']} tokens. Texts are encoded as they are, nothing put around them.",
-        f"## Licence\n\n{_licence(facts.licence)}",
-        f"## Recipe\n\n```yaml\n{dump_yaml(portable(recipe.resolved)).strip()}\n```",
+        f"## Use\n\n{use}" + ("" if facts.causal else _NOT_CAUSAL),
+        f"## Figures\n\n{_figures(facts, base)}",
+        f"## Data\n\n{_data(recipe, base)}",
+        f"## Licence\n\n{_licence(facts, base)}",
+        ""
+        if base and not base.trained
+        else f"## Recipe\n\n```yaml\n{dump_yaml(portable(recipe.resolved)).strip()}\n```",
     ]
     return f"---\n{dump_yaml(known)}---\n\n" + "\n\n".join(section.strip() for section in sections if section) + "\n"
+
+
+def _origin(facts: Facts, base: Base | None) -> str:
+    if base and not base.trained:
+        return (
+            f"{base.name}, a model of the family {base.family}, not trained further; written by moestro {__version__}."
+        )
+    end = "." if facts.finished else ", in the middle of training."
+    begun = f" from the pretrained {base.name} ({base.family})" if base else ""
+    return (
+        f"A language model trained{begun} and exported by moestro {__version__}, checkpoint of step {facts.step:,}{end}"
+    )
+
+
+def _data(recipe: Recipe, base: Base | None) -> str:
+    data = recipe.resolved["data"]
+    before = f"What {base.name} learned from: {ORIGINAL_CARD}, where there is one." if base else ""
+    if base and not base.trained:
+        return before
+    return (
+        f"Source `{_words(data['source'])}`, tokenizer `{_words(data['tokenizer'])}`, sequences of "
+        f"{data['seq_len']} tokens. Texts were encoded as they are, nothing put around them. {before}"
+    )
 
 
 _NOT_CAUSAL = """
@@ -91,7 +131,7 @@ def _paper(recipe: Recipe) -> str:
     return f"System: *{paper.title}*{where}." + (f" What differs from the paper:\n{differs}" if differs else "")
 
 
-def _figures(facts: Facts) -> str:
+def _figures(facts: Facts, base: Base | None) -> str:
     result = facts.result
     rows = {"parameters": f"{facts.n_parameters:,}", "stored as": facts.dtype}
     if "params_active" in result:
@@ -101,7 +141,9 @@ def _figures(facts: Facts) -> str:
     for key, name in {"bpb": "bits per byte, held out", "loss": "nats a token, held out"}.items():
         rows |= {name: f"{result['eval'][key]:.4f}"} if result.get("eval") else {}
     said = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    return "| | |\n|---|---|\n" + said + ("" if result else "\nTraining was not over, so there are no final figures.\n")
+    begun = base is None or base.trained
+    lacks = "\nTraining was not over, so there are no final figures.\n" if begun and not result else ""
+    return "| | |\n|---|---|\n" + said + lacks
 
 
 def _words(part: Mapping[str, Any]) -> str:
@@ -110,7 +152,12 @@ def _words(part: Mapping[str, Any]) -> str:
     return ", ".join([str(part["kind"]), *(f"{key}={value}" for key, value in said.items())])
 
 
-def _licence(licence: str | None) -> str:
+def _licence(facts: Facts, base: Base | None) -> str:
+    weights = (
+        f"Weights: {facts.licence}." if facts.licence else "Weights: whoever trained them has not chosen a licence yet."
+    )
+    if base:
+        theirs = f"under {base.licence}, by its own card" if base.licence else "whose own licence holds for them"
+        weights = f"{weights if facts.licence else ''} The weights come from {base.name}, {theirs}.".strip()
     code = "Code in this folder is part of moestro, under the Apache License, Version 2.0."
-    weights = f"Weights: {licence}." if licence else "Weights: whoever trained them has not chosen a licence yet."
-    return f"{weights} {code}"
+    return f"{weights} {code}" if facts.layout == "moestro" else weights

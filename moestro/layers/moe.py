@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moestro.cost import NOTHING, Cost
 from moestro.experts.base import ExpertBank
+from moestro.experts.dense_mlp import DenseMLP
 from moestro.experts.free_adapters import FreeAdapters
 from moestro.experts.hyper import HyperExpert
 from moestro.experts.shared import OutputBias, SharedExpert
@@ -115,7 +116,7 @@ class MoELayer(TokenLayer):
         """The branches that know experts by their numbers: banks, and what is made of a routing."""
         return [branch for branch in self.branches if hasattr(branch, "n_experts")]
 
-    def _branches(self) -> "list[ExpertBank | SharedExpert | OutputBias | HyperExpert | FreeAdapters]":
+    def _branches(self) -> "list[ExpertBank | SharedExpert | DenseMLP | OutputBias | HyperExpert | FreeAdapters]":
         return list(self.branches)  # type: ignore[arg-type]
 
 

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moestro.cli import main
 from moestro.data import load_tokenizer
-from moestro.export import MoestroForCausalLM, open_model
-from moestro.export import folder as folders
+from moestro.export import MoestroForCausalLM, open_model, own
 from moestro.export.folder import Choices, ExportError, export_run
 from moestro.export.tensors import cast
 from moestro.train import CheckpointError
@@ -128,6 +127,23 @@ def test_the_same_export_twice_changes_nothing_and_another_is_refused(run_of: Ru
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_was_put_beside_an_export_is_not_replaced_and_links_are_followed(run_of: Runs, tmp_path: Path) -> None:
+    run, link = run_of("moe"), tmp_path / "link"
+    (tmp_path / "real").mkdir()
+    link.symlink_to(tmp_path / "real")
+    assert export_run(run, link).path == tmp_path / "real" and link.is_symlink()
+    (link / "model.gguf").write_text("an hour of work")
+    with pytest.raises(ExportError, match=r"holds what no export wrote \(model\.gguf\)"):
+        export_run(run, link, Choices(dtype="bfloat16", force=True))
+    (link / "model.gguf").unlink()
+    for record in ("{", "[1]", '{"weights": "", "files": 3, "beside": []}'):
+        (link / "export.json").write_text(record)
+        with pytest.raises(ExportError, match="no export wrote it"):
+            export_run(run, link, Choices(force=True))
+    with pytest.raises(ExportError, match="root of the file system"):
+        export_run(run, "/")
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_other_files_are_never_replaced(run_of: Runs, tmp_path: Path, force: bool) -> None:
     (tmp_path / "out").mkdir()
@@ -170,7 +186,7 @@ def test_a_full_disk_leaves_what_was_there(run_of: Runs, tmp_path: Path, monkeyp
         def full(path: Path, text: str) -> None:
             raise OSError(28, os.strerror(28))
 
-        patch.setattr(folders, "write_text", full)
+        patch.setattr(own, "write_text", full)
         with pytest.raises(ExportError, match="No space left on device.*the same command continues"):
             export_run(run, out, Choices(dtype="float16", force=True))
     assert contents(out) == before
