@@ -24,6 +24,13 @@ class TokenFacts:
     groups: Int[Tensor, "..."] | None = None
     keep: Bool[Tensor, "..."] | None = None
 
+    def in_sequences(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*c i"]:
+        """x in the shape in which the model was called, where that is known: mixtures of experts put the tokens of all
+        sequences in one row."""
+        fact = self.keep if self.groups is None else self.groups
+        in_one_row = fact is not None and x.dim() == 2 and fact.numel() == len(x)
+        return x.view(*fact.shape, x.shape[-1]) if in_one_row else x  # type: ignore[union-attr]
+
 
 class Mixture(nn.Module):
     """sum_n g_n(x) B_n A_n x on the tokens of one group, or on all; zeros for others."""
@@ -34,14 +41,16 @@ class Mixture(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b i"], told: TokenFacts) -> Float[Tensor, "*b o"]:
         """Raises: ValueError where it serves a group and was not told the tokens' groups, or of other tokens."""
-        x = x.to(self.bank.down.dtype)
+        shape = (*x.shape[:-1], self.bank.d_out)
+        x = told.in_sequences(x).to(self.bank.down.dtype)
         mask = self._mask(x, told)
         if self.router.causal:
-            return self._tokens(x.flatten(0, -2), None if mask is None else mask.flatten()).unflatten(0, x.shape[:-1])
+            return self._tokens(x.flatten(0, -2), None if mask is None else mask.flatten()).view(shape)
         # slots mix the tokens of a sequence, never those of different ones
-        sequences = x.reshape(-1, *x.shape[-2:])
+        sequences = x.flatten(0, -3) if x.dim() > 2 else x[None]
         masks = [None] * len(sequences) if mask is None else list(mask.reshape(-1, x.shape[-2]))
-        return torch.stack([self._tokens(*each) for each in zip(sequences, masks, strict=True)]).view(*x.shape[:-1], -1)
+        mixed = [self._tokens(*each) for each in zip(sequences, masks, strict=True)]
+        return torch.stack(mixed).view(shape) if mixed else x.new_zeros(shape)
 
     def _tokens(self, x: Float[Tensor, "t i"], mask: Bool[Tensor, "t"] | None) -> Float[Tensor, "t o"]:
         if mask is None:

@@ -182,6 +182,17 @@ def test_padding_changes_nothing() -> None:
     assert not delta(layer, longer)[:, T:].any()
 
 
+@pytest.mark.parametrize("router", [sharp, slots])
+def test_tokens_in_one_row_are_those_of_their_sequences(router) -> None:
+    """As experts inside a mixture see them."""
+    layer, told = wrapped(router, groups=[None, 1])
+    x = tokens(2, T)
+    told.groups = torch.tensor([[0, 1, 1, 0, 0, 1, 2], [1, 1, 1, 1, 1, 1, 1]])
+    close(delta(layer, x.flatten(0, 1)), delta(layer, x).flatten(0, 1), **FLOAT64)
+    told.groups = told.groups[:0]
+    assert layer(x[:0]).shape == (0, T, D_OUT)
+
+
 def told_nothing(layer: AdaptedLinear) -> AdaptedLinear:
     """The same layer, told nothing."""
     twin = copy.deepcopy(layer)
