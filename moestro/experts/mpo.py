@@ -13,7 +13,7 @@ from moestro.experts.ffn import FFNBank, FFNExperts
 from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.shared import SharedExpert
 from moestro.ops.mpo import mpo_bonds, mpo_cores, mpo_factors, mpo_flops, mpo_matrix, padded
-from moestro.ops.precision import without_autocast
+from moestro.ops.precision import at_least_fp32, without_autocast
 from moestro.routing import Routing
 
 Factors = tuple[tuple[int, ...], tuple[int, ...]]
@@ -108,11 +108,11 @@ class MPOLinear(ExpertLinear):
     @torch.no_grad()
     def set_all(self, matrices: Float[Tensor, "blocks w d"], most_bond: int | None) -> None:
         """Make every expert's matrices these, or their best approximation with bonds of at most `most_bond`, in the
-        balanced gauge; bonds become those of the decomposition."""
-        blocks = [mpo_cores(matrix, *self.factors, most_bond) for matrix in matrices]
+        balanced gauge; bonds become those of the decomposition, which is made in float32 at least."""
+        blocks = [mpo_cores(at_least_fp32(matrix), *self.factors, most_bond) for matrix in matrices]
         bonds = [max(core.shape[3] for core in same) for same in zip(*blocks, strict=True)]
         stacked = [
-            torch.stack([padded(core, before, after) for core in same])
+            torch.stack([padded(core, before, after) for core in same]).to(matrices.dtype)
             for same, before, after in zip(zip(*blocks, strict=True), [1, *bonds], bonds, strict=False)
         ]
         self.central = nn.Parameter(stacked.pop(self.middle)[None])

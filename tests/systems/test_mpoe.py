@@ -207,6 +207,15 @@ def test_from_dense_and_back(glu: bool) -> None:
     close(layer(MPOBank.from_dense(dense, 2, ROWS, COLUMNS))(x)[0], dense(x), **FLOAT64)
 
 
+def test_from_a_dense_network_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    dense = SharedExpert(D, W).bfloat16()
+    experts = MPOBank.from_dense(dense, 3, ROWS, COLUMNS)
+    assert all(p.dtype == torch.bfloat16 for p in experts.parameters())
+    near = copy.deepcopy(experts).float().w_in.matrices()[1] - dense.w_in.weight.float()
+    assert near.norm() / dense.w_in.weight.float().norm() < 0.02
+
+
 def test_biases_are_refused() -> None:
     with pytest.raises(ValueError, match="this network has biases"):
         MPOBank.from_dense(SharedExpert(D, W, bias=True), 4, ROWS, COLUMNS)
