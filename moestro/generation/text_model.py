@@ -27,13 +27,13 @@ class TextModel:
     def encode(self, text: str) -> list[int]:
         """The tokens of a prompt, with those that the tokenizer puts before every text.
 
-        Raises: ValueError where the text has none.
+        Raises: ValueError where the text has none, or is none.
         """
-        return self._checked(self.tokenizer(text, verbose=False).input_ids)
+        return self._encoded(text, add_special_tokens=True)
 
     def encode_rendered(self, text: str) -> list[int]:
         """The tokens of a text that already holds its special tokens, as a chat template writes it."""
-        return self._checked(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return self._encoded(text, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special ones have none."""
@@ -67,8 +67,13 @@ class TextModel:
             raise ValueError(f"token {bad[0]} in the prompt; allowed: 0 to {vocabulary - 1}")
         return Continuation(self, prompt, options)
 
-    @staticmethod
-    def _checked(tokens: list[int]) -> list[int]:
+    def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            # halves of surrogate pairs: what JSON may hold, and what Python makes of bytes that are no text
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not valid Unicode text at character {error.start}") from error
+        tokens = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
         if not tokens:
             raise ValueError("the prompt is empty; allowed: at least one token")
         return tokens

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from lm_eval.tasks import TaskManager
 
 from moestro.recipe.syntax import RecipeError, unknown
 
 TASKS = Path(__file__).parent / "tasks"
+# where a task file may have its rows from
+SOURCES = ("include", "custom_dataset", "dataset_path", "group")
 
 
 def local_tasks(data: str | Path) -> TaskManager:
@@ -30,8 +33,7 @@ def resolve_tasks(names: Sequence[str]) -> list[str]:
     index = local_tasks(".").task_index
     for name in names:
         if name.endswith((".yaml", ".yml")):
-            if not Path(name).is_file():
-                raise RecipeError(f"no such task file: {name} (--tasks)")
+            _check_file(Path(name))
             found[name] = None
         elif name not in index:
             raise RecipeError(f"{unknown('task', name, list(index))} (--tasks)")
@@ -39,3 +41,18 @@ def resolve_tasks(names: Sequence[str]) -> list[str]:
             entry = index[name]
             found.update(dict.fromkeys(sorted(entry.tags) if entry.kind.name == "TAG" else [name]))
     return list(found)
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise RecipeError(f"no such task file: {file} (--tasks)")
+    try:
+        # without the objects that its tags name
+        content = yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: not valid YAML: {error} (--tasks)") from error
+    if not isinstance(content, yaml.MappingNode):
+        raise RecipeError(f"{file}: not a mapping of keys to values (--tasks)")
+    keys = {key.value for key, _ in content.value}
+    if "task" not in keys or keys.isdisjoint(SOURCES):
+        raise RecipeError(f"{file}: no task, or none of {', '.join(SOURCES)} (--tasks)")

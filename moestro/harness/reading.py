@@ -2,21 +2,33 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 LETTERS = "ABCDEFGHIJ"
+MMLU_TEXTS = ("subject", "question")
 # a title of WikiText: one equals sign on each side, where sections have more
 TITLE = re.compile(r"^ = (?!=)[^\n]*(?<!= )= \n", re.MULTILINE)
 
 
-def rows(data: str = ".", files: Mapping[str, str] | None = None, **_: Any) -> dict[str, Any]:
-    """{split: rows} of JSON Lines in the folder `data`, as `lm-eval` asks for them (`custom_dataset`).
+def choice_rows(data: str = ".", files: Mapping[str, str] | None = None, **_: Any) -> dict[str, Any]:
+    """{split: rows {context, choices, gold}} of JSON Lines in the folder `data`, as `lm-eval` asks for them
+    (`custom_dataset`).
 
     Raises: FileNotFoundError, ValueError as `read_rows`.
     """
-    return {split: _dataset(read_rows(Path(data) / file)) for split, file in (files or {}).items()}
+    return _splits(data, files, ("context",), "choices")
+
+
+def context_rows(data: str = ".", files: Mapping[str, str] | None = None, **_: Any) -> dict[str, Any]:
+    """As `choice_rows`, of rows {context_options, continuation, gold}."""
+    return _splits(data, files, ("continuation",), "context_options")
+
+
+def continuation_rows(data: str = ".", files: Mapping[str, str] | None = None, **_: Any) -> dict[str, Any]:
+    """As `choice_rows`, of rows {context, continuation}."""
+    return _splits(data, files, ("context", "continuation"), None)
 
 
 def subjects(data: str = ".", questions: str = "", examples: str = "", shots: int = 5, **_: Any) -> dict[str, Any]:
@@ -28,10 +40,10 @@ def subjects(data: str = ".", questions: str = "", examples: str = "", shots: in
     Raises: FileNotFoundError, ValueError as `read_rows`.
     """
     solved: dict[str, list[str]] = {}
-    for row in read_rows(Path(data) / examples):
+    for row in read_rows(Path(data) / examples, MMLU_TEXTS, "choices"):
         solved.setdefault(row["subject"], []).append(f"{_question(row)} {LETTERS[row['gold']]}\n\n")
     asked = []
-    for row in read_rows(Path(data) / questions):
+    for row in read_rows(Path(data) / questions, MMLU_TEXTS, "choices"):
         subject = row["subject"].replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         context = head + "".join(solved.get(row["subject"], [])[:shots]) + _question(row)
@@ -64,27 +76,50 @@ def text_counts(doc: Mapping[str, str], results: tuple[float]) -> dict[str, tupl
     }
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file.
+def read_rows(path: Path, texts: Sequence[str] = (), options: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file: the fields `texts` hold text, `options` a list of texts, and `gold` then the
+    number of the right one. `lm-eval` itself would score a row without a right choice as wrong, without a word.
 
-    Raises: FileNotFoundError; ValueError for a line that is no JSON object, or an empty file.
+    Raises: FileNotFoundError; ValueError for a line that is no such JSON object, or an empty file.
     """
-    found = list(_objects(_existing(path)))
+    found = []
+    for number, row in _objects(_existing(path)):
+        if fault := _fault(row, texts, options):
+            raise ValueError(f"{path}, line {number}: {fault}")
+        found.append(row)
     if not found:
         raise ValueError(f"{path}: no rows")
     return found
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+def _splits(data: str, files: Mapping[str, str] | None, texts: Sequence[str], options: str | None) -> dict[str, Any]:
+    return {split: _dataset(read_rows(Path(data) / file, texts, options)) for split, file in (files or {}).items()}
+
+
+def _fault(row: Mapping[str, Any], texts: Sequence[str], options: str | None) -> str | None:
+    for name in texts:
+        if not isinstance(row.get(name), str):
+            return f"{name!r} is not text"
+    if options is None:
+        return None
+    several, gold = row.get(options), row.get("gold")
+    if not isinstance(several, list) or not several or not all(isinstance(each, str) for each in several):
+        return f"{options!r} is not a list of texts"
+    if type(gold) is not int or not 0 <= gold < len(several):
+        return f"'gold' is {gold!r}; allowed: 0 to {len(several) - 1}"
+    return None
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: not a JSON object")
-            yield row
+            yield number, row
 
 
 def _existing(path: Path) -> Path:

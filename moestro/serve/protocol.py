@@ -133,12 +133,11 @@ def parse(kind: type[Kind], content: bytes) -> Kind:
     Raises: ApiError 400, with the field that is at fault.
     """
     try:
-        fields = json.loads(content)
+        fields = _without_nulls(json.loads(content))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(fields, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
-    fields = {name: _without_nulls(value) for name, value in fields.items() if value is not None}
     for name in sorted(fields.keys() & NEUTRAL.keys()):
         if not any(type(fields[name]) is type(value) and fields[name] == value for value in _neutral(name)):
             raise ApiError(400, f"{name} is not supported here; leave it out", name, "unsupported_parameter")

@@ -64,4 +64,6 @@ class Ticket:
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def _emit(self, index: int, event: Event) -> None:
-        self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        # a second Ctrl-C ends the loop before the worker
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))

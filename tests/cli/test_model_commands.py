@@ -121,6 +121,7 @@ def test_ctrl_c_ends_the_line(run: str, capsys: pytest.CaptureFixture, monkeypat
     ("words", "message"),
     [
         (["generate", "RUN", "--prompt", ""], "the prompt is empty; allowed: at least one token"),
+        (["generate", "RUN", "--prompt", "a\udcff"], "the prompt is not valid Unicode text at character 1"),
         (
             ["generate", "RUN", "--prompt", "x" * 65],
             "the prompt has 65 tokens and 1 new ones are asked for, more than the",
@@ -244,7 +245,12 @@ def test_ctrl_c_stops_generation_on_a_terminal(run: str) -> None:
     assert subprocess.run(command, capture_output=True, cwd=ROOT, timeout=120).returncode == 2
     begun = time.monotonic()
     with subprocess.Popen(
-        [*command[:-2], *["--prompt", "dog"] * 2000], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        [*command[:-2], *["--prompt", "dog"] * 2000],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        # a job in the background of a script is told to ignore it, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         first = process.stdout.readline() + process.stdout.read(1)

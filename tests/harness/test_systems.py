@@ -19,7 +19,19 @@ SEQ_LEN = 32
 TEXT = ("the quick brown fox jumps over lazy dogs; " * 40).encode()[: SEQ_LEN * 12].decode()
 # systems that predict a token from later ones have no bits per byte of a text read once
 RECIPES = ["hmoe", "peer", "peer_glu", "memory_plus", "modse", "mohge", "moe_plus_plus", "dynmoe", "dynamic_routing"]
-RECIPES += ["mumoe", "hypermoe", "mpoe", "xmoe", "moec", "stratified", "multi_head", "remoe", "deepseek_v3", "dense"]
+RECIPES += [
+    "mumoe",
+    "hypermoe",
+    "mpoe",
+    "smola",
+    "xmoe",
+    "moec",
+    "stratified",
+    "multi_head",
+    "remoe",
+    "deepseek_v3",
+    "dense",
+]
 
 
 def trained(recipe: str, folder: Path, small_data: list[str]) -> Path:

@@ -9,7 +9,7 @@ import torch
 
 from moestro.harness import ScoredModel, evaluate_tasks, resolve_tasks, tasks_table
 from moestro.harness.catalogue import TASKS
-from moestro.harness.reading import articles, read_rows, subjects
+from moestro.harness.reading import articles, choice_rows, read_rows, subjects
 from moestro.recipe.syntax import RecipeError
 from tests.reference.multiple_choice import bits_per_byte, chosen, chosen_context, log_probability, nats
 from tests.stock_models import byte_tokenizer, tiny_llama
@@ -153,7 +153,7 @@ def test_mmlu_has_five_examples_of_its_subject(tmp_path: Path) -> None:
     assert (found["choices"], found["gold"]) == (["A", "B", "C", "D"], 2)
 
 
-def test_names_of_tasks() -> None:
+def test_names_of_tasks(tmp_path: Path) -> None:
     suite = ["arc_easy", "boolq", "hellaswag", "lambada", "piqa", "siqa", "wikitext", "winogrande"]
     assert resolve_tasks(["mmlu", "papers", "piqa"]) == ["mmlu", *suite]
     own = str(TASKS / "piqa.yaml")
@@ -162,6 +162,14 @@ def test_names_of_tasks() -> None:
         resolve_tasks(["piqua"])
     with pytest.raises(RecipeError, match="no such task file: mine.yaml"):
         resolve_tasks(["mine.yaml"])
+    for content, message in (
+        ("task: [", "not valid YAML"),
+        ("just text", "not a mapping"),
+        ("task: x", "none of include"),
+    ):
+        (tmp_path / "mine.yaml").write_text(content)
+        with pytest.raises(RecipeError, match=message):
+            resolve_tasks([str(tmp_path / "mine.yaml")])
 
 
 def test_a_task_file_of_ones_own(scored: ScoredModel, folder: Path, tmp_path: Path) -> None:
@@ -181,10 +189,32 @@ def test_data_that_is_missing_or_malformed(scored: ScoredModel, folder: Path, tm
         ("", "no rows"),
         ('{"a": 1}\n{', "line 2: not valid JSON"),
         ("[]", "line 1: not a JSON o"),
+        ("{}\n\udcff", "line 2: not valid JSON"),
     ):
-        (tmp_path / "rows.jsonl").write_text(content)
+        (tmp_path / "rows.jsonl").write_text(content, errors="surrogateescape")
         with pytest.raises(ValueError, match=message):
             read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"context": 5}, "'context' is not text"),
+        ({"choices": "bc"}, "'choices' is not a list of texts"),
+        ({"choices": ["b", 3]}, "'choices' is not a list of texts"),
+        ({"choices": []}, "'choices' is not a list of texts"),
+        ({"gold": None}, "'gold' is None; allowed: 0 to 1"),
+        ({"gold": 2}, "'gold' is 2; allowed: 0 to 1"),
+        ({"gold": -1}, "'gold' is -1; allowed: 0 to 1"),
+        ({"gold": "1"}, "'gold' is '1'; allowed: 0 to 1"),
+    ],
+)
+def test_rows_without_what_a_task_needs(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    whole = {"context": "a", "choices": ["b", "c"], "gold": 1}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (whole, whole | changed)))
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 2: {message}"):
+        choice_rows(str(tmp_path), {"validation": "rows.jsonl"})
 
 
 def test_continuations_that_cannot_be_scored(scored: ScoredModel, tmp_path: Path) -> None:

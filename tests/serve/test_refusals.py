@@ -52,6 +52,7 @@ def refusal(http: httpx.Client, path: str, content: bytes | dict[str, Any]) -> t
         ({"prompt": {"a": 1}}, "prompt", "prompt: Input should be a valid string; or"),
         ({"stop": 5}, "stop", "stop: Input should be a valid string"),
         ({"prompt": ""}, None, "the prompt is empty"),
+        ({"prompt": "a\ud800"}, None, "the prompt is not valid Unicode text at character 1"),
         ({"prompt": []}, "prompt", "prompt: "),
         ({"prompt": "x" * 600}, "prompt", "the prompt has 600 tokens and 1 new ones are asked for"),
         ({"prompt": [1, 400]}, None, "token 400 in the prompt; allowed: 0 to 256"),
@@ -88,7 +89,10 @@ def test_chats_that_are_refused(http: httpx.Client, changed: dict, param: str, m
     assert (status, field) == (400, param) and told.startswith(message), told
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"[" * 200_000])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"[" * 200_000, b'{"metadata": ' + b"[" * 900 + b"]" * 900 + b"}"],
+)
 def test_bodies_that_are_no_json_object(http: httpx.Client, content: bytes) -> None:
     status, _, message = refusal(http, "completions", content)
     assert status == 400 and message.startswith("the body is not ")
