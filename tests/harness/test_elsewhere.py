@@ -39,12 +39,13 @@ text = {"task": "text", "output_type": "loglikelihood_rolling", "doc_to_text": "
     **read, **files("text"), **metrics(("bits_per_byte", "bits_per_byte"))}
 found = simple_evaluate("hf", tasks=[choices, text], batch_size=4, device="cpu", bootstrap_iters=0,
     model_args={"pretrained": folder, "trust_remote_code": True, "dtype": "float32"})["results"]
-print(json.dumps([found["choices"]["acc,none"], found["choices"]["acc_norm,none"], found["text"]["bits_per_byte,none"]]))
+chosen, said = found["choices"], found["text"]
+print(json.dumps([chosen["acc,none"], chosen["acc_norm,none"], said["bits_per_byte,none"]]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["hmoe"])
+@pytest.mark.parametrize("recipe", ["hmoe", "peer", "mpoe", "smola"])
 def test_lm_eval_alone_scores_what_we_do(recipe: str, tmp_path: Path, small_data: list[str]) -> None:
     run, out = trained(recipe, tmp_path / "run", small_data), tmp_path / "exported"
     assert main(["export", str(run), "--out", str(out)]) == 0
