@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from moestro.cli.arguments import Parser, add_device, device_named
+from moestro.cli.arguments import Parser, UsageError, add_device, device_named
 
 
 def add_arguments(parser: Parser) -> None:
@@ -53,6 +53,9 @@ def _stock(arguments: Namespace, conversion: Any) -> int:
 
 
 def _inverse(arguments: Namespace) -> int:
+    if arguments.recipe or arguments.overrides:
+        given = arguments.recipe or arguments.overrides[0]
+        raise UsageError(f"{given}: --back and --drop-teacher take no recipe and no values")
     from moestro.convert.back import drop_teachers, restore_dense
 
     invert = restore_dense if arguments.back else drop_teachers

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from moestro.convert.layers import ConversionError
 from moestro.convert.mixture import units_of
 from moestro.convert.network import Network, into_expert
-from moestro.convert.run import DENSE_RECIPE, UNITS, write_run
+from moestro.convert.run import DENSE_RECIPE, UNITS, require_new, write_run
 from moestro.layers import MoELayer
 from moestro.recipe.build import build_model
 from moestro.recipe.evaluation import opened_run
@@ -26,22 +27,32 @@ def restore_dense(source: str | Path, out: str | Path, checkpoint: str = "newest
 
     Raises: ConversionError for a run that was not converted, or units that no expert kept.
     """
+    require_new(Path(out))
     folder = Path(source)
     if not (folder / UNITS).is_file():
         raise ConversionError(f"{folder} holds no {UNITS}: it was not made by moestro convert")
     run = opened_run(source, checkpoint=checkpoint)
     recipe = load_recipe(folder / DENSE_RECIPE)
     dense = build_model(recipe, run.dataset.vocab_size)
-    rows = {int(name): tensor for name, tensor in load_file(folder / UNITS).items()}
+    rows = _rows(folder / UNITS)
     places = tuple(f"blocks.{index}.ffn." for index in rows)
     others = {name: value for name, value in run.model.state_dict().items() if not name.startswith(places)}
-    dense.load_state_dict(others, strict=False)
+    found = dense.load_state_dict(others, strict=False)
+    if lost := [*found.unexpected_keys, *(name for name in found.missing_keys if not name.startswith(places))]:
+        raise ConversionError(f"{folder}: {DENSE_RECIPE} and the run do not fit: {lost[0]} is in one of them alone")
     for index, where in rows.items():
         layer: Any = run.model.blocks[index]
         target: Any = dense.blocks[index]
         into_expert(gathered(index, student_of(layer.ffn), where), target.ffn.expert)
     write_run(Path(out), recipe, dense, run.dataset, lambda folder: None)
     return sorted(rows)
+
+
+def _rows(file: Path) -> dict[int, Tensor]:
+    try:
+        return {int(name): tensor for name, tensor in load_file(file).items()}
+    except SafetensorError as error:
+        raise ConversionError(f"{file} is damaged: {error}") from error
 
 
 def student_of(layer: Any) -> MoELayer:
@@ -57,7 +68,10 @@ def gathered(index: int, layer: MoELayer, rows: Tensor) -> Network:
     lost = int((rows < 0).sum())
     if lost:
         raise ConversionError(f"layer {index}: {lost} of {len(rows)} units were re-initialised in every expert")
-    return units_of(layer).take(rows)
+    units = units_of(layer)
+    if int(rows.max()) >= units.width:
+        raise ConversionError(f"layer {index}: training changed its experts, {units.width} units are left")
+    return units.take(rows)
 
 
 def drop_teachers(source: str | Path, out: str | Path, checkpoint: str = "newest") -> list[int]:
@@ -66,6 +80,7 @@ def drop_teachers(source: str | Path, out: str | Path, checkpoint: str = "newest
 
     Raises: ConversionError where there are none.
     """
+    require_new(Path(out))
     run = opened_run(source, checkpoint=checkpoint)
     recipe = load_recipe(Path(source) / "recipe.yaml")
     tree = copy_tree(recipe.resolved)

@@ -147,7 +147,7 @@ def equal_importance(n_experts: int, importance: Float[Tensor, "w"], total: int,
 
     Raises: ValueError where there are too few units.
     """
-    if multiple_of < 1 or total % multiple_of or total // multiple_of < n_experts:
+    if n_experts < 1 or multiple_of < 1 or total % multiple_of or total // multiple_of < n_experts:
         raise ValueError(
             f"multiple_of={multiple_of}: {total} units do not make n_experts={n_experts} widths of multiples of it"
         )

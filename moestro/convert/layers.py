@@ -108,9 +108,12 @@ def convert_layer(site: Site, seen: Seen, conversion: Conversion) -> Converted:
             "label says which to choose; allowed: start: random or zero, steps: 0"
         )
     mixture.layer.to(seen.x.device)
-    figures = teach_router(mixture, seen, conversion.router)
-    if conversion.method.fits_scale:
-        set_scale(mixture, fitted_scale(mixture, seen))
+    try:
+        figures = teach_router(mixture, seen, conversion.router)
+        if conversion.method.fits_scale:
+            set_scale(mixture, fitted_scale(mixture, seen))
+    except ValueError as error:
+        raise ConversionError(f"layer {site.index}: {error}") from error
     equal = difference(mixture, seen, whole=mixture.exact == "all")
     allowed = ROUNDING[seen.network.up.dtype]
     if mixture.exact != "no" and not equal["relative"] <= allowed:

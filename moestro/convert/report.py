@@ -8,7 +8,11 @@ from rich.table import Table
 
 from moestro.recipe.evaluation import plain_table
 
-WHOLE = {"all": "all", "routed": "routed", "no": "no"}
+WHOLE = {
+    "all": "difference of all experts from the dense layer",
+    "routed": "difference from the dense layer, whatever the router says",
+    "no": "difference from the dense layer, which this method changes",
+}
 
 
 def report_table(report: Mapping[str, Any]) -> Group:
@@ -18,10 +22,10 @@ def report_table(report: Mapping[str, Any]) -> Group:
 
 
 def _layers(report: Mapping[str, Any]) -> Table:
-    titles = ("layer", "experts", "width", "shared", "k", "scale", "equal", "error", "routed", "labels")
+    titles = ("layer", "experts", "width", "shared", "k", "scale", "error", "routed", "labels")
     title = (
-        f"{report['source']}, {report['checkpoint']}\nequal: to the dense layer with all experts, or as routed; error: "
-        "of that; routed: error with k experts (rms, relative)\nlabels: share of the best experts that routers choose"
+        f"{report['source']}, {report['checkpoint']}\nerror: {WHOLE[report['layers'][0]['exact']]}\n"
+        "routed: difference with k experts (both rms, relative)\nlabels: share of the best experts that routers choose"
     )
     table = plain_table(title, titles)
     for layer in report["layers"]:
@@ -34,7 +38,6 @@ def _layers(report: Mapping[str, Any]) -> Table:
             f"{layer['shared']}",
             f"{layer['top_k']}",
             f"{layer['scale']:.3f}",
-            WHOLE[layer["exact"]],
             f"{layer['difference']['relative']:.1e}",
             f"{layer['as_routed']:.3f}",
             f"{layer['agreement']:.1%}" if "agreement" in layer else "-",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +23,8 @@ from moestro.model import Transformer
 from moestro.recipe.build import build_model, build_training, claim_folder
 from moestro.recipe.load import Recipe, check_recipe
 from moestro.recipe.resolve import Origin, copy_tree, merge
-from moestro.train.folder import RunFolder
+from moestro.train.folder import RunFolder, require_writable
+from moestro.train.folder_job import FolderJob
 from moestro.train.start import write_start
 
 # Files of a converted run besides those of every run: the figures, the dense recipe, where its units lie.
@@ -45,6 +47,7 @@ def convert_run(
     Raises: RecipeError for a folder that is neither or a recipe that does not fit; ConversionError where nothing is to
     be converted or a layer is not what it should be; CheckpointError without an intact checkpoint.
     """
+    require_new(Path(out))
     dense = open_source(source, conversion.run, device, checkpoint)
     sites = dense_sites(dense.model, conversion.layers)
     before = evaluate(dense.model, dense.dataset.val_batches(dense.batch_size, held_out), precision=dense.precision)
@@ -74,9 +77,13 @@ def dense_sites(model: Transformer, layers: tuple[int, ...] | None) -> list[Site
     """
     blocks: list[Any] = list(model.blocks)
     dense = [index for index, block in enumerate(blocks) if isinstance(block.ffn, DenseFFN)]
+    if not dense:
+        raise ConversionError("no block of the model has a dense feed-forward layer, so that nothing can be converted")
     chosen = dense if layers is None else list(layers)
-    if not chosen or not set(chosen) <= set(dense):
-        raise ConversionError(f"layers={chosen}, allowed: some of {dense}, the blocks with a dense feed-forward layer")
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(dense):
+        raise ConversionError(
+            f"layers={chosen}, allowed: some of {dense}, the blocks with a dense feed-forward layer, each once"
+        )
 
     def put(index: int, layer: nn.Module) -> None:
         blocks[index].ffn = layer
@@ -105,6 +112,8 @@ def converted_recipe(dense: Recipe, made: list[Converted], conversion: Conversio
             node = {"kind": "taught", "student": student, "teacher": teacher_node(one.site.network)}
         tree["model"]["layers"][index] = node
     tree = merge(tree, conversion.run)
+    if not conversion.taught and any(node["kind"] == "router_target" for node in tree["objectives"]):
+        raise ConversionError("objective router_target learns from the dense layers, which are kept with taught: true")
     return check_recipe(Recipe(tree, Origin(out / "recipe.yaml", tree)))
 
 
@@ -159,14 +168,24 @@ def _names(model: Transformer, made: list[Converted]) -> list[str]:
 
 
 def write_run(out: Path, recipe: Recipe, model: Transformer, dataset: Dataset, add: Any) -> None:
-    """A run folder at step 0; `add` is called with it to add files."""
+    """A run folder at step 0, which appears whole or not at all; `add` is called with it to add files."""
     settings, objectives, rules = build_training(recipe)
 
     def claim(folder: RunFolder) -> None:
         claim_folder(folder, recipe, dataset.tokenizer)
         add(folder)
 
-    write_start(model, dataset, settings, objectives, rules, out, claim)
+    # a job of its own every time: nothing that an interrupted conversion left is kept
+    with FolderJob(out, {"conversion": uuid4().hex}) as job:
+        write_start(model, dataset, settings, objectives, rules, job.path, claim)
+        job.publish()
+
+
+def require_new(out: Path) -> None:
+    """Raises: ConversionError where there is something at `out`; RunFolderError where it cannot be written."""
+    require_writable(out)
+    if out.exists() and any(out.iterdir()):
+        raise ConversionError(f"{out} is not empty: choose another folder")
 
 
 def _add_files(folder: RunFolder, report: dict[str, Any], dense: Recipe, units: dict[str, torch.Tensor]) -> None:

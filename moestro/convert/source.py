@@ -43,6 +43,11 @@ def open_source(path: str | Path, run: dict[str, Any], device: str, checkpoint: 
         recipe = pretrained_recipe(folder, run)
         dataset = build_data(recipe).prepare()
         return Source(str(path), folder.name, recipe, build_model(recipe, dataset.vocab_size, device), dataset)
+    if fixed := sorted({"data", "model", "extends"} & set(run)):
+        raise ConversionError(
+            f"run.{fixed[0]}: a converted run keeps the model and the text of the dense run; allowed: objectives, "
+            "optim, rules, train"
+        )
     opened = opened_run(path, device=device, checkpoint=checkpoint)
     recipe = load_recipe(folder / "recipe.yaml")
     return Source(str(path), opened.checkpoint.name, recipe, opened.model, opened.dataset)

@@ -52,7 +52,9 @@ class Split:
         routed = Seen(network.take(rest.to(network.up.device)), seen.x, seen.seed)
         widths = list(self.widths(total=len(rest), importance=routed.importance()))
         if min(widths) < 1:
-            raise ValueError(f"widths={widths}, allowed: at least one unit for every expert")
+            raise ValueError(
+                f"{len(rest)} units for {len(widths)} experts, allowed: at least one unit for every expert"
+            )
         order = rest[self.grouping(routed, widths)]
         order, widths = padded(order, widths) if self.pad else (order, widths)
         if self.top_k > len(widths):

@@ -5,20 +5,23 @@ and converters load. Every expert is a byte-for-byte copy of the dense network, 
 their sum, so that the mixture computes what the dense model did. One tensor at a time is read.
 """
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
 from moestro.convert.layers import ConversionError
+from moestro.convert.run import require_new
 from moestro.convert.upcycle import Upcycle
 from moestro.formats import DENSE_FAMILIES, FAMILIES, Checkpoint, DenseFamily, Family, PerExpert
 from moestro.formats.shards import INDEX, SINGLE
-from moestro.formats.writer import Outgoing, of_file, of_tensor, write_file
+from moestro.formats.writer import Outgoing, of_file, of_tensor
+from moestro.hf import skeleton
+from moestro.train.durable import write_json
+from moestro.train.folder_job import FolderJob
 
 # Hidden units of the shared expert that Qwen2-MoE always has; of zeros, so that it adds nothing.
 SILENT = 8
@@ -64,17 +67,28 @@ def upcycle_folder(source: str | Path, out: str | Path, method: Upcycle, seed: i
     """
     checkpoint, target, dense = _checked(Path(source), method)
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConversionError(f"{folder} is not empty: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    require_new(folder)
     family = FAMILIES[target.model_type]
-    config = stock_config(checkpoint.config, target, family, dense, method)
-    write_shards(folder, list(tensors(checkpoint, family, dense, method, seed)))
-    for path in sorted(Path(source).iterdir()):
-        if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".bin")):
-            shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return {"family": target.model_type, "layers": verified(folder, checkpoint, dense), "n_experts": method.n_experts}
+    config = stock_config(complete_config(checkpoint), target, family, dense, method)
+    # a job of its own every time: nothing that an interrupted conversion left is kept
+    with FolderJob(folder, {"conversion": uuid4().hex}) as job:
+        write_shards(job, list(tensors(checkpoint, family, dense, method, seed)))
+        for path in sorted(Path(source).iterdir()):
+            if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".bin")):
+                job.copy(path.name, path)
+        write_json(job.path / "config.json", config)
+        layers = verified(job.path, checkpoint, dense)
+        job.publish()
+    return {"family": target.model_type, "layers": layers, "n_experts": method.n_experts}
+
+
+def complete_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json with the dense family's defaults written out: the mixture's family has others (Mixtral's rotations
+    turn more slowly than Llama's)."""
+    config = {**skeleton(checkpoint.path).config.to_dict(), **checkpoint.config}
+    rope = config.get("rope_parameters") or {}
+    # where versions of transformers before the fifth look for it
+    return {**({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}), **config}
 
 
 def _checked(source: Path, method: Upcycle) -> tuple[Checkpoint, Target, DenseFamily]:
@@ -137,7 +151,7 @@ def _silent(family: Family, layer: int, d_model: int, dtype: torch.dtype) -> Ite
     yield of_tensor(f"{stem}_gate.weight", torch.zeros(1, d_model, dtype=dtype))
 
 
-def write_shards(folder: Path, outgoing: Sequence[Outgoing]) -> None:
+def write_shards(job: FolderJob, outgoing: Sequence[Outgoing]) -> None:
     """One file, or several of about `SHARD` bytes with their index."""
     shards: list[list[Outgoing]] = [[]]
     for tensor in outgoing:
@@ -147,11 +161,11 @@ def write_shards(folder: Path, outgoing: Sequence[Outgoing]) -> None:
     several = len(shards) > 1
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if several else SINGLE for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, shard, {"format": "pt"})
+        job.write(name, shard, {"format": "pt"})
     if several:
         files = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": sum(one.nbytes for one in outgoing)}, "weight_map": files}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(job.path / INDEX, index)
 
 
 def verified(folder: Path, dense: Checkpoint, family: DenseFamily) -> int:

@@ -160,6 +160,18 @@ def test_only_the_layers_asked_for_are_converted_and_may_see_what_stands_before_
         (["method={kind: split, widths: {kind: equal, n_experts: 2}, top_k: 3}"], r"top_k=3 > 2 experts"),
         (["method={kind: split, widths: {kind: equal, n_experts: 2, multiple_of: 7}, top_k: 1}"], r"total=48 is not a"),
         (["method={kind: split, widths: {kind: equal, n_experts: 2}, top_k: 1, shared: 48}"], r"shared=48, allowed: f"),
+        (["method={kind: split, widths: {kind: equal, n_experts: 90}, top_k: 1}"], r"48 units for 90 experts, allowed"),
+        (["method={kind: split, widths: {kind: equal_importance, n_experts: 0}, top_k: 1}"], r"n_experts=0 widths"),
+        (
+            ["layers=[1, 1]", "method={kind: upcycle, n_experts: 2, top_k: 1}"],
+            r"layers=\[1, 1\], allowed: .* each once",
+        ),
+        (["run.data.seq_len=16", "method={kind: upcycle, n_experts: 2, top_k: 1}"], r"run.data: a converted run keeps"),
+        (["run.objectives=[{kind: router_target}]", "method={kind: upcycle, n_experts: 2, top_k: 1}"], "taught: true"),
+        (
+            ["method={kind: split, widths: {kind: equal, n_experts: 24}, top_k: 12}", "router.steps=1"],
+            r"error: layer 0: labels='subset': 2,704,156 sets of 12 among 24 experts, allowed: 20,000[^(]*$",
+        ),
     ],
 )
 def test_mistakes_are_refused_with_what_is_allowed(words, message, dense, tmp_path, capsys):
@@ -175,11 +187,36 @@ def test_folders_that_do_not_fit_are_refused(dense, tmp_path, capsys):
     assert "is not the folder of a run" in capsys.readouterr().err
     assert convert(dense, tmp_path / "moe", *upcycle) == 0
     assert convert(dense, tmp_path / "moe", *upcycle) == 1
-    assert "holds a run already: choose another folder" in capsys.readouterr().err
+    assert "is not empty: choose another folder" in capsys.readouterr().err
     assert convert(tmp_path / "moe", tmp_path / "twice", *upcycle) == 1
-    assert "layers=[], allowed: some of []" in capsys.readouterr().err
+    assert "no block of the model has a dense feed-forward layer" in capsys.readouterr().err
     assert convert(dense, tmp_path / "back", "--back") == 1
     assert "it was not made by moestro convert" in capsys.readouterr().err
+
+
+def test_an_interrupted_conversion_leaves_no_folder_that_could_be_trained(dense, tmp_path, monkeypatch):
+    """A recipe without its checkpoint would be trained from random weights without a word."""
+    words = ("--recipe", str(FOLDER / "upcycle.yaml"), *TOKENS)
+
+    def killed(*_arguments: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moestro.train.state.TrainState.save", killed)
+        assert convert(dense, tmp_path / "moe", *words) == 130
+    assert not (tmp_path / "moe").exists()
+    assert convert(dense, tmp_path / "moe", *words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moe"] and evaluate_run(tmp_path / "moe")["step"] == 0
+
+
+def test_the_inverse_takes_no_recipe_and_says_what_is_damaged(dense, tmp_path, capsys):
+    out = tmp_path / "moe"
+    convert(dense, out, "--recipe", str(FOLDER / "upcycle.yaml"), *TOKENS)
+    assert convert(out, tmp_path / "back", "--back", "tokens=3") == 2
+    assert "tokens=3: --back and --drop-teacher take no recipe" in capsys.readouterr().err
+    (out / "units.safetensors").write_text("nothing")
+    assert convert(out, tmp_path / "back", "--back") == 1
+    assert "units.safetensors is damaged" in capsys.readouterr().err
 
 
 def test_a_layer_that_is_not_the_network_is_found_out(dense):

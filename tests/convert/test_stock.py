@@ -60,6 +60,19 @@ def test_the_stock_mixture_computes_what_the_dense_model_did(kind, tmp_path):
     assert config["architectures"] == [TARGETS[kind].architecture] and config["num_experts_per_tok"] == 2
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_what_the_dense_config_leaves_to_defaults_is_said(kind, tmp_path):
+    """As in the first Llama's: Mixtral's defaults are others."""
+    dense = folder(kind, tmp_path / "dense")
+    file = dense / "config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({key: said[key] for key in (*SIZES, "model_type", "architectures")}))
+    upcycle_folder(dense, tmp_path / "moe", Upcycle(4, 2))
+    torch.testing.assert_close(logits(tmp_path / "moe"), logits(dense), rtol=1e-5, atol=1e-5)
+    made = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert made["rope_theta"] == 10_000 and made["rms_norm_eps"] == 1e-6
+
+
 def test_large_models_are_written_in_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(stock, "SHARD", 20_000)
     dense = folder("mistral", tmp_path / "dense")
