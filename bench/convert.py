@@ -2,8 +2,8 @@
 
 Forward passes, routing included: many tokens, and single ones as in decoding, other ones every time. FactorLLM's layer
 (TinyLlama: d = 2048, 5632 hidden units, 4 experts) and a smaller one; k / N of the FLOPs is what there is to gain at
-most. Beside them the dense layer here, and the same network as transformers runs it. Nothing is timed unless those agree,
-and all experts with gates of 1 give the dense output.
+most. Beside them the dense layer here, and the same network as transformers runs it. Nothing is timed unless
+those agree, and all experts with gates of 1 give the dense output.
 
     python -m bench.convert [--quick] [--json PATH]
 """
