@@ -3,10 +3,13 @@
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moestro.cli.arguments import Parser, UsageError, device_named, positive
+from moestro.cli.arguments import Parser, UsageError, device_named, extra, positive
 from moestro.recipe.syntax import parse_yaml
+
+if TYPE_CHECKING:
+    from moestro.compress.measuring import Question
 
 # what makes a plan, and what it is where nobody says so
 OF_PLANS: dict[str, Any] = {
@@ -51,6 +54,11 @@ def _add_measures(parser: Parser) -> None:
         help="measure both on this held-out text: perplexity, speed, memory (a run has text of its own)",
     )
     parser.add_argument("--eval-tokens", type=positive, default=65_536, metavar="N", help="default: 65,536")
+    parser.add_argument(
+        "--tasks", metavar="NAME,...", help="with --eval: tasks of lm-eval too (moestro eval --tasks help)"
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the folder that the tasks' files lie in")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
     device = "cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)"
     parser.add_argument("--device", help=f"where models run: {device}")
 
@@ -59,6 +67,9 @@ def run(arguments: Namespace) -> int:
     """Make a checkpoint of experts smaller: a plan, then the folder, in the same format."""
     from moestro.compress.plan_file import read_plan
     from moestro.compress.running import applied_to, compressed, plan_for
+
+    # tasks that are none are refused before anything is measured
+    question = _question(arguments)
 
     if arguments.translate:
         from moestro.compress.deepseek import translated
@@ -79,21 +90,32 @@ def run(arguments: Namespace) -> int:
     else:
         folder = compressed(_request(arguments), arguments.destination, _say)
     print(f"wrote {folder}")
-    _report(arguments, folder)
+    _report(arguments.source, folder, question)
     return 0
 
 
-def _report(arguments: Namespace, folder: Path) -> None:
+def _question(arguments: Namespace) -> "Question | None":
+    from moestro.compress.measuring import Question
+
+    tasks: tuple[str, ...] = ()
+    if arguments.tasks is not None:
+        if arguments.eval is None or arguments.data is None:
+            raise UsageError("--tasks needs --eval, and --data FOLDER, the folder that the tasks' files lie in")
+        with extra("eval"):
+            from moestro.harness import resolve_tasks
+        tasks = tuple(resolve_tasks([name.strip() for name in arguments.tasks.split(",")]))
+    if arguments.eval is None:
+        return None
+    text, device = arguments.eval or None, device_named(arguments.device)
+    return Question(text, arguments.eval_tokens, arguments.seq_len, device, tasks, arguments.data, arguments.limit)
+
+
+def _report(source: Path, folder: Path, question: "Question | None") -> None:
     """report.json, the model card's section and the page, in the folder."""
     from moestro.compare.compression import write_compression
-    from moestro.compress.measuring import Question
     from moestro.compress.report import figures, reported, write_report
 
-    question = None
-    if arguments.eval is not None:
-        device = device_named(arguments.device)
-        question = Question(arguments.eval or None, arguments.eval_tokens, arguments.seq_len, device)
-    found = reported(arguments.source, folder, question)
+    found = reported(source, folder, question)
     rows = figures(found)
     print(f"report: {write_report(found, folder)}, {write_compression(found, rows, folder / 'report.html')}")
     for name, before, after in rows:

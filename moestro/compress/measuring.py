@@ -30,12 +30,16 @@ PROMPT, NEW, ROUNDS = 128, 16, 3
 @dataclass(frozen=True)
 class Question:
     """What is measured: `tokens` of held-out `text` in windows of `seq_len` that do not overlap, and speed on `device`.
-    `text` may be None for runs, which have their own."""
+    `text` may be None for runs, which have their own. `tasks` of lm-eval (`moestro.harness`), the first `limit` rows of
+    each, are read from files in the folder `data`."""
 
     text: str | None
     tokens: int = 65_536
     seq_len: int = 512
     device: str = "cpu"
+    tasks: tuple[str, ...] = ()
+    data: Path | None = None
+    limit: int | None = None
 
 
 def measured(folder: Path, question: Question, tokenizer: Path | None = None) -> dict[str, Any]:
@@ -59,6 +63,8 @@ def _measure(folder: Path, question: Question, tokenizer: Path) -> dict[str, Any
     model, how = _loaded(folder, question.device)
     with torch.no_grad():
         found = {**loss_of(model, batches, question.device), **speed(model, batches[0].tokens, question.device)}
+    if question.tasks:
+        found["tasks"] = task_scores(model, tokenizer, question)
     cuda = torch.cuda.max_memory_allocated() if question.device.startswith("cuda") else None
     return {
         **found,
@@ -103,6 +109,26 @@ def loss_of(model: Any, batches: Sequence[Batch], device: str) -> dict[str, Any]
     loss = nats / tokens
     bpb = nats / n_bytes / math.log(2)
     return {"loss": loss, "perplexity": perplexity(loss), "bpb": bpb, "tokens": tokens, "bytes": n_bytes}
+
+
+def task_scores(model: Any, tokenizer: Path, question: Question) -> dict[str, Any]:
+    """What `harness.evaluate_tasks` finds, the text read by the tokenizer of that folder.
+
+    Raises: as that.
+    """
+    # which needs lm-eval
+    from moestro.harness import ScoredModel, evaluate_tasks
+
+    source = open_source(tokenizer)
+    if isinstance(source, RunSource):
+        from moestro.export.tokenizers import fast_tokenizer
+
+        reader = fast_tokenizer(tokenizer / "tokenizer", source.recipe.data.value("seq_len"))
+    else:
+        from moestro.hf.expertless import tokenizer_in
+
+        reader = tokenizer_in(tokenizer)
+    return evaluate_tasks(ScoredModel(model, reader), question.tasks, question.data or Path(), question.limit)
 
 
 def speed(model: Any, tokens: Tensor, device: str) -> dict[str, float]:

@@ -200,4 +200,17 @@ def figures(found: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
             lines.append((name, show(found["before"]), show(found["after"])))
         except KeyError:
             continue
-    return lines
+    return lines + _task_lines(found)
+
+
+def _task_lines(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    before, after = (found[side].get("tasks", {}).get("tasks", {}) for side in ("before", "after"))
+
+    def shown(side: Mapping[str, Any], task: str, metric: str) -> str:
+        return f"{side[task]['metrics'][metric]['value']:.4f}"
+
+    return [
+        (f"{task}, {metric}", shown(before, task, metric), shown(after, task, metric))
+        for task, scores in before.items()
+        for metric in scores["metrics"]
+    ]

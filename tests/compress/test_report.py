@@ -120,15 +120,23 @@ def test_the_command_measures_both_and_writes_a_page(tmp_path, capsys, layout):
     text = str(tmp_path / "text.txt")
     words = ["compress", str(tmp_path / "src"), str(tmp_path / "dst"), "--method", "reap", "--ratio", "0.25"]
     words += ["--calib", text, "--eval", text, "--seq-len", "32", "--eval-tokens", "300", "--device", "cpu"]
+    (tmp_path / "eval").mkdir()
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "src" / "tokenizer_config.json").write_text(json.dumps(names))
+    row = {"context": "Experts of different", "choices": ["widths", "sizes"], "gold": 0}
+    (tmp_path / "eval" / "piqa.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    words += ["--tasks", "piqa", "--data", str(tmp_path), "--limit", "2"]
     assert main([*words, "--format", layout]) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "dst" / "report.json").read_text())
     for side in ("before", "after"):
         assert found[side]["perplexity"] > 1 and found[side]["decode_tokens_per_s"] > 0
         assert found[side]["peak_host_bytes"] > 1e7 and found[side]["seq_len"] == found[side]["stride"] == 32
+        assert found[side]["tasks"]["tasks"]["piqa"]["n"] == 2
         assert "no tensor missing" in found[side]["load_check"]
     assert found["before"]["tokens"] == found["after"]["tokens"] >= 250
     assert "decode, tokens/s" in out and "warning: layer 0" in out
+    assert "piqa, acc " in out
     page = (tmp_path / "dst" / "report.html").read_text()
     assert (
         "Before and after" in page

@@ -87,6 +87,7 @@ def test_a_plan_with_tensors_beside_it_is_reported_and_finished(request_, tmp_pa
         (["--plan", "p.json", "--ratio", "0"], "--plan .* --ratio"),
         (["--plan", "p.json", "--option", "force=true"], "--plan .* --option"),
         (["--plan", "p.json", "--semantics", "zero"], "--plan .* --semantics"),
+        (["--method", "width", "--ratio", "0.5", "--tasks", "piqa"], "--tasks needs --eval"),
         (["--method", "width", "--ratio", "0.5", "--plan-only", "--eval", "stdlib"], "--plan-only .* --eval"),
     ],
 )
