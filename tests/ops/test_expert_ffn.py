@@ -107,7 +107,7 @@ def test_autocast_lowers_the_experts_and_keeps_float32_gradients():
 
 
 def test_unknown_activation_names_the_allowed_ones():
-    with pytest.raises(ValueError, match="activation='swish', allowed: silu, gelu, relu, none"):
+    with pytest.raises(ValueError, match="activation='swish', allowed: silu, gelu, gelu_tanh, relu, none"):
         outputs_and_gradients("fused", inputs(*CASES["one row"], 2, torch.float64), "swish")
 
 

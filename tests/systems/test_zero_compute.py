@@ -135,5 +135,5 @@ def test_recipes_mix_banks() -> None:
     for layer in model.moe_layers().values():
         assert layer.router.n_experts == 6
         assert layer.expert_widths().tolist() == [64, 64, 0, 0, 0, 0]  # type: ignore[union-attr]
-    with pytest.raises(RecipeError, match="unknown kind 'mixed'; allowed: constant, copy, "):
+    with pytest.raises(RecipeError, match="unknown kind 'mixed'; allowed: .*constant, copy, "):
         recipe("{kind: mixed, banks: []}")
