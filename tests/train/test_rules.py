@@ -97,8 +97,3 @@ def test_a_rule_meets_model_and_optimizer_before_its_state(tmp_path):
     again = Started()
     train(tiny_model(), Counting(), tiny_settings(2), [], [again], tmp_path)
     assert again.calls == rule.calls
-
-
-def test_a_rule_that_does_nothing_is_unfinished():
-    with pytest.raises(NotImplementedError):
-        Rule().apply(1)
