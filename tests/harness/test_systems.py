@@ -57,7 +57,9 @@ def test_systems_score_the_same_and_generate(recipe: str, tmp_path: Path, small_
     opened: Any = open_model(run)
     found = evaluate_tasks(ScoredModel(*opened, batch_size=5), ["wikitext"], tmp_path)
     metrics = found["tasks"]["wikitext"]["metrics"]
-    assert metrics["bits_per_byte"]["value"] == pytest.approx(own_bits_per_byte(run), rel=1e-5)
+    # a drawn second expert is a function of the logits' bits, and of these the last differ between batch shapes
+    close = 1e-3 if recipe == "stratified" else 1e-5
+    assert metrics["bits_per_byte"]["value"] == pytest.approx(own_bits_per_byte(run), rel=close)
     text_model = TextModel(*opened)
     continuation = text_model.begin(text_model.encode("fox"), Options(8))
     assert list(continuation.pieces())[-1].reason == continuation.reason in ("stop", "length")
