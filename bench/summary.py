@@ -1,4 +1,4 @@
-"""Print the rows of result files as Markdown tables, for docs/performance.md and docs/effects.md.
+"""Print the rows of result files as Markdown tables, for docs/performance.md, docs/effects.md and docs/reliability.md.
 
 python -m bench.summary bench/results/FILE.json ...
 """
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.effects.table import effects_summary
+from bench.reliability.figures import reliability_summary
 
 
 def summary(path: Path) -> str:
     """Where the numbers come from, and one line for every row."""
     result = json.loads(path.read_text(encoding="utf-8"))
+    if "figures" in result:
+        return reliability_summary(result)
     return effects_summary(result) if path.name.startswith("effects-") else timing_summary(result)
 
 

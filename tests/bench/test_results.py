@@ -11,6 +11,8 @@ from bench.summary import summary
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 EFFECTS = [path for path in RESULTS if path.name.startswith("effects-")]
+RELIABILITY = sorted((ROOT / "bench" / "results" / "reliability").glob("*.json"))
+FIGURE = {"case", "what", "unit", "value", "wanted", "holds"}
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("performance", "effects")}
 TIMING = {"case", "what", "unit", "ours", "peer", "theirs", "ratio", "spread"}
 STUDY = {"script", "commit", "machine", "seeds", "corpora", "study", "rows", "runs"}
@@ -43,6 +45,17 @@ def test_effects_are_of_several_seeds_at_equal_compute(path):
     flops = [run["flops"] for run in result["runs"]]
     # a run stops with the step that reaches the budget
     assert result["study"]["budget"] <= min(flops) and max(flops) < 1.02 * result["study"]["budget"]
+
+
+@pytest.mark.parametrize("path", RELIABILITY, ids=lambda path: path.name)
+def test_reliability_has_the_one_format_and_its_page_quotes_it(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert set(result) == {"script", "commit", "machine", "seed", "figures"}
+    assert (ROOT / result["script"]).exists() and re.fullmatch("[0-9a-f]{7,40}", result["commit"])
+    assert result["figures"] and all(set(figure) == FIGURE for figure in result["figures"])
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert f"bench/results/reliability/{path.name}" in page
+    assert summary(path) in page, f"the table of {path.name} is not what python -m bench.summary prints"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
