@@ -111,7 +111,7 @@ def describe_run(job: Job, failure: str | None) -> dict[str, Any]:
         "tokens_per_s": last["tokens"] / last["time"]["seconds"],
         "final": summary["final"],
         "curve": curve(steps, evaluations),
-        "train_curve": [{"flops": s["flops"], "loss": s["loss"]} for s in thinned(steps)],
+        "train_curve": [{"flops": s["flops"], "loss": s["loss"]} for s in thinned([s for s in steps if "loss" in s])],
         "routing": summary["routing"],
     }
 
@@ -119,7 +119,7 @@ def describe_run(job: Job, failure: str | None) -> dict[str, Any]:
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     """The step lines and the evaluation lines of a run."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "loss" in line], [line for line in lines if "eval" in line]
+    return [line for line in lines if "flops" in line], [line for line in lines if "eval" in line]
 
 
 def curve(steps: Sequence[Mapping], evaluations: Sequence[Mapping]) -> list[dict[str, Any]]:

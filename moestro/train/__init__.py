@@ -6,6 +6,7 @@ from moestro.train.environment import describe_machine
 from moestro.train.expert_dropout import ExpertDropout
 from moestro.train.folder import RunFolder, RunFolderError
 from moestro.train.gate_sparsity import GateSparsity
+from moestro.train.health import NonFiniteLoss
 from moestro.train.loop import train
 from moestro.train.progress import Bar, Display, Lines, Silent, display_on
 from moestro.train.row_adamw import RowAdamW
@@ -14,7 +15,6 @@ from moestro.train.schedules import WSD, Constant, Cosine, Schedule
 from moestro.train.settings import Budget, OptimSettings, ParameterGroup, TrainSettings
 from moestro.train.signals import TrainingStopped
 from moestro.train.steer_threshold import SteerThreshold
-from moestro.train.step import NonFiniteLoss
 from moestro.train.weights import best_checkpoint, load_weights, newest_checkpoint
 
 __all__ = [

@@ -61,6 +61,7 @@ class AdaptiveExperts(Rule):
             raise ValueError(f"new_experts={new_experts!r}, allowed: {', '.join(POLICIES)}")
         self.step = 0
         self.records: dict[Any, Tensor] = {}
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     def start(self, model: nn.Module, optimizer: Optimizers) -> None:
         self.optimizer = optimizer
@@ -79,16 +80,24 @@ class AdaptiveExperts(Rule):
         unserved = trace.x.detach()[trace.routing.per_token(1.0) == 0]
         direction = unserved.sum(0, dtype=record.dtype)
         count = record.new_tensor([len(unserved)])
-        record += torch.cat([trace.routing.load().to(record), count, direction])
+        self.seen.append((record, torch.cat([trace.routing.load().to(record), count, direction])))
 
     @torch.no_grad()
     def apply(self, step: int) -> None:
         self.step = step
+        for record, seen in self.seen:
+            record += seen
+        self.seen.clear()
         if self._next_update(step) != step:
             return
         for number, (layer, record) in enumerate(self.records.items()):
             self._update(layer, summed_over_ranks(record).cpu(), number)
             record.zero_()
+
+    def skip(self, step: int) -> None:
+        """Updates are due by the number of the step; this one has shown nothing."""
+        self.seen.clear()
+        self.apply(step)
 
     def state_dict(self) -> dict:
         return {"step": self.step, "records": list(self.records.values())}

@@ -9,7 +9,8 @@ from moestro.train.step import Measured
 @dataclass
 class Counters:
     """Everything that accumulates over a run. FLOPs are of training (3 x forward); `seconds` is time spent in optimizer
-    steps; `metrics_bytes` the size of metrics.jsonl at the last checkpoint."""
+    steps; `metrics_bytes` the size of metrics.jsonl at the last checkpoint; `skipped` the steps that were not finite
+    and changed nothing, of which the last `skipped_in_a_row` followed one another."""
 
     step: int = 0
     tokens: int = 0
@@ -21,6 +22,8 @@ class Counters:
     last_eval: dict[str, float] | None = None
     seconds: float = 0.0
     metrics_bytes: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def add(self, measured: Measured) -> None:
         """Count one optimizer step."""

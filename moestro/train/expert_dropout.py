@@ -45,6 +45,10 @@ class ExpertDropout(Rule):
         if step % self.interval == 0:
             self._draw(step // self.interval)
 
+    def skip(self, step: int) -> None:
+        """Who rests follows the number of the step, not what it showed."""
+        self.apply(step)
+
     def _draw(self, block: int) -> None:
         for number, (router, cluster) in enumerate(self.layers):
             router.set_resting(resting(cluster.cpu(), self.rate, self.seed, number, block).to(cluster.device))

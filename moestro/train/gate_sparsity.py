@@ -46,3 +46,6 @@ class GateSparsity(Rule):
         for select in self.seen:
             select.pressure *= self.factor if excess > 0 else 1 / self.factor
         self.seen.clear()
+
+    def skip(self, step: int) -> None:
+        self.seen.clear()

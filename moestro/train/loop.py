@@ -13,6 +13,7 @@ from moestro.model import Transformer
 from moestro.train.environment import describe_machine
 from moestro.train.folder import RunFolder
 from moestro.train.hardware import peak_flops
+from moestro.train.health import require_finite, to_skip
 from moestro.train.memory import keep_freed_memory
 from moestro.train.metrics import MetricsLog
 from moestro.train.optim import build_optimizer, clip_gradients, set_learning_rate
@@ -22,7 +23,7 @@ from moestro.train.schedules import Scheduled, weight_at
 from moestro.train.settings import TrainSettings
 from moestro.train.signals import StopSignal, TrainingStopped
 from moestro.train.state import TrainState
-from moestro.train.step import Batches, ScheduledObjectives, backward, check_names, measure, require_finite
+from moestro.train.step import Batches, ScheduledObjectives, backward, check_names, measure
 from moestro.train.tables import prepare_tables
 
 
@@ -112,12 +113,9 @@ def run(
         counters.add(measured)
         before, share = share, counters.share(settings.budget)
         lr = settings.optim.lr * settings.optim.schedule(min(1.0, (before + share) / 2), share / counters.step)
-        require_finite(measured.signs_of_health, counters.step, lr)
-        set_learning_rate(optimizer, lr)
-        optimizer.step()
-        for rule in state.rules:
-            rule.apply(counters.step)
-        log.step(measured, lr, peak)
+        broken = to_skip(measured, counters, settings, lr)
+        finish_step(state, lr, bool(broken))
+        log.step(measured, lr, peak, broken)
 
         finished, better = share >= 1, False
         if finished or due(settings.eval_every, counters.step):
@@ -139,6 +137,15 @@ def finish_gradients(state: TrainState) -> Tensor:
     for rule in state.rules:
         rule.gradients(state.counters.step + 1)
     return clip_gradients(state.model, state.settings.optim.clip)
+
+
+def finish_step(state: TrainState, lr: float, skipped: bool) -> None:
+    """Let the optimizer and then the rules change the model, or neither, where the step is skipped."""
+    if not skipped:
+        set_learning_rate(state.optimizer, lr)
+        state.optimizer.step()
+    for rule in state.rules:
+        (rule.skip if skipped else rule.apply)(state.counters.step)
 
 
 def weights_of(objectives: ScheduledObjectives) -> dict[str, float | str]:

@@ -31,20 +31,23 @@ class MetricsLog:
         if self.board is not None:
             self.board.close()
 
-    def step(self, measured: Measured, lr: float, peak: float | None) -> None:
-        """The line of one optimizer step."""
+    def step(self, measured: Measured, lr: float, peak: float | None, broken: str) -> None:
+        """The line of one optimizer step; `broken` says what of it was not finite, where it was skipped for that."""
         counters = self.counters
-        line = {
-            "step": counters.step,
-            "tokens": counters.tokens,
-            "flops": counters.flops,
-            "flops_computed": counters.flops_computed,
+        figures: dict[str, Any] = {
             "loss": measured.loss,
             "total_loss": measured.total_loss,
             "objectives": measured.objectives,
             "lr": lr,
             "grad_norm": measured.grad_norm,
             "bpb": measured.bpb,
+        }
+        line = {
+            "step": counters.step,
+            "tokens": counters.tokens,
+            "flops": counters.flops,
+            "flops_computed": counters.flops_computed,
+            **(figures if not broken else {"skipped": broken, "lr": lr}),
             "active_params": measured.active_params,
             "time": self.lap(measured, peak),
         }
@@ -81,12 +84,12 @@ class MetricsLog:
 
 
 def scalars(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """The numbers of a line under slash-separated names."""
+    """The numbers of a line under slash-separated names; words are left out."""
     found: list[tuple[str, float]] = []
     for key, value in line.items():
         if isinstance(value, dict):
             found += scalars(value, f"{prefix}{key}/")
-        elif key != "step":
+        elif key != "step" and not isinstance(value, str):
             found.append((prefix + key, value))
     return found
 

@@ -121,8 +121,11 @@ def describe(line: dict) -> str:
     """The figures of one optimizer step."""
     timing = line["time"]
     parts = [
-        f"loss {line['loss']:.3f}",
-        f"{line['bpb']:.3f} bpb",
+        *(
+            [f"skipped: {line['skipped']}"]
+            if "skipped" in line
+            else [f"loss {line['loss']:.3f}", f"{line['bpb']:.3f} bpb"]
+        ),
         f"{short(timing['tokens_per_s'])} tok/s",
         f"{short(line['active_params'])} active",
     ]

@@ -35,6 +35,9 @@ class Rule:
     def apply(self, step: int) -> None:
         """Change the model after optimizer step `step`."""
 
+    def skip(self, step: int) -> None:
+        """In place of `apply` after a step that was not finite and changed nothing: forget what its traces showed."""
+
     def state_dict(self) -> dict:
         """What it must know to go on."""
         return {}
@@ -82,6 +85,9 @@ class QueryNormStatistics(Rule):
                 norm.update(*together, self.momentum)
         self.seen.clear()
 
+    def skip(self, step: int) -> None:
+        self.seen.clear()
+
 
 class BiasBalance(Rule):
     """Balances experts without a loss: after every optimizer step, bias_e += rate * sign(mean load - load_e) in every
@@ -122,4 +128,7 @@ class BiasBalance(Rule):
         for layer, load in self.seen.items():
             load = summed_over_ranks(load)
             layer.router.bias += self.rate * (load.mean() - load).sign().to(layer.router.bias.dtype)
+        self.seen.clear()
+
+    def skip(self, step: int) -> None:
         self.seen.clear()

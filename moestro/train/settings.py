@@ -8,6 +8,7 @@ from typing import Literal
 from moestro.train.schedules import Cosine, Schedule
 
 Precision = Literal["fp32", "bf16"]
+NonFinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ class TrainSettings:
 
     Tables that train by rows: with `table_precision` bf16 they and Adam's first moment are kept in bfloat16, rounded
     stochastically (`ops.rounding`); arithmetic stays in float32. With `table_folder` they and all their state are in
-    files mapped into memory, in that folder (relative: of the run folder): for tables that are larger than memory."""
+    files mapped into memory, in that folder (relative: of the run folder): for tables that are larger than memory.
+
+    A step whose loss, objectives or gradient norm is not finite ends the run (`non_finite` stop), or is counted, logged
+    and changes neither weights nor what rules remember (skip), `most_skipped` such steps in a row at most."""
 
     budget: Budget
     optim: OptimSettings = field(default_factory=OptimSettings)
@@ -106,6 +110,8 @@ class TrainSettings:
     table_folder: Path | None = None
     compile: bool = False
     recompute: bool = False
+    non_finite: NonFinite = "stop"
+    most_skipped: int = 10
     eval_every: int = 100
     eval_tokens: int | None = None
     save_every: int = 100
@@ -114,7 +120,7 @@ class TrainSettings:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "keep_last", "eval_tokens"):
+        for name in ("batch_size", "accumulate", "keep_last", "eval_tokens", "most_skipped"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train {name}={value}: must be at least 1")
@@ -127,6 +133,8 @@ class TrainSettings:
         for name in ("precision", "table_precision"):
             if getattr(self, name) not in ("fp32", "bf16"):
                 raise ValueError(f"train {name}={getattr(self, name)!r}: allowed are 'fp32', 'bf16'")
+        if self.non_finite not in ("stop", "skip"):
+            raise ValueError(f"train non_finite={self.non_finite!r}: allowed are 'stop', 'skip'")
         self._check_warmup_fits()
 
     def _check_warmup_fits(self) -> None:

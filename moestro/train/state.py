@@ -25,8 +25,11 @@ from moestro.train.tensors import (
     split,
 )
 
-# Settings that change what is written or shown, not what is learned.
-FREE = frozenset({"eval_every", "eval_tokens", "save_every", "keep_last", "keep_best", "tensorboard", "table_folder"})
+# Settings that change what is written or shown, or when a run is given up, not what is learned until then.
+FREE = frozenset(
+    {"eval_every", "eval_tokens", "save_every", "keep_last", "keep_best", "tensorboard", "table_folder"}
+    | {"non_finite", "most_skipped"}
+)
 
 
 @dataclass
@@ -76,7 +79,8 @@ class TrainState:
             rule.load_state_dict(join(saved, tensors))
         set_random_state(state["random"], self._device)
         for entry in fields(Counters):
-            setattr(self.counters, entry.name, state["counters"][entry.name])
+            # what a run from before an entry was counted has not counted is 0
+            setattr(self.counters, entry.name, state["counters"].get(entry.name, entry.default))
 
     def require_same(self, path: Path) -> dict[str, Any]:
         """The content of a checkpoint's state.json, once it is shown to be of this run.
@@ -98,6 +102,7 @@ class TrainState:
             "flops_computed": counters.flops_computed,
             "params_total": sum(parameter.numel() for parameter in self.model.parameters()),
             "params_active": counters.active_params_sum / counters.step,
+            "skipped": counters.skipped,
             "eval": counters.last_eval,
             "best": {"step": counters.best_step, "loss": counters.best_loss},
             "time": {"seconds": counters.seconds, "tokens_per_s": counters.tokens / counters.seconds},

@@ -69,6 +69,9 @@ class SteerThreshold(Rule):
             select.threshold = min(1.0, max(0.0, select.threshold + change))
         self.error = error
 
+    def skip(self, step: int) -> None:
+        self.counts = None
+
     def state_dict(self) -> dict:
         return {"error": self.error}
 

@@ -1,7 +1,7 @@
 """One optimizer step's forward and backward passes over its micro-batches, and what they measured."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,10 +36,6 @@ class Batches(Protocol):
     def train_batch(self, step: int, batch_size: int, seed: int) -> Batch: ...
 
     def val_batches(self, batch_size: int, max_tokens: int | None = None) -> Iterable[Batch]: ...
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss, an objective or the gradient is infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -155,17 +151,6 @@ def measure(sums: Sums, grad_norm: Tensor, batch: Batch, objectives: WeightedObj
         bytes=int(batch.n_bytes.sum()),
         **numbers,
     )
-
-
-def require_finite(figures: Mapping[str, float], step: int, lr: float) -> None:
-    """Raises: NonFiniteLoss naming step, culprit and what to try."""
-    broken = [f"{name} = {value}" for name, value in figures.items() if not math.isfinite(value)]
-    if broken:
-        raise NonFiniteLoss(
-            f"step {step}: {', '.join(broken)} (learning rate {lr:.3g}). Try, in a new run folder, a lower optim.lr, a "
-            "longer schedule warmup, a smaller optim.clip, or train.precision: fp32. This folder is as the step before "
-            "left it; its checkpoints can be used"
-        )
 
 
 def check_names(objectives: ScheduledObjectives) -> None:

@@ -11,8 +11,9 @@ from moestro import LoadBalance
 from moestro.evaluate.scoring import check_precision, nats, score
 from moestro.routing import Trace
 from moestro.train import NonFiniteLoss, QueryNormStatistics
+from moestro.train.health import require_finite
 from moestro.train.optim import clip_gradients
-from moestro.train.step import Measured, backward, check_names, measure, require_finite
+from moestro.train.step import Measured, backward, check_names, measure
 from tests.tolerances import FLOAT32, FLOAT64
 from tests.train.tiny import SEQUENCE, Counting, tiny_model, tiny_settings
 
