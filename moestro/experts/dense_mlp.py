@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.cost import Cost
+from moestro.cost import Cost, of_products
 from moestro.routing import Routing
 
 
@@ -64,9 +64,13 @@ class DenseMLP(nn.Module):
 
     def expected_token_flops(self, rows_per_token: float = 1.0) -> float:
         """Forward FLOPs of one token, however many routed experts it meets."""
-        parts = [m for m in (self.gate, self.up, self.down, self.weight) if m is not None]
-        return 2.0 * sum(m.weight.numel() for m in parts)  # type: ignore[operator]
+        return float(self.flops_on(1).useful)
 
     def flops(self, routing: Routing) -> Cost:
         """Forward FLOPs on every token of `routing`."""
-        return Cost.exact(self.expected_token_flops() * routing.n_tokens)
+        return self.flops_on(routing.n_tokens)
+
+    def flops_on(self, n_tokens: int) -> Cost:
+        """Forward FLOPs on so many tokens."""
+        parts = [m for m in (self.gate, self.up, self.down, self.weight) if m is not None]
+        return of_products(n_tokens, *(m.weight for m in parts))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.cost import NOTHING, Cost
+from moestro.cost import NOTHING, Cost, of_products
 from moestro.ops.activations import activation as find
 from moestro.routing import Routing
 
@@ -42,7 +42,11 @@ class SharedExpert(nn.Module):
 
     def flops(self, routing: Routing) -> Cost:
         """Forward FLOPs on every token of `routing`."""
-        return Cost.exact(self.expected_token_flops() * routing.n_tokens)
+        return self.flops_on(routing.n_tokens)
+
+    def flops_on(self, n_tokens: int) -> Cost:
+        """Forward FLOPs on so many tokens."""
+        return of_products(n_tokens, self.w_in.weight, self.w_out.weight)
 
 
 class OutputBias(nn.Module):

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.pytorch_utils import Conv1D
 
-from moestro.cost import Cost
+from moestro.cost import NOTHING, Cost, of_products
 from moestro.hf.view import layer_of, places
 from moestro.layers import Layer, MoELayer, adapter_flops
 from moestro.model import Output
@@ -196,9 +196,8 @@ class Hosted(nn.Module):
         """Forward FLOPs on `batch` sequences of what the traces show was used: projections, scores and sums of
         attention (sliding windows as if they were none), routers, experts, head. Scans of state-space layers are not
         counted."""
-        untraced = sum(block.ffn.untraced_flops(batch * seq_len) for block in self._blocks())
-        backbone = self._backbone_flops(batch, seq_len) + Cost.exact(untraced)
-        return sum((trace.flops() for trace in traces), backbone)
+        untraced = sum((block.ffn.untraced_flops(batch * seq_len) for block in self._blocks()), NOTHING)
+        return sum((trace.flops() for trace in traces), self._backbone_flops(batch, seq_len) + untraced)
 
     def expected_token_flops(self, seq_len: int) -> float:
         """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
@@ -259,11 +258,11 @@ class Hosted(nn.Module):
     def _backbone_flops(self, batch: int, seq_len: int) -> Cost:
         """Linear modules outside of the blocks, adapters, and attention, of which causality needs (s + 1) / 2s."""
         kinds = (nn.Linear, Conv1D)
-        weights = sum(m.weight.numel() for m in self.decoder.modules() if isinstance(m, kinds))
-        linear = 2.0 * batch * seq_len * weights
+        weights = (m.weight for m in self.decoder.modules() if isinstance(m, kinds))
+        linear = of_products(batch * seq_len, *weights)
         square = 2.0 * batch * seq_len * seq_len * _attended(self.decoder)
-        backbone = Cost(linear + square * (seq_len + 1) / (2 * seq_len), linear + square)
-        return backbone + adapter_flops(self, batch, seq_len)
+        attended = Cost(square * (seq_len + 1) / (2 * seq_len), square)
+        return linear + attended + adapter_flops(self, batch, seq_len)
 
     def _blocks(self) -> list[Any]:
         return list(self.blocks)

@@ -90,7 +90,7 @@ class Mixture(nn.Module):
             rows = n_tokens * router.rows_per_token()
         else:
             rows = batch * router(torch.zeros(seq_len, self.bank.d_in).to(self.bank.down)).n_rows
-        return Cost.exact(router.flops(n_tokens) + rows * self.bank.row_flops())
+        return Cost.exact(router.flops(n_tokens) + rows * self.bank.row_flops()).of_weights(self.parameters())
 
 
 class AdaptedLinear(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moestro.cost import NOTHING, Cost
 from moestro.routing import Trace
 
 
@@ -29,9 +30,9 @@ class Layer(nn.Module):
         """Forward FLOPs of a token before anything is learned: equal probabilities for all experts."""
         raise NotImplementedError
 
-    def untraced_flops(self, n_tokens: int) -> float:
+    def untraced_flops(self, n_tokens: int) -> Cost:
         """Forward FLOPs on `n_tokens` tokens that no trace shows."""
-        return 0.0
+        return NOTHING
 
 
 class TokenLayer(Layer):

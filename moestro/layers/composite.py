@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from moestro.cost import NOTHING, Cost, of_products
 from moestro.layers.base import Layer
 from moestro.ops.activations import activation
 from moestro.routing import Trace
@@ -45,8 +46,8 @@ class SequenceLayer(Layer):
     def expected_token_flops(self) -> float:
         return sum(layer.expected_token_flops() for layer in self._sublayers())
 
-    def untraced_flops(self, n_tokens: int) -> float:
-        return sum(layer.untraced_flops(n_tokens) for layer in self._sublayers())
+    def untraced_flops(self, n_tokens: int) -> Cost:
+        return sum((layer.untraced_flops(n_tokens) for layer in self._sublayers()), NOTHING)
 
     def _sublayers(self) -> list[Layer]:
         return list(self.sublayers)  # type: ignore[arg-type]
@@ -83,13 +84,13 @@ class InputGatedLayer(Layer):
         return self.w_out(y * F.silu(self.w_gate(x))), traces
 
     def expected_token_flops(self) -> float:
-        return self.layer.expected_token_flops() + self._gate_flops()
+        return self.layer.expected_token_flops() + float(self._gate_flops(1).useful)
 
-    def untraced_flops(self, n_tokens: int) -> float:
-        return self.layer.untraced_flops(n_tokens) + n_tokens * self._gate_flops()
+    def untraced_flops(self, n_tokens: int) -> Cost:
+        return self.layer.untraced_flops(n_tokens) + self._gate_flops(n_tokens)
 
-    def _gate_flops(self) -> float:
-        return 4.0 * self.w_out.weight.numel()
+    def _gate_flops(self, n_tokens: int) -> Cost:
+        return of_products(n_tokens, self.w_gate.weight, self.w_out.weight)
 
 
 def _run(layer: Layer, x: Tensor, keep: Tensor | None, earlier: tuple[Trace, ...]) -> tuple[Tensor, tuple[Trace, ...]]:

@@ -3,6 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moestro.cost import Cost
 from moestro.experts.dense_mlp import DenseMLP
 from moestro.experts.shared import SharedExpert
 from moestro.layers.base import Layer
@@ -34,5 +35,5 @@ class DenseFFN(Layer):
     def expected_token_flops(self) -> float:
         return self.expert.expected_token_flops()
 
-    def untraced_flops(self, n_tokens: int) -> float:
-        return n_tokens * self.expert.expected_token_flops()
+    def untraced_flops(self, n_tokens: int) -> Cost:
+        return self.expert.flops_on(n_tokens)

@@ -105,8 +105,8 @@ class MoELayer(TokenLayer):
 
     def flops(self, routing: Routing) -> Cost:
         """Forward FLOPs that `routing` shows were used: router, experts and shared branches."""
-        branches = sum((branch.flops(routing) for branch in self._branches()), NOTHING)
-        return branches + Cost.exact(self.router.flops(routing.n_tokens))
+        branches = sum((branch.flops(routing).of_weights(branch.parameters()) for branch in self._branches()), NOTHING)
+        return branches + Cost.exact(self.router.flops(routing.n_tokens)).of_weights(self.router.parameters())
 
     def expected_token_flops(self) -> float:
         rows = self.router.rows_per_token()

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moestro.cost import Cost, of_products
 from moestro.layers.base import Layer
 from moestro.routing import Origin, Trace
 
@@ -66,14 +67,15 @@ class MultiHeadLayer(Layer):
         """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""
         self.ffn.reindex(index)  # type: ignore[operator]
 
-    def untraced_flops(self, n_tokens: int) -> float:
-        return n_tokens * self._projection_flops() + self.ffn.untraced_flops(n_tokens * self.heads)
+    def untraced_flops(self, n_tokens: int) -> Cost:
+        return self._projection_flops(n_tokens) + self.ffn.untraced_flops(n_tokens * self.heads)
 
     def expected_token_flops(self) -> float:
-        return self._projection_flops() + self.heads * self.ffn.expected_token_flops()
+        return float(self._projection_flops(1).useful) + self.heads * self.ffn.expected_token_flops()
 
-    def _projection_flops(self) -> float:
-        return sum(2.0 * p.weight.numel() for p in (self.head, self.merge) if isinstance(p, nn.Linear))
+    def _projection_flops(self, n_tokens: int) -> Cost:
+        there = (p for p in (self.head, self.merge) if not isinstance(p, nn.Identity))
+        return of_products(n_tokens, *(p.weight for p in there))  # type: ignore[arg-type]
 
 
 def _projection(d_model: int, bias: bool, gain: float) -> nn.Linear:

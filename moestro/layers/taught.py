@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moestro.cost import NOTHING, Cost
 from moestro.layers.base import Layer
 from moestro.layers.dense import DenseFFN
 from moestro.layers.moe import MoELayer
@@ -20,7 +21,7 @@ class TaughtLayer(Layer):
     the student's stream: each layer is taught what to make of the input that it really gets).
 
     The teacher is frozen: it gets no gradients and no optimizer state, and is saved with the layer until the teachers
-    are dropped (`moestro convert --drop-teacher`). Its forward pass counts in training, three times as every FLOP does.
+    are dropped (`moestro convert --drop-teacher`). Its forward pass counts in training, once: it has no backward pass.
     """
 
     def __init__(self, student: MoELayer, teacher: DenseFFN) -> None:
@@ -46,5 +47,5 @@ class TaughtLayer(Layer):
     def expected_token_flops(self) -> float:
         return self.student.expected_token_flops()
 
-    def untraced_flops(self, n_tokens: int) -> float:
-        return self.teacher.untraced_flops(n_tokens) if self.training else 0.0
+    def untraced_flops(self, n_tokens: int) -> Cost:
+        return self.teacher.untraced_flops(n_tokens).forward_only() if self.training else NOTHING

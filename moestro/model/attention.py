@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import Cost
+from moestro.cost import Cost, of_products
 from moestro.model.cache import Cache, attend
 
 
@@ -76,10 +76,10 @@ class Attention(nn.Module):
 
         Where packed documents mask each other less still is needed, equally for every model; that is not subtracted.
         """
-        weights = sum(linear.weight.numel() for linear in (self.query, self.key, self.value, self.out))
-        projections = 2.0 * batch * seq_len * weights
+        linears = (self.query, self.key, self.value, self.out)
+        projections = of_products(batch * seq_len, *(linear.weight for linear in linears))
         square = 4.0 * batch * self.n_heads * self.head_dim * seq_len * seq_len
-        return Cost(projections + square * (seq_len + 1) / (2 * seq_len), projections + square)
+        return projections + Cost(square * (seq_len + 1) / (2 * seq_len), square)
 
 
 def _rotate(x: Float[Tensor, "b h s c"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b h s c"]:

@@ -42,8 +42,7 @@ class Block(nn.Module):
 
     def flops(self, batch: int, seq_len: int) -> Cost:
         """Forward FLOPs on `batch` sequences, those left out that the traces of this block show."""
-        untraced = self.ffn.untraced_flops(batch * seq_len)
-        return self.attention.flops(batch, seq_len) + Cost.exact(untraced)
+        return self.attention.flops(batch, seq_len) + self.ffn.untraced_flops(batch * seq_len)
 
     def expected_token_flops(self, seq_len: int) -> float:
         """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""

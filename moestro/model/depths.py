@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import Cost
+from moestro.cost import Cost, of_products
 from moestro.experts import ExpertBank
 from moestro.layers.base import Layer
 from moestro.model.attention import Attention
@@ -102,8 +102,7 @@ class PassedBlock(Block):
         return rows_allowed(length, 1, self.share)
 
     def flops(self, batch: int, seq_len: int) -> Cost:
-        score = Cost.exact(2.0 * batch * seq_len * self.score.weight.numel())
-        return score + super().flops(batch, self.n_chosen(seq_len))
+        return of_products(batch * seq_len, self.score.weight) + super().flops(batch, self.n_chosen(seq_len))
 
     def expected_token_flops(self, seq_len: int) -> float:
         chosen = self.n_chosen(seq_len)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moestro.cost import Cost
+from moestro.cost import Cost, of_products
 from moestro.layers.adapted import adapter_flops
 from moestro.layers.moe import MoELayer
 from moestro.model.active import idle_parameters
@@ -126,7 +126,7 @@ class Transformer(nn.Module):
 
     def flops(self, batch: int, seq_len: int, traces: Sequence[Trace]) -> Cost:
         """Forward FLOPs on `batch` sequences of what the traces show was used; attention, routers, head counted."""
-        head = Cost.exact(batch * seq_len * self._head_flops())
+        head = of_products(batch * seq_len, self.head.weight)
         backbone = sum((block.flops(batch, seq_len) for block in self._blocks()), head)
         backbone += adapter_flops(self, batch, seq_len)
         return sum((trace.flops() for trace in traces), backbone)
@@ -134,10 +134,8 @@ class Transformer(nn.Module):
     def expected_token_flops(self, seq_len: int) -> float:
         """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
         adapters = float(adapter_flops(self, 1, seq_len).useful) / seq_len
-        return self._head_flops() + adapters + sum(block.expected_token_flops(seq_len) for block in self._blocks())
-
-    def _head_flops(self) -> float:
-        return 2.0 * self.head.weight.numel()
+        head = 2.0 * self.head.weight.numel()
+        return head + adapters + sum(block.expected_token_flops(seq_len) for block in self._blocks())
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.cost import NOTHING, Cost
+from moestro.cost import Cost
 from moestro.routing.decisions import Routing
 
 
@@ -86,8 +86,10 @@ class Trace:
 
     def flops(self) -> Cost:
         """Forward FLOPs of what the layer did, with what it only recorded."""
-        recorded = NOTHING if self.overheard is None else self.layer.banks()[0].flops(self.overheard.routing)
-        return self.layer.flops(self.routing) + recorded
+        if self.overheard is None:
+            return self.layer.flops(self.routing)
+        bank = self.layer.banks()[0]
+        return self.layer.flops(self.routing) + bank.flops(self.overheard.routing).of_weights(bank.parameters())
 
     def inside(self, outer: Origin) -> "Trace":
         """The trace of a layer inside another, whose tokens were routed tokens of `outer`."""

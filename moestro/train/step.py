@@ -23,9 +23,6 @@ WeightedObjectives = Sequence[tuple[str, float, Objective]]
 ScheduledObjectives = Sequence[tuple[str, float | Scheduled, Objective]]
 Sums = dict[str, Tensor]
 
-# Backward costs twice the forward: one product for the inputs' gradients, one for the weights'.
-TRAINING_FLOPS = 3.0
-
 
 class Batches(Protocol):
     """What training asks of a data set: batches that are pure functions of their arguments, and what identifies it."""
@@ -103,9 +100,10 @@ def usage(model: Any, batch: Batch, traces: tuple[Trace, ...], settings: TrainSe
     # Recomputation runs the forward of all but the head a second time; nothing useful comes of it.
     head = 2.0 * batch.tokens.numel() * model.head.weight.numel()
     again = forward.computed - head if settings.recompute else 0.0
+    training = forward.training()
     return {
-        "flops": forward.useful * TRAINING_FLOPS,
-        "flops_computed": forward.computed * TRAINING_FLOPS + again,
+        "flops": training.useful,
+        "flops_computed": training.computed + again,
         "active_params": model.active_parameters(traces) / settings.accumulate,
     }
 

@@ -57,7 +57,9 @@ def test_an_evaluated_layer_asks_no_teacher_and_is_its_student():
     y, (trace,) = layer(x)
     assert trace.target is None and trace.overheard is None
     assert torch.equal(y, layer.student(x)[0])
-    assert layer.untraced_flops(7) == 0 and layer.train().untraced_flops(7) == 7 * 3 * 2 * D * W
+    taught_once = layer.train().untraced_flops(7)
+    assert layer.eval().untraced_flops(7).useful == 0 and taught_once.useful == 7 * 3 * 2 * D * W
+    assert taught_once.training().useful == taught_once.useful  # nothing goes back through the teacher
 
 
 def test_without_teacher_or_records_it_says_what_is_missing():

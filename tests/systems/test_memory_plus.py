@@ -77,7 +77,7 @@ def test_flops_count_the_gate() -> None:
     layer = memory(ValueBank(D, N).double())
     inner = layer.layer.expected_token_flops()
     assert layer.expected_token_flops() == inner + 4 * D * D
-    assert layer.untraced_flops(7) == 7 * 4 * D * D
+    assert layer.untraced_flops(7).useful == 7 * 4 * D * D
 
 
 def test_output_starts_at_the_scale_asked_for() -> None:
