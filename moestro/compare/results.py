@@ -16,6 +16,7 @@ from moestro.compare.plan import Comparison
 from moestro.compare.verdict import cells, winner
 from moestro.data import Dataset, zlib_bpb
 from moestro.train.environment import describe_machine
+from moestro.upgrades import COMPARISON
 
 # A train curve has at most so many points.
 CURVE_POINTS = 200
@@ -34,7 +35,7 @@ def collect(
     machine = describe_machine(torch.device(jobs[0].device))
     del machine["commit"]
     results: dict[str, Any] = {
-        "format": 1,
+        COMPARISON.key: COMPARISON.version,
         "title": plan.title or plan.path.stem,
         "command": command,
         "moestro": moestro.__version__,

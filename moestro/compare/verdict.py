@@ -4,10 +4,12 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from moestro.compare.numerals import NO_BREAK, PLUS_MINUS, decimals_for, is_number, mean_and_spread, percent, scientific
+from moestro.upgrades import COMPARISON
 
 RULE = (
     "An arm wins when its mean lies below that of every other arm by more than t standard errors of the "
@@ -98,9 +100,9 @@ class Verdict:
 
 
 def check_format(results: Mapping) -> None:
-    """Raises ValueError where `results` is not a results.json of the format read here."""
-    if results.get("format") != 1:
-        raise ValueError(f"results.json: format={results.get('format')!r}; this version reads format 1")
+    """Raises ValueError where `results` is not a results.json of the version written here."""
+    if (found := COMPARISON.version_of(results, Path("results.json"))) != COMPARISON.version:
+        raise ValueError(f"results.json is of format {found}, not upgraded to {COMPARISON.version}")
     sizes = [size["name"] for size in results["sizes"]]
     lost = {run["size"] for run in results["runs"]} - set(sizes)
     if lost:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-VERSION = 1
 Semantics = Literal["slice", "remap", "zero"]
 HASH = re.compile(r"[0-9a-f]{64}")
 

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moestro.compress.plan import VERSION, Plan, PlanError, TensorFile
+from moestro.compress.plan import Plan, PlanError, TensorFile
 from moestro.recipe.bind import Binder
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.syntax import RecipeError
 from moestro.train.durable import sha256, write_text
+from moestro.upgrades import PLAN, VersionError
 
 
 def write_plan(plan: Plan, path: Path) -> Path:
@@ -22,7 +23,7 @@ def write_plan(plan: Plan, path: Path) -> Path:
 
 def plan_text(plan: Plan) -> str:
     """A plan as JSON, lists of numbers on one line."""
-    return _dumped({"version": VERSION, **asdict(plan)}, "") + "\n"
+    return _dumped({PLAN.key: PLAN.version, **asdict(plan)}, "") + "\n"
 
 
 def read_plan(path: Path, whole: bool = True) -> Plan:
@@ -32,12 +33,11 @@ def read_plan(path: Path, whole: bool = True) -> Plan:
     Raises: PlanError naming the file and the key, what was there and what is allowed.
     """
     tree = _parsed(path)
-    version = tree.pop("version", None)
-    if version != VERSION:
-        raise PlanError(f"version={version!r}, this moestro reads {VERSION} ({path}: version)")
     try:
+        tree = PLAN.upgraded(tree, path)
+        del tree[PLAN.key]
         plan = Binder({}).bind(Plan, tree, Place(Origin(path, tree))).build()
-    except RecipeError as error:
+    except (RecipeError, VersionError) as error:
         raise PlanError(str(error)) from error
     if whole and plan.tensors is not None:
         tensor_file(path, plan.tensors)

@@ -7,10 +7,11 @@ from moestro.data.batches import Batch, Windows
 from moestro.data.cache import appearing, digest
 from moestro.data.corpus import Corpus
 from moestro.data.progress import progress_bar
-from moestro.data.shards import FORMAT, open_shard, read_meta, write_shards
+from moestro.data.shards import open_shard, read_meta, write_shards
 from moestro.data.sources import Source
 from moestro.data.tokenizers import BPETokenizer, Tokenizer, load_tokenizer
 from moestro.ops.cache_folder import cache_root
+from moestro.upgrades import SHARDS
 
 
 class TokenData:
@@ -41,7 +42,7 @@ class TokenData:
         with progress_bar(progress) as report:
             corpus = Corpus(self.source, self.val_source, self.val_fraction, report)
             tokenizer = self.tokenizer.fitted(corpus, self.cache_dir)
-            key = digest(FORMAT, corpus.fingerprint(), tokenizer.fingerprint())
+            key = digest(SHARDS.version, corpus.fingerprint(), tokenizer.fingerprint())
             folder = self.cache_dir / "tokens" / key[:24]
             if not folder.is_dir():
                 with appearing(folder) as filling:

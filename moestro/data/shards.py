@@ -20,8 +20,8 @@ from moestro.data.cache import file_sha256
 from moestro.data.corpus import Corpus
 from moestro.data.sources import Document
 from moestro.data.tokenizers import Tokenizer
+from moestro.upgrades import SHARDS
 
-FORMAT = 1
 SPLITS = ("train", "val")
 # characters of text encoded at once: bounds memory, keeps all cores busy
 BATCH_CHARACTERS = 2_000_000
@@ -69,7 +69,7 @@ def write_shards(folder: Path, key: str, corpus: Corpus, tokenizer: Tokenizer) -
     _check_content(splits, corpus)
     tokenizer.save(folder)
     meta = {
-        "format": FORMAT,
+        SHARDS.key: SHARDS.version,
         "key": key,
         "name": corpus.name,
         "dtype": token_dtype(tokenizer.vocab_size).name,
@@ -82,7 +82,7 @@ def write_shards(folder: Path, key: str, corpus: Corpus, tokenizer: Tokenizer) -
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a built corpus. Raises: FileNotFoundError or ValueError that name the file."""
+    """meta.json of a built corpus. Raises: FileNotFoundError, ValueError or VersionError that name the file."""
     path = folder / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; this folder holds no token shards")
@@ -90,9 +90,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text())
     except ValueError as error:
         raise _damaged(path, f"it is not valid JSON ({error})") from error
-    if meta.get("format") != FORMAT:
-        raise _damaged(path, f"it says format {meta.get('format')!r}, this version reads {FORMAT}")
-    return meta
+    if not isinstance(meta, dict):
+        raise _damaged(path, "it is no JSON object")
+    return SHARDS.upgraded(meta, path)
 
 
 def open_shard(folder: Path, split: str, meta: dict[str, Any]) -> Shard:

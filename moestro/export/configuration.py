@@ -9,7 +9,7 @@ class MoestroConfig(PreTrainedConfig):
     """`construction` says what the decoder is made of (`moestro.export.construction`) and decides everything below it;
     the other sizes repeat what other programs ask for. `recipe` is for readers: model, data and training as they were,
     every default written out. `max_position_embeddings` is the length of the training sequences, in tokens; rotary
-    positions have no end.
+    positions have no end. `format_version` counts changes of what `construction` and the tensors mean.
     """
 
     model_type = "moestro"
@@ -20,10 +20,11 @@ class MoestroConfig(PreTrainedConfig):
         recipe: dict[str, Any] | None = None,
         moestro_version: str = "",
         max_position_embeddings: int = 2048,
+        format_version: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.construction, self.recipe, self.moestro_version = construction, recipe, moestro_version
-        self.max_position_embeddings = max_position_embeddings
+        self.max_position_embeddings, self.format_version = max_position_embeddings, format_version
         # transformers makes one without arguments to see what differs from it
         super().__init__(**(kwargs | (sizes(construction) if construction else {})))
 

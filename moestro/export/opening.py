@@ -1,5 +1,6 @@
 """Models to use: a run's folder, an exported one, or any causal language model in Hugging Face's format."""
 
+import json
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.pretrained import Pretrained
 from moestro.recipe.syntax import RecipeError
 from moestro.train import load_weights
+from moestro.upgrades import EXPORT
 
 
 class Opened(NamedTuple):
@@ -41,7 +43,8 @@ def open_model(
     `trust_remote_code`; exported folders need none here.
 
     Raises: FileNotFoundError where there is no folder, RecipeError where it holds neither; CheckpointError where a run
-    has no intact checkpoint; OSError and ValueError as transformers has them.
+    has no intact checkpoint; VersionError where a newer moestro wrote the folder; OSError and ValueError as
+    transformers has them.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -50,11 +53,23 @@ def open_model(
         return open_run(folder, device, dtype, checkpoint)
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder} holds no model: neither recipe.yaml (a run) nor config.json (Hugging Face)")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto" if dtype is None else dtype, trust_remote_code=trust_remote_code, local_files_only=True
-    )
+    said: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if (own := _own_configuration(folder / "config.json")) is not None:
+        said["config"] = own
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **said)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     return _opened(model, tokenizer, device)
+
+
+def _own_configuration(file: Path) -> MoestroConfig | None:
+    """The configuration of a folder that this package exported, as today's version says it; None of any other.
+
+    Raises: VersionError where a newer moestro wrote it.
+    """
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    if tree.get("model_type") != MoestroConfig.model_type:
+        return None
+    return MoestroConfig.from_dict(EXPORT.upgraded(tree, file))
 
 
 def _opened(model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: str | torch.device) -> Opened:
@@ -109,4 +124,4 @@ def configured(recipe: Recipe, vocab_size: int) -> MoestroConfig:
     Raises: RecipeError where a part refuses its values.
     """
     made_of, length = construction(recipe, vocab_size), recipe.data.value("seq_len")
-    return MoestroConfig(made_of, recipe.resolved, __version__, length, dtype="float32")
+    return MoestroConfig(made_of, recipe.resolved, __version__, length, EXPORT.version, dtype="float32")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from moestro.export.modeling import MoestroForCausalLM, stays_wide
 from moestro.formats.shards import SINGLE, Shards
-from moestro.formats.writer import Outgoing, computed, of_file
-from moestro.train.checkpoint import read_state
+from moestro.formats.writer import Outgoing, computed, of_file, of_tensor
+from moestro.train.checkpoint import added_tensors, read_state
 from moestro.train.tensors import model_tensors
 
 
@@ -34,7 +34,9 @@ class Stored:
             first.setdefault(id(tensor), name)
         self.names = {first[id(tensor)]: name for name, tensor in own.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        if shapes != {name: entry.shape for name, entry in self.shards.items()}:
+        stored = {name: entry.shape for name, entry in self.shards.items()}
+        self.added = added_tensors(checkpoint, stored)
+        if shapes != stored | {name: tuple(tensor.shape) for name, tensor in self.added.items()}:
             raise ExportError(f"{checkpoint} holds the tensors of another model than its recipe")
 
     def __iter__(self) -> Iterator[str]:
@@ -42,14 +44,18 @@ class Stored:
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
-        return self.shards.read(self.names[name])
+        own = self.names[name]
+        return self.added[own] if own in self.added else self.shards.read(own)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is stored."""
-        return self.shards.dtype(self.names[name])
+        own = self.names[name]
+        return self.added[own].dtype if own in self.added else self.shards.dtype(own)
 
     def outgoing(self, name: str, dtype: torch.dtype | None) -> Outgoing:
         """One tensor to be written: byte for byte, or in `dtype` where it is of floating point and not kept wide."""
+        if self.names[name] in self.added:
+            return of_tensor(name, self.read(name))
         entry, stored = self.shards[self.names[name]], self.dtype(name)
         wanted = stored
         if dtype is not None and stored.is_floating_point:

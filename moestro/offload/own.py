@@ -20,7 +20,7 @@ from moestro.offload.predictor import Chosen
 from moestro.ops import expert_ffn
 from moestro.routing import Routing, SparseRouting
 from moestro.train import newest_checkpoint
-from moestro.train.checkpoint import read_state
+from moestro.train.checkpoint import added_tensors, read_state
 
 
 class OwnHost:
@@ -62,6 +62,8 @@ class OwnHost:
         kept = {name: entry for name, entry in self.entries.items() if not self._experts_own(name)}
         with safe_open(self.file, framework="pt", device=str(device)) as stored:
             tensors = {name: stored.get_tensor(name).clone() for name in kept}
+        added = added_tensors(self.checkpoint, {name: tuple(entry.shape) for name, entry in self.entries.items()})
+        tensors |= {name: tensor.to(device) for name, tensor in added.items()}
         tensors |= {name: tensors[source] for name, source in self.tied.items() if source in tensors}
         found = model.decoder.load_state_dict(tensors, strict=False)
         if found.unexpected_keys or [name for name in found.missing_keys if not self._experts_own(name)]:

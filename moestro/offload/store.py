@@ -19,8 +19,9 @@ from moestro.offload.calibration import Calibration
 from moestro.offload.codecs import Codec, Grouped, relative_error
 from moestro.offload.files import Files, OffloadError
 from moestro.train.durable import TEMPORARY, remove_temporary, sha256, sha256_json, sync_file, write_json
+from moestro.upgrades import STORE
 
-FORMAT, VERSION = "moestro-offload-store", 1
+FORMAT = "moestro-offload-store"
 # An expert whose output may be off by more than this share of itself is named.
 LARGE_ERROR = 0.2
 
@@ -63,7 +64,7 @@ def open_store(
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary(folder)
-    state = {"format": FORMAT, "version": VERSION, "source": fingerprint(high), **_described(codec)}
+    state = {"format": FORMAT, STORE.key: STORE.version, "source": fingerprint(high), **_described(codec)}
     built = _state(folder, state)
     digest = None if calibration is None else _digest(calibration, high)
     if calibration is not None and built.get("calibration") != digest:
@@ -97,6 +98,8 @@ def _state(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OffloadError(f"{path} is damaged ({error}); delete the folder to have it rebuilt") from error
+    if found.get("format") == FORMAT:
+        found = STORE.upgraded(found, path)
     for key, value in wanted.items():
         if found.get(key) != value:
             raise OffloadError(f"{folder} holds copies of other experts: {key} {found.get(key)!r}, expected {value!r}")

@@ -11,7 +11,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-FORMAT, VERSION = "moestro-offload-trace", 1
+from moestro.upgrades import TRACE
+
+FORMAT = "moestro-offload-trace"
 
 
 class TraceError(ValueError):
@@ -77,7 +79,7 @@ class Recorder:
         self.path, self.error, self.n_steps = path, None, 0
         self._sequence, self._end = 0, 0
         self._file: IO[bytes] | None = path.open("wb")
-        self._write({"format": FORMAT, "version": VERSION, **asdict(header)})
+        self._write({"format": FORMAT, TRACE.key: TRACE.version, **asdict(header)})
 
     error: OSError | None
 
@@ -160,8 +162,10 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _header(path: Path, line: bytes) -> Header:
     parsed = _parsed(path, 1, line)
-    if parsed.pop("format", None) != FORMAT or parsed.pop("version", None) != VERSION:
-        raise TraceError(f"{path}: not a trace of format {FORMAT!r}, version {VERSION}")
+    if parsed.pop("format", None) != FORMAT:
+        raise TraceError(f"{path}: not a trace of format {FORMAT!r}")
+    parsed = TRACE.upgraded(parsed, path)
+    del parsed[TRACE.key]
     try:
         header = Header(**parsed)
         sizes = [size for layers in (header.high, header.low) for layer in layers for size in layer]

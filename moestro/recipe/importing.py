@@ -20,6 +20,7 @@ from moestro.recipe.resolve import Origin
 from moestro.recipe.syntax import dump_yaml
 from moestro.train.durable import TEMPORARY, sync_file, write_text
 from moestro.train.folder import RunFolder, RunFolderError
+from moestro.upgrades import RUN
 
 # The folder's copy in the run, and what is to be copied and whether it has been.
 COPY, MANIFEST = PRETRAINED, "import.json"
@@ -69,7 +70,7 @@ def import_model(
         text.save(out / "tokenizer")
         # a copy lies beside the recipe, wherever the run is moved
         model = recipe.resolved["model"] | {"folder": str(source) if link else COPY}
-        write_text(out / "recipe.yaml", dump_yaml({**recipe.resolved, "model": model}))
+        write_text(out / "recipe.yaml", dump_yaml({RUN.key: RUN.version, **recipe.resolved, "model": model}))
     parameters = sum(prod(checkpoint.shape(name)) for name in checkpoint.names())
     nbytes = sum(size for size, _ in manifest["files"].values())
     return Imported(checkpoint.config["model_type"], parameters, nbytes, out / "recipe.yaml")

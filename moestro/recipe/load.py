@@ -20,6 +20,7 @@ from moestro.recipe.syntax import RecipeError, dump_yaml
 from moestro.train.durable import write_text
 from moestro.train.schedules import Scheduled
 from moestro.train.settings import OptimSettings, TrainSettings
+from moestro.upgrades import RUN
 
 REQUIRED = ("model", "data", "train")
 SECTIONS = ("paper", *REQUIRED, "objectives", "rules", "optim", "adapt")
@@ -76,8 +77,8 @@ class Recipe:
         return self.origin.path.stem
 
     def write(self, path: Path) -> None:
-        """Write the resolved recipe in one step; reading it back gives an equal one."""
-        write_text(path, dump_yaml(self.resolved))
+        """Write the resolved recipe and its version in one step; reading it back gives an equal one."""
+        write_text(path, dump_yaml({RUN.key: RUN.version, **self.resolved}))
 
     @cached_property
     def resolved(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.recipe.syntax import RecipeError, parse_yaml, read_yaml, unknown
+from moestro.upgrades import RUN, VersionError
 
 Key = str | int
 Keys = tuple[Key, ...]
@@ -75,7 +76,7 @@ class Place:
 
 def read_tree(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict, Origin]:
     """The file at `path` (None: nothing) over the one it extends, with `a.b.c=value` overrides set last."""
-    own = {} if path is None else read_yaml(path)
+    own = {} if path is None else _read(path)
     path = path or Path("command line")
     base_path, base = _base_of(path, own)
     tree = merge(base or {}, {key: value for key, value in own.items() if key != "extends"})
@@ -87,6 +88,18 @@ def read_tree(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict, O
     return tree, Origin(path, own, base_path, base, tuple(keys for keys, _ in settings))
 
 
+def _read(path: Path) -> dict:
+    """A recipe as today's version says it, without its version.
+
+    Raises: RecipeError.
+    """
+    try:
+        tree = RUN.upgraded(read_yaml(path), path)
+    except VersionError as error:
+        raise RecipeError(str(error)) from error
+    return {key: value for key, value in tree.items() if key != RUN.key}
+
+
 def _base_of(path: Path, own: dict) -> tuple[Path | None, dict | None]:
     if "extends" not in own:
         return None, None
@@ -94,7 +107,7 @@ def _base_of(path: Path, own: dict) -> tuple[Path | None, dict | None]:
         raise RecipeError(f"extends={own['extends']!r}: expected the path of one recipe ({path}: extends)")
     base_path = path.parent / own["extends"]
     try:
-        base = read_yaml(base_path)
+        base = _read(base_path)
     except RecipeError as error:
         raise RecipeError(f"{error}, extended by {path}") from error
     if "extends" in base:

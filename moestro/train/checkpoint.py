@@ -20,8 +20,8 @@ from moestro.train.durable import (
     sha256,
     sha256_json,
 )
+from moestro.upgrades import CHECKPOINT, Shapes, VersionError
 
-FORMAT_VERSION = 1
 STATE = "state.json"
 
 
@@ -43,7 +43,7 @@ def write_checkpoint(
         temporary.mkdir(parents=True)
         files = {f"{name}.safetensors": named for name, named in tensors.items()}
         hashes = {name: write_tensors(temporary / name, named) for name, named in files.items()}
-        content = {"format_version": FORMAT_VERSION, "step": step, "sha256": hashes, **state}
+        content = {CHECKPOINT.key: CHECKPOINT.version, "step": step, "sha256": hashes, **state}
         content["checksum"] = sha256_json(content)
         (temporary / STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         publish_folder(temporary, path)
@@ -71,10 +71,11 @@ def step_of(path: Path) -> int:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The content of `state.json`, once every file of the checkpoint is shown to be what was written.
+    """The content of `state.json` as today's version has it, once every file of the checkpoint is shown to be what was
+    written.
 
     Raises: CheckpointError naming the damaged file with its expected and actual hash, and the earlier checkpoint that
-    can be used instead.
+    can be used instead; VersionError where a newer moestro wrote it.
     """
     try:
         return verified_state(path)
@@ -92,10 +93,7 @@ def verified_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "checksum" not in state:
         raise CheckpointError(f"checkpoint {path.name} is damaged: {file} has no checksum")
     compare_hash(file, state.pop("checksum"), sha256_json(state))
-    if state["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format_version {state['format_version']}, this moestro reads {FORMAT_VERSION}"
-        )
+    state = CHECKPOINT.upgraded(state, file)
     for name, expected in state["sha256"].items():
         if not (path / name).is_file():
             raise CheckpointError(f"checkpoint {path.name} is damaged: {path / name} is missing")
@@ -116,7 +114,7 @@ def way_out(path: Path) -> str:
     for earlier in reversed([p for p in list_checkpoints(path.parent) if p.name < path.name]):
         try:
             verified_state(earlier)
-        except CheckpointError:
+        except (CheckpointError, VersionError):
             continue
         return f"{earlier.name} is intact: remove {path} to continue from there"
     return f"No earlier checkpoint is intact: remove {path} to start again from the beginning"
@@ -124,7 +122,18 @@ def way_out(path: Path) -> str:
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     """Tensors of one safetensors file of a checkpoint, on the CPU."""
-    return load_file(path / f"{name}.safetensors")
+    tensors = load_file(path / f"{name}.safetensors")
+    if name != "model":
+        return tensors
+    return tensors | added_tensors(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+
+
+def added_tensors(path: Path, shapes: Shapes) -> dict[str, Tensor]:
+    """What a model's checkpoint of a former version lacks, given the tensors that lie in it; nothing where it is of
+    today's."""
+    file = path / STATE
+    version = CHECKPOINT.version_of(json.loads(file.read_text(encoding="utf-8")), file)
+    return CHECKPOINT.added(version, shapes)
 
 
 def keep_checkpoints(checkpoints: Path, last: int, best_step: int | None) -> None:

@@ -260,7 +260,7 @@ def test_a_failing_render_leaves_the_old_page(make_results, tmp_path, monkeypatc
     path = tmp_path / "deep" / "report.html"
     assert write_report(make_results(1, (3.2e12,), 1), path) == path
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="format=None; this version reads format 1"):
+    with pytest.raises(ValueError, match="format=None, allowed: 1 to 1"):
         write_report({}, path)
 
     def no_room(source, target):

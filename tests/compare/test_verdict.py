@@ -162,7 +162,7 @@ def test_sizes_of_one_budget_are_not_asked_of_another(make_results):
 
 def test_malformed_results_are_refused():
     good = results({"a": [2.0]}, seeds=(0,))
-    with pytest.raises(ValueError, match="format=2; this version reads format 1"):
+    with pytest.raises(ValueError, match="format version 2, written by a newer moestro"):
         cells(good | {"format": 2})
     with pytest.raises(ValueError, match=r"unknown arms \['x'\]; arms: \['a'\]"):
         cells(good | {"runs": [good["runs"][0] | {"arm": "x"}]})

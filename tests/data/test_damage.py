@@ -52,7 +52,7 @@ def damage_tokenizer(folder: Path):
         (lambda folder: (folder / "meta.json").write_text("{"), r"meta\.json: damaged: it is not valid JSON"),
         (
             lambda folder: (folder / "meta.json").write_text("{}"),
-            r"meta\.json: damaged: it says format None, this .* 1",
+            r"format=None, allowed: 1 to 1 \(.*meta\.json: format\)",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Checkpoint folders: complete or absent, verified, few."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from moestro.train.tensors import (
     set_random_state,
     split,
 )
+from moestro.upgrades import CHECKPOINT, VersionError
 from tests.train.tiny import tiny_model
 
 
@@ -44,7 +46,7 @@ def test_what_was_written_comes_back(tmp_path):
     path = write_checkpoint(tmp_path, 7, tensors, {"counters": {"tokens": 12}})
     assert path == tmp_path / "step-00000007"
     state = read_state(path)
-    assert (state["step"], state["format_version"], state["counters"]) == (7, 1, {"tokens": 12})
+    assert (state["step"], state["format_version"], state["counters"]) == (7, CHECKPOINT.version, {"tokens": 12})
     for name, named in tensors.items():
         back = read_tensors(path, name)
         assert back.keys() == named.keys()
@@ -133,12 +135,13 @@ def test_a_changed_state_is_found(tmp_path, damage, message):
         read_state(path)
 
 
-def test_another_format_version_is_refused(tmp_path, monkeypatch):
+def test_a_newer_format_version_is_refused_and_nothing_is_to_be_removed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("moestro.train.checkpoint.FORMAT_VERSION", 99)
+        patch.setattr("moestro.train.checkpoint.CHECKPOINT", replace(CHECKPOINT, steps={98: dict}))
         path = write(tmp_path, 5)
-    with pytest.raises(CheckpointError, match="has format_version 99, this moestro reads 1"):
+    with pytest.raises(VersionError, match="checkpoint of format version 99, written by a newer moestro") as error:
         read_state(path)
+    assert "update moestro" in str(error.value) and "remove" not in str(error.value)
 
 
 def test_tied_parameters_are_stored_once_and_stay_tied(tmp_path):
