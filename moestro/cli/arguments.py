@@ -11,6 +11,7 @@ from moestro.recipe.syntax import nearest
 
 if TYPE_CHECKING:
     from moestro.export import Opened
+    from moestro.recipe.evaluation import Run
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -103,6 +104,17 @@ def add_run(parser: Parser, tokens: str) -> None:
         "--json", type=Path, nargs="?", const=Path("-"), metavar="PATH", help="write JSON, without PATH to the terminal"
     )
     add_device(parser)
+
+
+def run_of(arguments: argparse.Namespace) -> "Run":
+    """The run and the text that the arguments of `add_run` name.
+
+    Raises: UsageError for a device that is not there; what `opened_run` raises.
+    """
+    from moestro.recipe.evaluation import opened_run
+
+    device = device_named(arguments.device)
+    return opened_run(arguments.run, arguments.data, device, arguments.checkpoint, arguments.settings)
 
 
 def positive(text: str) -> int:

@@ -3,7 +3,7 @@
 import sys
 from argparse import Namespace
 
-from moestro.cli.arguments import Parser, UsageError, add_dtype, add_run, device_named, extra, opened_model, positive
+from moestro.cli.arguments import Parser, UsageError, add_dtype, add_run, extra, opened_model, positive, run_of
 from moestro.cli.terminal import as_json
 
 # what only tasks take, and what they do not
@@ -37,10 +37,7 @@ def run(arguments: Namespace) -> int:
     from moestro.recipe.evaluation import evaluate_run, figures_table
 
     _refuse(arguments, OF_TASKS, "needs --tasks")
-    device = device_named(arguments.device)
-    figures = evaluate_run(
-        arguments.run, arguments.data, device, arguments.tokens, arguments.checkpoint, arguments.settings
-    )
+    figures = evaluate_run(run_of(arguments), arguments.tokens)
     if not as_json(arguments.json, figures):
         Console().print(figures_table(figures))
     return 0

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from moestro.cli.arguments import Parser, add_run, device_named
+from moestro.cli.arguments import Parser, add_run, run_of
 from moestro.cli.terminal import as_json
 
 
@@ -31,17 +31,12 @@ def run(arguments: Namespace) -> int:
     return _probe(arguments) if arguments.probe else _page(arguments)
 
 
-def _options(arguments: Namespace, tokens: int) -> tuple:
-    measured = (arguments.data, device_named(arguments.device), arguments.tokens or tokens)
-    return arguments.run, *measured, arguments.checkpoint, arguments.settings
-
-
 def _generalization(arguments: Namespace) -> int:
     from rich.console import Console
 
     from moestro.recipe.generalization import TOKENS, generalization_of_run, generalization_table
 
-    found = generalization_of_run(*_options(arguments, TOKENS))
+    found = generalization_of_run(run_of(arguments), arguments.tokens or TOKENS)
     if not as_json(arguments.json, found):
         Console().print(generalization_table(found))
     return 0
@@ -52,7 +47,7 @@ def _probe(arguments: Namespace) -> int:
 
     from moestro.recipe.probing import TOKENS, probe_of_run, probe_table
 
-    found = probe_of_run(*_options(arguments, TOKENS))
+    found = probe_of_run(run_of(arguments), arguments.tokens or TOKENS)
     if not as_json(arguments.json, found):
         Console().print(probe_table(found))
     return 0
@@ -64,7 +59,7 @@ def _page(arguments: Namespace) -> int:
     from moestro.compare.inspection import write_inspection
     from moestro.recipe.inspection import TOKENS, inspect_run, inspection_table
 
-    found = inspect_run(*_options(arguments, TOKENS))
+    found = inspect_run(run_of(arguments), arguments.tokens or TOKENS)
     page = write_inspection(found, arguments.out or arguments.run / "inspect.html")
     if not as_json(arguments.json, found):
         Console().print(inspection_table(found))

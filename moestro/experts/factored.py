@@ -176,6 +176,31 @@ class FactoredBank(ExpertBank):
         return 2.0 * (self.inputs.numel() + self.outputs.numel()) + self.join_flops()
 
 
+class RankedBank(FactoredBank):
+    """A factored bank with one rank for each expert mode and two more; `d_in` and `d_out` are d_model where not given.
+
+    Raises: ValueError where ranks and modes disagree.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        modes: Sequence[int],
+        ranks: Sequence[int],
+        d_in: int | None = None,
+        d_out: int | None = None,
+    ) -> None:
+        if len(ranks) != len(modes) + 2:
+            raise ValueError(f"ranks={list(ranks)}, allowed: {len(modes) + 2} for {len(modes)} modes")
+        super().__init__(modes, d_model if d_in is None else d_in, d_model if d_out is None else d_out, ranks)
+        self.ranks = tuple(ranks)
+        self.add_factors(modes)
+
+    def add_factors(self, modes: Sequence[int]) -> None:
+        """Draw `experts`, `inputs` and `outputs`, and whatever lies between them."""
+        raise NotImplementedError
+
+
 def _mixed(gates: Float[Tensor, "t e"], table: Float[Tensor, "e ..."]) -> Float[Tensor, "t ..."]:
     return (gates.to(table.dtype) @ table.flatten(1)).unflatten(1, table.shape[1:])
 

@@ -1,42 +1,31 @@
 """Factored experts in tensor-ring format: a product of matrices, one for every place in every mode."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.experts.factored import FactoredBank, homogeneous, uniform
+from moestro.experts.factored import RankedBank, homogeneous, uniform
 
 
-class TensorRingBank(FactoredBank):
+class TensorRingBank(RankedBank):
     """W[n_1, ..., n_E, i, o] = trace(G_1[n_1] ... G_E[n_E] G_i[i] G_o[o]^T).
 
     `ranks` are r_0, r_1, ..., r_E and the last, r: G_e[n] is r_(e-1) x r_e, G_i[i] r_E x r, G_o[o] r_0 x r. r_0 = 1
     makes it a tensor train. A token costs, beside its gates, two FLOPs for each number in the cores and the products of
     matrices on its way. Starts as the authors' code does: the slices of G_1 are diagonal, N(1, 1), those of further
     modes identities, G_i uniform within i^-0.5 and G_o within (r_0 r)^-0.5.
-
-    Raises: ValueError where ranks and modes disagree.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        modes: Sequence[int],
-        ranks: Sequence[int],
-        d_in: int | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        if len(ranks) != len(modes) + 2:
-            raise ValueError(f"ranks={list(ranks)}, allowed: {len(modes) + 2} for {len(modes)} modes")
-        super().__init__(modes, d_model if d_in is None else d_in, d_model if d_out is None else d_out, ranks)
-        self.ranks = tuple(ranks)
-        further = zip(modes[1:], ranks[1:], ranks[2:], strict=False)
+    def add_factors(self, modes: Sequence[int]) -> None:
+        further = zip(modes[1:], self.ranks[1:], self.ranks[2:], strict=False)
         neutral = [torch.eye(before, after).repeat(n, 1, 1) for n, before, after in further]
         self.experts = nn.ParameterList([self.fresh_codes(modes[0]), *neutral])
-        self.inputs = nn.Parameter(uniform(self.d_in + 1, *ranks[-2:], within=self.d_in**-0.5))
-        self.outputs = nn.Parameter(uniform(self.d_out, ranks[0], ranks[-1], within=(ranks[0] * ranks[-1]) ** -0.5))
+        self.inputs = nn.Parameter(uniform(self.d_in + 1, *self.ranks[-2:], within=self.d_in**-0.5))
+        ends = self.ranks[0], self.ranks[-1]
+        self.outputs = nn.Parameter(uniform(self.d_out, *ends, within=prod(ends) ** -0.5))
 
     def fresh_codes(self, n: int) -> Float[Tensor, "n a b"]:
         before, after = self.ranks[:2]

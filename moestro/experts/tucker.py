@@ -7,35 +7,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.experts.factored import FactoredBank, homogeneous, uniform
+from moestro.experts.factored import RankedBank, homogeneous, uniform
 
 
-class TuckerBank(FactoredBank):
+class TuckerBank(RankedBank):
     """W[n_1, ..., n_E, i, o] = sum C[a, m_1, ..., m_E, c] U_1[n_1, m_1] ... U_E[n_E, m_E] U_i[i, a] U_o[o, c].
 
     `ranks` are those of the experts' modes, of the input and of the output. Inputs are contracted with the core first,
     which costs a token the least memory. The authors' last code has no such format; it starts here as the others do:
     U_1 ~ N(1, 1), further U_e 1, U_i uniform within i^-0.5, U_o within r_o^-0.5, and the core uniform so that it keeps
     the scale of its inputs where one expert has all the weight. `core` is [r_i, product of the experts' ranks, r_o].
-
-    Raises: ValueError where ranks and modes disagree.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        modes: Sequence[int],
-        ranks: Sequence[int],
-        d_in: int | None = None,
-        d_out: int | None = None,
-    ) -> None:
-        if len(ranks) != len(modes) + 2:
-            raise ValueError(f"ranks={list(ranks)}, allowed: {len(modes) + 2} for {len(modes)} modes")
-        super().__init__(modes, d_model if d_in is None else d_in, d_model if d_out is None else d_out, ranks)
-        self.ranks = tuple(ranks)
-        further = zip(modes[1:], ranks[1:], strict=False)
+    def add_factors(self, modes: Sequence[int]) -> None:
+        further = zip(modes[1:], self.ranks[1:], strict=False)
         self.experts = nn.ParameterList([self.fresh_codes(modes[0]), *(torch.ones(n, rank) for n, rank in further)])
-        *codes, inner, outer = ranks
+        *codes, inner, outer = self.ranks
         self.inputs = nn.Parameter(uniform(self.d_in + 1, inner, within=self.d_in**-0.5))
         self.outputs = nn.Parameter(uniform(self.d_out, outer, within=outer**-0.5))
         # a code has a second moment of 2 where the first mode's rows are N(1, 1)

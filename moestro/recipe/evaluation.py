@@ -1,6 +1,6 @@
 """A trained run on held-out or other text: figures, and how they look on a terminal."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from moestro.data import Dataset, Source, TokenData, load_tokenizer, source_for, zlib_bpb
+from moestro.data import Batch, Dataset, Source, TokenData, load_tokenizer, source_for, zlib_bpb
 from moestro.data.sources import MissingField
 from moestro.evaluate import capacity_report, evaluate, routing_report
 from moestro.evaluate.knobs import KNOBS
@@ -34,17 +34,22 @@ CHECKPOINTS = {"newest": newest_checkpoint, "best": best_checkpoint}
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run, ready to be measured: its model with a checkpoint's weights, and text. `checkpoint` is the
-    pretrained folder, `step` 0, where training has not begun."""
+    """A trained run, ready to be measured: its model with a checkpoint's weights, and text, which is held out of its
+    own where `own_text`. `checkpoint` is the pretrained folder, `step` 0, where training has not begun."""
 
     folder: Path
     checkpoint: Path
     step: int
     model: Transformer
     dataset: Dataset
+    own_text: bool
     batch_size: int
     precision: str
     settings: tuple[str, ...]
+
+    def held_out(self, max_tokens: int | None = None) -> Iterator[Batch]:
+        """The text in batches, `max_tokens` of it (all where None)."""
+        return self.dataset.val_batches(self.batch_size, max_tokens)
 
 
 def opened_run(
@@ -54,10 +59,14 @@ def opened_run(
     checkpoint: str = "newest",
     settings: Sequence[str] = (),
 ) -> Run:
-    """A run's `newest` or `best` checkpoint, and text for it; arguments as for `evaluate_run`.
+    """A run's `newest` or `best` checkpoint, and text for it.
 
-    Raises: RecipeError where `run_dir` is no run or a setting none that can be changed after training; CheckpointError
-    where it has no intact checkpoint.
+    `data` is a file, folder or pattern, the name of a source, or a source as in a recipe (`{kind: ..., ...}`), and all
+    of it is the text; without it, the held-out part of the run's own is. The tokenizer is the run's. `settings` turn
+    knobs without training: `model.ffn.router.select.threshold=0.4`, or a `top_k`.
+
+    Raises: RecipeError where `run_dir` is no run or a setting is no knob; CheckpointError where it has no intact
+    checkpoint.
     """
     folder = Path(run_dir)
     recipe = _recipe_of(folder, settings)
@@ -70,7 +79,7 @@ def opened_run(
         load_weights(model, path)
     batch_size, precision = recipe.train.value("batch_size"), recipe.train.value("precision")
     step = 0 if start else step_of(path)
-    return Run(folder, path, step, model, dataset, batch_size, precision, tuple(settings))
+    return Run(folder, path, step, model, dataset, data is None, batch_size, precision, tuple(settings))
 
 
 def untrained(recipe: Recipe, folder: Path) -> Path | None:
@@ -79,29 +88,13 @@ def untrained(recipe: Recipe, folder: Path) -> Path | None:
     return plan.folder if isinstance(plan, Pretrained) and not list_checkpoints(folder / "checkpoints") else None
 
 
-def evaluate_run(
-    run_dir: str | Path,
-    data: str | None = None,
-    device: str | torch.device = "cpu",
-    max_tokens: int | None = None,
-    checkpoint: str = "newest",
-    settings: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Bits per byte, perplexity and routing figures of a run's `newest` or `best` checkpoint.
-
-    `data` is a file, folder or pattern, the name of a source, or a source as in a recipe (`{kind: ..., ...}`), and all
-    of it is evaluated; without it, the held-out part of the run's own text is. The tokenizer is the run's. `settings`
-    turn knobs without training: `model.ffn.router.select.threshold=0.4`, or a `top_k`.
-
-    Raises: RecipeError where `run_dir` is no run or a setting is no knob; CheckpointError where it has no intact
-    checkpoint.
-    """
-    run = opened_run(run_dir, data, device, checkpoint, settings)
-    figures = evaluate(run.model, run.dataset.val_batches(run.batch_size, max_tokens), precision=run.precision)
+def evaluate_run(run: Run, max_tokens: int | None = None) -> dict[str, Any]:
+    """Bits per byte, perplexity and routing figures of a run on `max_tokens` of its text (all of it where None)."""
 
     def reported(report: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        return report(run.model, run.dataset.val_batches(run.batch_size, max_tokens), precision=run.precision)
+        return report(run.model, run.held_out(max_tokens), precision=run.precision)
 
+    figures = reported(evaluate)
     return {**about(run), **figures, "layers": reported(routing_report), "passes": reported(capacity_report)}
 
 

@@ -1,15 +1,13 @@
 """`moestro inspect --generalization`: the terms of the generalization bound of a run."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.table import Table
 
 from moestro.evaluate import generalization_report
-from moestro.recipe.evaluation import about, opened_run, plain_table, short
+from moestro.recipe.evaluation import Run, about, plain_table, short
 from moestro.recipe.inspection import TOKENS
 from moestro.recipe.syntax import RecipeError
 from moestro.train.checkpoint import read_state
@@ -17,28 +15,19 @@ from moestro.train.checkpoint import read_state
 BOUND = "O(4 C R + 2 sqrt((sum of 2 d ln N + d ln 2m + ln(4/delta)) / 2m)), arXiv:2403.17404"
 
 
-def generalization_of_run(
-    run_dir: str | Path,
-    data: str | None = None,
-    device: str | torch.device = "cpu",
-    max_tokens: int | None = TOKENS,
-    checkpoint: str = "newest",
-    settings: Sequence[str] = (),
-) -> dict[str, Any]:
+def generalization_of_run(run: Run, max_tokens: int | None = TOKENS) -> dict[str, Any]:
     """What `generalization_report` finds for a run, as JSON values: samples are the training tokens that it read, each
-    once, or windows of them. Gates and inputs are measured on held-out or other text; arguments as for `inspect_run`.
+    once, or windows of them. Gates and inputs are measured on `max_tokens` of its text.
 
-    Raises: RecipeError where `run_dir` is no run, or its model has no mixture layers; CheckpointError without an intact
-    checkpoint.
+    Raises: RecipeError where its model has no mixture layers.
     """
-    run = opened_run(run_dir, data, device, checkpoint, settings)
     if not run.model.moe_layers():
         raise RecipeError(f"{run.folder}: its model has no mixture layers, and the bound is about what routers select")
     read = int(read_state(run.checkpoint)["counters"]["tokens"])
-    tokens = read if data is not None else min(read, run.dataset.n_train_tokens)
+    tokens = min(read, run.dataset.n_train_tokens) if run.own_text else read
     units = {"tokens": tokens, "sequences": max(1, tokens // run.dataset.seq_len)}
-    batches = run.dataset.val_batches(run.batch_size, max_tokens)
-    return {**about(run), **generalization_report(run.model, batches, units, precision=run.precision)}
+    found = generalization_report(run.model, run.held_out(max_tokens), units, precision=run.precision)
+    return {**about(run), **found}
 
 
 def generalization_table(found: Mapping[str, Any]) -> Group:

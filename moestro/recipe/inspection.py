@@ -1,16 +1,14 @@
 """Where a run's compute goes: experts, layers and tokens, beside a homogeneous twin, and at other settings."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.table import Table
 
 from moestro.evaluate import evaluate, knobs, quality_curve, routing_report, sample_text, token_sample
 from moestro.evaluate.knobs import spending
-from moestro.recipe.evaluation import LISTED, about, figures_head, opened_run, plain_table, short
+from moestro.recipe.evaluation import LISTED, Run, about, figures_head, plain_table, short
 from moestro.recipe.syntax import RecipeError
 
 # Held-out tokens that are looked at where the user does not say; every setting of a knob sees them again.
@@ -19,30 +17,20 @@ CHARACTERS = 1400
 SPREAD = ("mean", "p50", "p99")
 
 
-def inspect_run(
-    run_dir: str | Path,
-    data: str | None = None,
-    device: str | torch.device = "cpu",
-    max_tokens: int | None = TOKENS,
-    checkpoint: str = "newest",
-    settings: Sequence[str] = (),
-) -> dict[str, Any]:
-    """What a run's experts do on held-out or other text, as JSON values.
+def inspect_run(run: Run, max_tokens: int | None = TOKENS) -> dict[str, Any]:
+    """What a run's experts do on `max_tokens` of its text, as JSON values.
 
     `layers`: the figures of `routing_report` with each expert's `work` (tokens x width) and the `twin`; `curves`: for
     each knob that the model has, quality and cost at a ladder of its settings; `sample`: text, token by token.
-    Arguments as for `evaluate_run`.
 
-    Raises: RecipeError where `run_dir` is no run, or its model has no mixture layers; CheckpointError without an intact
-    checkpoint.
+    Raises: RecipeError where its model has no mixture layers.
     """
-    run = opened_run(run_dir, data, device, checkpoint, settings)
     model, dataset, precision = run.model, run.dataset, run.precision
     if not model.moe_layers():
         raise RecipeError(f"{run.folder}: its model has no mixture layers to look into; moestro eval gives its figures")
 
     def held_out():
-        return dataset.val_batches(run.batch_size, max_tokens)
+        return run.held_out(max_tokens)
 
     layers = routing_report(model, held_out(), precision=precision)
     return {

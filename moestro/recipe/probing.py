@@ -1,15 +1,13 @@
 """`moestro inspect --probe`: every expert of a run on every expert's tokens."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.table import Table
 
 from moestro.evaluate import evaluate, expert_probe
-from moestro.recipe.evaluation import about, figures_head, opened_run, plain_table, short
+from moestro.recipe.evaluation import Run, about, figures_head, plain_table, short
 from moestro.recipe.syntax import RecipeError
 
 # Held-out tokens where the user does not say: every expert of every layer sees them all.
@@ -17,23 +15,14 @@ TOKENS = 8_192
 SERVING = "by expert 0, 1, 2, ..."
 
 
-def probe_of_run(
-    run_dir: str | Path,
-    data: str | None = None,
-    device: str | torch.device = "cpu",
-    max_tokens: int | None = TOKENS,
-    checkpoint: str = "newest",
-    settings: Sequence[str] = (),
-) -> dict[str, Any]:
-    """What `expert_probe` finds for a run on held-out or other text, as JSON values; arguments as for `inspect_run`.
+def probe_of_run(run: Run, max_tokens: int | None = TOKENS) -> dict[str, Any]:
+    """What `expert_probe` finds for a run on `max_tokens` of its text, as JSON values.
 
-    Raises: RecipeError where `run_dir` is no run, or its layers cannot be probed; CheckpointError without an intact
-    checkpoint.
+    Raises: RecipeError where its layers cannot be probed.
     """
-    run = opened_run(run_dir, data, device, checkpoint, settings)
 
     def held_out():
-        return run.dataset.val_batches(run.batch_size, max_tokens)
+        return run.held_out(max_tokens)
 
     try:
         layers = expert_probe(run.model, held_out, precision=run.precision)

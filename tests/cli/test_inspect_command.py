@@ -8,6 +8,7 @@ import pytest
 
 from moestro.cli import main
 from moestro.compare.inspection import active_share, render_inspection
+from moestro.recipe.evaluation import opened_run
 from moestro.recipe.inspection import beside_twin, inspect_run
 from tests.compare.test_report import EVIL, Page
 from tests.conftest import ROOT
@@ -30,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> Path
 
 @pytest.fixture(scope="module")
 def found(run: Path) -> dict:
-    return inspect_run(run, max_tokens=512)
+    return inspect_run(opened_run(run), max_tokens=512)
 
 
 def test_figures_add_up(found: dict) -> None:
@@ -173,7 +174,7 @@ def test_knobs_are_turned_without_training(run: Path, found: dict, capsys: pytes
     assert figures[0]["bpb"] != figures[1]["bpb"]
     assert main(["eval", str(run), "--tokens", "64", "--set", f"{THRESHOLD}=0.3"]) == 0
     assert f"{THRESHOLD}=0.3" in capsys.readouterr().out.replace("\n", "")
-    turned = inspect_run(run, max_tokens=512, settings=[f"{THRESHOLD}=0.3"])
+    turned = inspect_run(opened_run(run, settings=[f"{THRESHOLD}=0.3"]), max_tokens=512)
     assert turned["curves"]["threshold"] == {**found["curves"]["threshold"], "now": 0.3}
 
 

@@ -45,7 +45,7 @@ def test_a_run_loses_experts_and_stays_a_run(tmp_path, run, method):
         assert len(layer.keep) == 6 and bank.widths == tuple(whole.widths[e] for e in layer.keep)
         for new, e in enumerate(layer.keep):
             assert torch.equal(bank.w_in.matrices()[new], whole.w_in.matrices()[e])
-    assert evaluate_run(tmp_path / "dst")["loss"] > 0
+    assert evaluate_run(opened_run(tmp_path / "dst"))["loss"] > 0
     assert compressed(request(run, method, 0.25), tmp_path / "dst") == tmp_path / "dst"
 
 

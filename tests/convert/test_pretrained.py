@@ -51,7 +51,7 @@ def test_a_public_model_is_split_trained_on_and_restored(public, text_file, tmp_
         assert all(torch.equal(tensor, want[name]) for name, tensor in stock.state_dict().items())
 
     assert main(["train", str(out / "recipe.yaml"), "--out", str(out)]) == 0
-    assert evaluate_run(out, max_tokens=128)["step"] == 2
+    assert evaluate_run(opened_run(out), max_tokens=128)["step"] == 2
     assert main(["convert", str(out), "--drop-teacher", "--out", str(tmp_path / "alone")]) == 0
     assert all(isinstance(block.ffn, MoELayer) for block in opened_run(tmp_path / "alone").model.blocks)
     # what was converted is not dense any more

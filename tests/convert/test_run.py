@@ -63,7 +63,7 @@ def test_every_recipe_converts_trains_on_and_turns_back(recipe, dense, tmp_path,
     if exact == {"routed"}:
         assert loss["converted"] == pytest.approx(loss["dense"], rel=1e-5)
     assert all(one["difference"]["relative"] < 1e-5 for one in report["layers"] if one["exact"] != "no")
-    assert evaluate_run(out)["step"] == 0
+    assert evaluate_run(opened_run(out))["step"] == 0
 
     if any((rows < 0).any() for rows in load_file(out / "units.safetensors").values()):
         assert exact == {"no"} and convert(out, back, "--back") == 1
@@ -92,7 +92,7 @@ def test_teachers_are_dropped(dense, tmp_path, capsys):
     assert all(isinstance(block.ffn, MoELayer) for block in model.blocks)
     objectives = load_recipe(without / "recipe.yaml").resolved["objectives"]
     assert [node["kind"] for node in objectives] == ["load_balance"]
-    assert evaluate_run(without)["loss"] == pytest.approx(evaluate_run(out)["loss"], rel=1e-6)
+    assert evaluate_run(opened_run(without))["loss"] == pytest.approx(evaluate_run(opened_run(out))["loss"], rel=1e-6)
     assert convert(without, tmp_path / "again", "--drop-teacher") == 1
     assert "no layer has a teacher" in capsys.readouterr().err
 
@@ -206,7 +206,10 @@ def test_an_interrupted_conversion_leaves_no_folder_that_could_be_trained(dense,
         assert convert(dense, tmp_path / "moe", *words) == 130
     assert not (tmp_path / "moe").exists()
     assert convert(dense, tmp_path / "moe", *words) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["moe"] and evaluate_run(tmp_path / "moe")["step"] == 0
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == ["moe"]
+        and evaluate_run(opened_run(tmp_path / "moe"))["step"] == 0
+    )
 
 
 def test_the_inverse_takes_no_recipe_and_says_what_is_damaged(dense, tmp_path, capsys):

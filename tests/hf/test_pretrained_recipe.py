@@ -12,7 +12,7 @@ from moestro.data import load_tokenizer
 from moestro.export.opening import open_model
 from moestro.hf import Hosted
 from moestro.recipe.build import build_model, run_training
-from moestro.recipe.evaluation import evaluate_run
+from moestro.recipe.evaluation import evaluate_run, opened_run
 from moestro.recipe.inspection import inspect_run
 from moestro.recipe.load import load_recipe
 from moestro.recipe.syntax import RecipeError, dump_yaml
@@ -90,9 +90,9 @@ def test_it_trains_resumes_to_the_bit_and_is_measured(folder, text_file, tmp_pat
     line = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["flops"] > 0
 
-    figures = evaluate_run(tmp_path / "whole", max_tokens=256)
+    figures = evaluate_run(opened_run(tmp_path / "whole"), max_tokens=256)
     assert figures["step"] == 4 and set(figures["layers"]) == {"blocks.0.ffn", "blocks.1.ffn"}
-    found = inspect_run(tmp_path / "whole", max_tokens=256)
+    found = inspect_run(opened_run(tmp_path / "whole"), max_tokens=256)
     assert set(found["curves"]) == {"top_k"} and found["layers"]["blocks.0.ffn"]["n_experts"] == 4
     assert load_tokenizer(tmp_path / "whole" / "tokenizer").vocab_size == 257
     opened, own = open_model(tmp_path / "whole"), build_model(load_recipe(tmp_path / "whole" / "recipe.yaml"), 257)

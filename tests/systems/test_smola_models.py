@@ -13,7 +13,7 @@ from moestro.evaluate import evaluate
 from moestro.hf.peft import export_lora
 from moestro.layers import Adapters, LowRankMixtures, adapt
 from moestro.recipe.build import build_data, build_model, run_training
-from moestro.recipe.evaluation import evaluate_run
+from moestro.recipe.evaluation import evaluate_run, opened_run
 from moestro.recipe.load import load_recipe
 from moestro.recipe.syntax import RecipeError
 from moestro.routers import Router
@@ -154,7 +154,7 @@ def test_a_run_starts_from_another(base, tmp_path: Path) -> None:
     mine = read_tensors(newest_checkpoint(tmp_path / "run"), "model")
     assert all(torch.equal(mine.get(name, mine.get(with_base(name))), value) for name, value in theirs.items())
     assert any(".mixtures.0.bank.up" in name and value.any() for name, value in mine.items())
-    assert evaluate_run(tmp_path / "run", max_tokens=64)["loss"] != figures["loss"]
+    assert evaluate_run(opened_run(tmp_path / "run"), max_tokens=64)["loss"] != figures["loss"]
     assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe
 
 
