@@ -1,7 +1,8 @@
 """moestro compress"""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from moestro.cli.arguments import Parser, UsageError, device_named, extra, posit
 from moestro.recipe.syntax import parse_yaml
 
 if TYPE_CHECKING:
+    from moestro.compress.healed import Heal
     from moestro.compress.measuring import Question
 
 # what makes a plan, and what it is where nobody says so
@@ -33,6 +35,26 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--plan", type=Path, metavar="PLAN", help="apply this plan in place of making one")
     parser.add_argument("--translate", action="store_true", help="only write DeepSeek-MoE 16B as the family it equals")
     _add_measures(parser)
+    _add_healing(parser)
+
+
+def _add_healing(parser: Parser) -> None:
+    healing = parser.add_argument_group("healing")
+    healing.add_argument(
+        "--heal",
+        choices=("lora", "router-kd"),
+        help="train what is left: low-rank additions, or the routers towards SRC's probabilities",
+    )
+    healing.add_argument(
+        "--heal-text", metavar="PATH|SOURCE", help="text to heal on (default: that of --calib; a run has its own)"
+    )
+    healing.add_argument(
+        "--heal-option",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="steps (100), lr (0.001), rank (16), alpha (32), clip (1); may be repeated",
+    )
 
 
 def _add_measures(parser: Parser) -> None:
@@ -66,11 +88,11 @@ def _add_measures(parser: Parser) -> None:
 def run(arguments: Namespace) -> int:
     """Make a checkpoint of experts smaller: a plan, then the folder, in the same format."""
     from moestro.compress.plan_file import read_plan
-    from moestro.compress.running import applied_to, compressed, plan_for
+    from moestro.compress.running import applied_to, compressed, plan_for, wanted_by
 
-    # tasks that are none are refused before anything is measured
+    # texts and tasks that are none are refused before anything is done
     question = _question(arguments)
-
+    heal = _heal(arguments)
     if arguments.translate:
         from moestro.compress.deepseek import translated
 
@@ -79,23 +101,64 @@ def run(arguments: Namespace) -> int:
     if arguments.plan is not None:
         _refuse(arguments, OF_PLANS, "--plan says what is done; it does not go with")
         plan, output = read_plan(arguments.plan), _output(arguments)
-        folder = applied_to(arguments.source, plan, arguments.destination, output, arguments.plan, _say)
+        asked: dict[str, Any] = {"plan": plan, "output": output}
+        make = partial(applied_to, arguments.source, plan, output=output, plan_path=arguments.plan, progress=_say)
     elif arguments.plan_only:
         if arguments.destination.suffix != ".json":
             raise UsageError(f"{arguments.destination}: with --plan-only DST is the plan to write, a .json file")
-        _refuse(arguments, {"eval": None}, "--plan-only writes no model to measure; it does not go with")
+        _refuse(arguments, {"eval": None, "heal": None}, "--plan-only writes no model; it does not go with")
         plan_for(_request(arguments), arguments.destination)
         print(f"plan: {arguments.destination}")
         return 0
     else:
-        folder = compressed(_request(arguments), arguments.destination, _say)
+        request = _request(arguments)
+        asked, make = wanted_by(request), partial(compressed, request, progress=_say)
+    folder = _made(arguments, make, heal, asked, question)
     print(f"wrote {folder}")
     _report(arguments.source, folder, question)
     return 0
 
 
+def _made(
+    arguments: Namespace,
+    make: Callable[[Path], Path],
+    heal: "Heal | None",
+    asked: Mapping[str, Any],
+    question: "Question | None",
+) -> Path:
+    if heal is None:
+        return make(arguments.destination)
+    from moestro.compress.healed import healed
+
+    return healed(arguments.source, make, arguments.destination, heal, asked, question)
+
+
+def _heal(arguments: Namespace) -> "Heal | None":
+    if arguments.heal is None:
+        _refuse(arguments, {"heal_text": None, "heal_option": []}, "without --heal nothing is healed:")
+        return None
+    from dataclasses import fields
+
+    from moestro.compress.healed import Heal
+    from moestro.compress.healing import Healing
+    from moestro.compress.text import healing_text
+
+    options = dict(_option(text, "--heal-option") for text in arguments.heal_option)
+    allowed = [field.name for field in fields(Healing)]
+    if unknown := [name for name in options if name not in allowed]:
+        raise UsageError(f"--heal-option {unknown[0]}: allowed: {', '.join(allowed)}")
+    try:
+        settings = Healing(**options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--heal-option: {error}") from error
+    text = arguments.heal_text or arguments.calib
+    heal = Heal(arguments.heal, text, settings, arguments.seq_len, arguments.seed, device_named(arguments.device))
+    healing_text(heal.request(arguments.source), settings.steps)
+    return heal
+
+
 def _question(arguments: Namespace) -> "Question | None":
-    from moestro.compress.measuring import Question
+    from moestro.compress.measuring import Question, held_out
 
     tasks: tuple[str, ...] = ()
     if arguments.tasks is not None:
@@ -107,7 +170,11 @@ def _question(arguments: Namespace) -> "Question | None":
     if arguments.eval is None:
         return None
     text, device = arguments.eval or None, device_named(arguments.device)
-    return Question(text, arguments.eval_tokens, arguments.seq_len, device, tasks, arguments.data, arguments.limit)
+    if arguments.data is not None and not arguments.data.is_dir():
+        raise UsageError(f"--data {arguments.data}: no such folder")
+    question = Question(text, arguments.eval_tokens, arguments.seq_len, device, tasks, arguments.data, arguments.limit)
+    held_out(arguments.source, question)
+    return question
 
 
 def _report(source: Path, folder: Path, question: "Question | None") -> None:
@@ -160,11 +227,11 @@ def _output(arguments: Namespace) -> Any:
     return Output(arguments.format, arguments.densify, arguments.uniform)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _option(text: str, which: str = "--option") -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise UsageError(f"--option {text!r} is not of the form key=value")
-    return name, parse_yaml(value, f"--option {name}")
+        raise UsageError(f"{which} {text!r} is not of the form key=value")
+    return name, parse_yaml(value, f"{which} {name}")
 
 
 def _say(file: str, done: int, total: int) -> None:

@@ -1,7 +1,8 @@
 """Recovery after compression: low-rank additions to weights (LoRA), or routers taught by the model as it was."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from moestro.compress.healing_steps import Text, steps_done
 from moestro.data import Batch
 from moestro.evaluate.perplexity import evaluating
 from moestro.evaluate.scoring import score
-
-Text = Callable[[int], Batch]
 
 
 @dataclass(frozen=True)
@@ -34,27 +34,48 @@ class Healing:
             raise ValueError(f"{self}, allowed: steps and rank from 1, lr, alpha and clip above 0")
 
 
+class Addition(nn.Module):
+    """W + what was learned, which starts at 0 and is kept in float32 at least, so that steps smaller than the last bit
+    of a narrow W add up."""
+
+    def __init__(self, weight: Float[Tensor, "*_"]) -> None:
+        super().__init__()
+        self.learned = nn.Parameter(torch.zeros_like(weight, dtype=wide(weight)))
+
+    def forward(self, weight: Float[Tensor, "*_"]) -> Float[Tensor, "*_"]:
+        return (weight + self.learned).to(weight.dtype)
+
+
 class LowRank(nn.Module):
-    """W + scale B A, for a matrix or a stack of them; starts as W itself, because B starts at 0."""
+    """W + scale B A, for a matrix or a stack of them; starts as W itself, because B starts at 0. A and B are kept in
+    float32 at least."""
 
     def __init__(self, weight: Float[Tensor, "*e o i"], rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
         *stack, o, i = weight.shape
         draw = torch.randn(*stack, rank, i, generator=generator) * i**-0.5
-        self.a = nn.Parameter(draw.to(weight.device, weight.dtype))
-        self.b = nn.Parameter(weight.new_zeros(*stack, o, rank))
+        self.a = nn.Parameter(draw.to(weight.device, wide(weight)))
+        self.b = nn.Parameter(weight.new_zeros(*stack, o, rank, dtype=wide(weight)))
         self.scale = scale
 
     def forward(self, weight: Float[Tensor, "*e o i"]) -> Float[Tensor, "*e o i"]:
-        return weight + self.scale * (self.b @ self.a)
+        return (weight + self.scale * (self.b @ self.a)).to(weight.dtype)
 
 
-def heal_by_lora(model: nn.Module, text: Text, settings: Healing, seed: int = 0) -> list[float]:
+def wide(weight: Tensor) -> torch.dtype:
+    """The dtype in which something is learned for a tensor: its own, float32 at least."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def heal_by_lora(
+    model: nn.Module, text: Text, settings: Healing, seed: int = 0, keep: Path | None = None
+) -> list[float]:
     """Train low-rank additions to the matrices of attention and experts, then add them to the weights, in place;
     routers, norms, embeddings and head stay. Returns the loss of every step, nats a token.
 
     `text` gives the batch of a step. Experts in one tensor are reached as well as linear modules, since additions
-    belong to parameters. Those of experts that share one concatenated matrix share A.
+    belong to parameters. Those of experts that share one concatenated matrix share A. With `keep`, a file, an
+    interrupted call continues in the next one.
 
     Raises: ValueError where the model has no such matrices.
     """
@@ -62,32 +83,22 @@ def heal_by_lora(model: nn.Module, text: Text, settings: Healing, seed: int = 0)
     chosen = list(matrices(model))
     if not chosen:
         raise ValueError("no matrices of attention or experts to add to")
-    frozen = _frozen(model)
-    for module, name in chosen:
-        addition = LowRank(getattr(module, name), settings.rank, settings.alpha / settings.rank, generator)
-        parametrize.register_parametrization(module, name, addition)
-    additions = [p for key, p in model.named_parameters() if ".parametrizations." in f".{key}" and p.requires_grad]
-    try:
-        return _train(model, additions, text, settings, lambda batch, output, nats: nats)
-    finally:
-        for module, name in chosen:
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        _restore(model, frozen)
+    scale = settings.alpha / settings.rank
+    made = [LowRank(getattr(module, name), settings.rank, scale, generator) for module, name in chosen]
+    return _learned(model, chosen, made, text, settings, lambda batch, output, nats: nats, keep)
 
 
-def heal_routers(model: nn.Module, teacher: nn.Module, text: Text, settings: Healing) -> list[float]:
+def heal_routers(
+    model: nn.Module, teacher: nn.Module, text: Text, settings: Healing, keep: Path | None = None
+) -> list[float]:
     """Train the routers alone, in place, so that the model's next-token probabilities approach the teacher's: mean KL
-    divergence of a token, nats. Returns it for every step.
+    divergence of a token, nats. Returns it for every step; `keep` as for `heal_by_lora`.
 
     Raises: ValueError where the routers have no parameters.
     """
-    frozen = _frozen(model)
-    layers = model.moe_layers().values()  # type: ignore[operator]
-    routers = [p for layer in layers for p in layer.router.parameters()]
-    if not routers:
+    chosen = [(module, name) for router in routers_of(model) for module in router.modules() for name in _own(module)]
+    if not chosen:
         raise ValueError("the model's routers have no parameters")
-    for parameter in routers:
-        parameter.requires_grad_()
 
     def divergence(batch: Batch, output: Any, nats: Tensor) -> Tensor:
         with evaluating(teacher):
@@ -95,22 +106,54 @@ def heal_routers(model: nn.Module, teacher: nn.Module, text: Text, settings: Hea
         mine = output.logits.float().log_softmax(-1)
         return F.kl_div(mine, known, log_target=True, reduction="none").sum(-1)
 
-    try:
-        return _train(model, routers, text, settings, divergence)
-    finally:
-        _restore(model, frozen)
+    made = [Addition(getattr(module, name)) for module, name in chosen]
+    return _learned(model, chosen, made, text, settings, divergence, keep)
+
+
+def routers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that score experts: as the model says, or those of its mixture layers."""
+    if (said := getattr(model, "routers", None)) is not None:
+        return said()
+    return [layer.router for layer in model.moe_layers().values()]  # type: ignore[operator]
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Modules and names of the matrices that LoRA adds to: those of decoder layers, but for routers'."""
-    routers = {id(p) for layer in model.moe_layers().values() for p in layer.router.parameters()}  # type: ignore[operator]
-    seen: set[int] = set()
-    for layer in [*model.decoder_layers(), *model.moe_layers().values()]:  # type: ignore[operator]
+    seen = {id(p) for router in routers_of(model) for p in router.parameters()}
+    mixtures = getattr(model, "moe_layers", dict)()
+    for layer in [*model.decoder_layers(), *mixtures.values()]:  # type: ignore[operator]
         for module in layer.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim >= 2 and id(parameter) not in seen | routers and parameter.is_floating_point():
+                is_matrix = parameter.ndim >= 2 and not name.endswith("bias") and parameter.is_floating_point()
+                if is_matrix and id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield module, name
+
+
+def _own(module: nn.Module) -> list[str]:
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_floating_point()]
+
+
+def _learned(
+    model: nn.Module,
+    chosen: list[tuple[nn.Module, str]],
+    additions: list[nn.Module],
+    text: Text,
+    settings: Healing,
+    loss_of: Any,
+    keep: Path | None,
+) -> list[float]:
+    """Train what is added to the chosen tensors and nothing else, then add it to them."""
+    frozen = _frozen(model)
+    for (module, name), addition in zip(chosen, additions, strict=True):
+        parametrize.register_parametrization(module, name, addition)
+    learned = [parameter for addition in additions for parameter in addition.parameters()]
+    try:
+        return steps_done(model, learned, text, settings, loss_of, keep)
+    finally:
+        for module, name in chosen:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        _restore(model, frozen)
 
 
 def _frozen(model: nn.Module) -> Mapping[nn.Parameter, bool]:
@@ -124,32 +167,3 @@ def _restore(model: nn.Module, before: Mapping[nn.Parameter, bool]) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(before.get(parameter, True))
         parameter.grad = None
-
-
-def _train(
-    model: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    text: Text,
-    settings: Healing,
-    loss_of: Callable[[Batch, Any, Tensor], Tensor],
-) -> list[float]:
-    """The loss of every step, a mean over the tokens that count; the model in the mode it is evaluated in."""
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
-    warm = max(1, settings.steps // 10)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (settings.steps - step) / max(1, settings.steps - warm))
-    )
-    losses = []
-    for step in range(settings.steps):
-        batch = text(step)
-        with torch.enable_grad():
-            output, nats = score(model, batch, "fp32")
-            values = loss_of(batch, output, nats)
-            loss = values[batch.keep.to(values.device)].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        optimizer.step()
-        rate.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses

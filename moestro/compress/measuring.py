@@ -18,7 +18,7 @@ from torch import Tensor
 from moestro.compress.applying import MODELING
 from moestro.compress.methods import Request
 from moestro.compress.source import RunSource, open_source
-from moestro.compress.text import batches_of
+from moestro.compress.text import held_out_of
 from moestro.data import Batch
 from moestro.evaluate.perplexity import perplexity
 from moestro.train.environment import describe_machine
@@ -53,14 +53,17 @@ def measured(folder: Path, question: Question, tokenizer: Path | None = None) ->
 
 
 def held_out(folder: Path, question: Question) -> list[Batch]:
-    """The text's batches, by the folder's tokenizer."""
+    """The text's batches, by the folder's tokenizer.
+
+    Raises: PlanError, ValueError where there are none.
+    """
     request = Request(folder, "perplexity", 0.0, text=question.text, tokens=question.tokens, seq_len=question.seq_len)
-    return batches_of(request)
+    return held_out_of(request)
 
 
 def _measure(folder: Path, question: Question, tokenizer: Path) -> dict[str, Any]:
     batches = held_out(tokenizer, question)
-    model, how = _loaded(folder, question.device)
+    model, how = loaded_folder(folder, question.device)
     with torch.no_grad():
         found = {**loss_of(model, batches, question.device), **speed(model, batches[0].tokens, question.device)}
     if question.tasks:
@@ -79,7 +82,7 @@ def _measure(folder: Path, question: Question, tokenizer: Path) -> dict[str, Any
     }
 
 
-def _loaded(folder: Path, device: str) -> tuple[Any, str]:
+def loaded_folder(folder: Path, device: str) -> tuple[Any, str]:
     """The model of a folder, and how it was loaded."""
     source = open_source(folder)
     if isinstance(source, RunSource):

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def apply_to_run(source: RunSource, plan: Plan, destination: Path) -> Path:
             apply_to(layers[layer.layer], layer, plan.semantics, plan.merged_rows)  # type: ignore[arg-type]
     recipe = _recipe(source, layers, plan)
     _require_same_shapes(recipe, model, vocab)
-    return _write(source, model, recipe, text, destination)
+    return write_run(source, model, recipe, {PLAN: text}, destination)
 
 
 def _check(plan: Plan, source: RunSource) -> None:
@@ -94,7 +95,9 @@ def _require_same_shapes(recipe: Recipe, model: nn.Module, vocab: int) -> None:
         raise PlanError(f"{name}: a recipe cannot describe what the plan makes of this layer")
 
 
-def _write(source: RunSource, model: nn.Module, recipe: Recipe, plan: str, destination: Path) -> Path:
+def write_run(source: RunSource, model: nn.Module, recipe: Recipe, texts: Mapping[str, str], destination: Path) -> Path:
+    """A finished run of this model by this recipe, its tokenizer and step those of `source`, with these files beside;
+    complete or not there at all."""
     temporary = destination.with_name(TEMPORARY + destination.name)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -103,7 +106,8 @@ def _write(source: RunSource, model: nn.Module, recipe: Recipe, plan: str, desti
     write_checkpoint(temporary / "checkpoints", step_of(source.checkpoint), {"model": tensors}, state)
     shutil.copytree(source.path / "tokenizer", temporary / "tokenizer")
     recipe.write(temporary / "recipe.yaml")
-    write_text(temporary / PLAN, plan)
+    for name, text in texts.items():
+        write_text(temporary / name, text)
     # a run that is over: it has no optimizer state to train on with
     total = sum(parameter.numel() for parameter in model.parameters())
     write_json(temporary / "done.json", {"compressed": True, "params_total": total})

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moestro.compress.healed import said_of
 from moestro.compress.measuring import Question, measured
 from moestro.compress.plan import LayerPlan, Plan
 from moestro.compress.plan_file import read_plan
@@ -47,6 +48,8 @@ def reported(source: Path, destination: Path, question: Question | None) -> dict
     if question is not None:
         found["before"] |= measured(source, question)
         found["after"] |= measured(destination, question, source)
+    if (healing := said_of(destination, question)) is not None:
+        found["healing"] = healing
     return found
 
 
@@ -163,8 +166,20 @@ def section(found: Mapping[str, Any]) -> str:
     said = f"`moestro compress --method {found['method']} --ratio {found['ratio']:g}`, semantics {found['semantics']}"
     parts = ["## Compression", "", f"{said}, from {found['source']}.", "", table, ""]
     parts += [found["decode_speed"], ""] if found["decode_speed"] else []
-    parts += [*_text(found), "Experts kept:", "", *kept, ""]
+    parts += [*_healing(found), *_text(found), "Experts kept:", "", *kept, ""]
     return "\n".join([*parts, *(["Warnings:", "", *lines, ""] if lines else [])])
+
+
+def _healing(found: Mapping[str, Any]) -> list[str]:
+    if "healing" not in found:
+        return []
+    healing, losses = found["healing"], found["healing"]["losses"]
+    what = {"lora": "low-rank additions to attention and experts", "router-kd": "routers taught by the source"}
+    return [
+        f"Healed by {what[healing['method']]}: {len(losses)} steps, loss {losses[0]:.4f} in the first and "
+        f"{losses[-1]:.4f} in the last.",
+        "",
+    ]
 
 
 def _text(found: Mapping[str, Any]) -> list[str]:
@@ -200,17 +215,22 @@ def figures(found: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
             lines.append((name, show(found["before"]), show(found["after"])))
         except KeyError:
             continue
+    without = found.get("healing", {}).get("without")
+    if without:
+        unhealed = {"before": found["before"], "after": without}
+        lines[2:2] = [(f"{name}, not healed", show(unhealed["before"]), show(without)) for name, show in shown[:2]]
+        return lines + _task_lines(found) + _task_lines(unhealed, ", not healed")
     return lines + _task_lines(found)
 
 
-def _task_lines(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _task_lines(found: Mapping[str, Any], which: str = "") -> list[tuple[str, str, str]]:
     before, after = (found[side].get("tasks", {}).get("tasks", {}) for side in ("before", "after"))
 
     def shown(side: Mapping[str, Any], task: str, metric: str) -> str:
         return f"{side[task]['metrics'][metric]['value']:.4f}"
 
     return [
-        (f"{task}, {metric}", shown(before, task, metric), shown(after, task, metric))
+        (f"{task}, {metric}{which}", shown(before, task, metric), shown(after, task, metric))
         for task, scores in before.items()
         for metric in scores["metrics"]
     ]

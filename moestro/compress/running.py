@@ -47,11 +47,7 @@ def compressed(request: Request, destination: Path, progress: Progress = lambda 
     Raises: PlanError, FormatError.
     """
     require_outside(request.source, destination)
-    asked = {**asdict(request), "source": str(request.source.resolve()), "reference": str(request.reference)}
-    wanted: dict[str, Any] = {
-        "request": sha256_json({name: str(value) for name, value in asked.items()}),
-        "source": asdict(fingerprint(open_source(request.source))),
-    }
+    wanted = wanted_by(request)
     kept = destination.with_name(f"{TEMPORARY}{destination.name}.plan")
     path = kept / PLAN_FILE
     if read_control(kept / REQUEST) != wanted:
@@ -72,6 +68,15 @@ def compressed(request: Request, destination: Path, progress: Progress = lambda 
     write_json(folder / REQUESTED, wanted)
     shutil.rmtree(kept)
     return folder
+
+
+def wanted_by(request: Request) -> dict[str, Any]:
+    """What tells a request from others: everything asked for, and what the source is."""
+    asked = {**asdict(request), "source": str(request.source.resolve()), "reference": str(request.reference)}
+    return {
+        "request": sha256_json({name: str(value) for name, value in asked.items()}),
+        "source": asdict(fingerprint(open_source(request.source))),
+    }
 
 
 def _finished(request: Request, destination: Path, wanted: dict[str, Any]) -> Path:

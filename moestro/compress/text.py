@@ -1,7 +1,9 @@
-"""The text that a method looks at, in the tokens of the checkpoint."""
+"""The text that a method looks at, heals on or is measured by, in the tokens of the checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from moestro.compress.healing_steps import Text
 from moestro.compress.methods import Request
 from moestro.compress.plan import PlanError
 from moestro.compress.source import RunSource, open_source
@@ -15,6 +17,7 @@ from moestro.data import (
     load_tokenizer,
     source_for,
 )
+from moestro.data.batches import epoch_order
 from moestro.recipe.evaluation import opened_run
 
 # Windows that go through the model together.
@@ -23,15 +26,52 @@ STDLIB = "stdlib"
 
 
 def batches_of(request: Request) -> list[Batch]:
-    """Windows of `request.seq_len` tokens spread evenly over the text, about `request.tokens` in all.
-
-    A run's own held-out text where a run is asked about no other.
+    """Windows of `request.seq_len` tokens spread evenly over the text, about `request.tokens` in all: what a method
+    looks at. A run's own training text where a run is asked about no other.
 
     Raises: PlanError where there is no text, or the folder has no tokenizer.
     """
-    source = open_source(request.source)
-    if isinstance(source, RunSource) and request.text is None:
-        return list(opened_run(request.source).dataset.val_batches(ROWS, request.tokens))
+    if not _own_text(request):
+        return _windows(request)
+    dataset = opened_run(request.source).dataset
+    tokens = min(request.tokens, dataset.n_train_tokens)
+    count = max(1, tokens // (ROWS * dataset.seq_len))
+    return [dataset.train_batch(number, ROWS, request.seed) for number in range(count)]
+
+
+def held_out_of(request: Request) -> list[Batch]:
+    """As `batches_of`, to be measured by: of a run's own text what training did not see.
+
+    Raises: as `batches_of`.
+    """
+    if not _own_text(request):
+        return _windows(request)
+    return list(opened_run(request.source).dataset.val_batches(ROWS, request.tokens))
+
+
+def healing_text(request: Request, steps: int) -> Text:
+    """The batch of every step of a healing: the text in an order of the seed's, again from its beginning where it is
+    over; a run's own training text where a run is asked about no other.
+
+    Raises: as `batches_of`.
+    """
+    if _own_text(request):
+        dataset = opened_run(request.source).dataset
+        return lambda step: dataset.train_batch(step, ROWS, request.seed)
+    batches = _windows(replace(request, tokens=steps * ROWS * request.seq_len))
+
+    def batch(step: int) -> Batch:
+        epoch, place = divmod(step, len(batches))
+        return batches[epoch_order(request.seed, epoch, len(batches))[place]]
+
+    return batch
+
+
+def _own_text(request: Request) -> bool:
+    return request.text is None and isinstance(open_source(request.source), RunSource)
+
+
+def _windows(request: Request) -> list[Batch]:
     data = TokenData(source_of(request), tokenizer_of(request.source), request.seq_len, val_fraction=1.0)
     return list(data.prepare(progress=False).val_batches(ROWS, request.tokens))
 

@@ -10,10 +10,12 @@ from moestro.hf.hosted import Hosted
 from moestro.hf.load import checked, load, skeleton
 from moestro.hf.tokenizers import tokenizer_of
 from moestro.hf.view import dense_view, view
+from moestro.hf.whole import Whole, stored_tensors
 
 __all__ = [
     "MOESTRO",
     "Hosted",
+    "Whole",
     "checked",
     "dense_view",
     "experts_modules",
@@ -21,6 +23,7 @@ __all__ = [
     "load",
     "load_without_experts",
     "skeleton",
+    "stored_tensors",
     "tokenizer_of",
     "view",
 ]

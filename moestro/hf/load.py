@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moestro.formats import DENSE_FAMILIES, FAMILIES, Checkpoint, FormatError
 from moestro.formats.complete import COUNTS_BY_LAYER
+from moestro.hf.whole import stored_tensors
 
 
 def load(
@@ -142,7 +142,7 @@ def _require_tensors(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     # some folders name the tensors of the model below its head alone
     prefix = f"{model.base_model_prefix}."
     stored = {name.removeprefix(prefix): checkpoint.shape(name) for name in checkpoint.names()}
-    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
+    for name, tensor in stored_tensors(model).items():
         have, want = stored.get(name.removeprefix(prefix)), tuple(tensor.shape)
         if have is None and name not in model.all_tied_weights_keys:
             raise FormatError(f"{checkpoint.path} has no tensor {name}, of which config.json speaks")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moestro.compress.applied import applied
-from moestro.compress.healing import Healing, LowRank, heal_by_lora, heal_routers, matrices
+from moestro.compress.healing import Addition, Healing, LowRank, heal_by_lora, heal_routers, matrices
 from moestro.compress.plan import LayerPlan
 from moestro.evaluate import evaluate
 from moestro.experts import StackedBank
@@ -52,6 +52,14 @@ def test_lora_starts_as_the_weights_and_reaches_stacked_experts():
     after = state(model)
     stacked = [name for name in before if name.endswith(("gate_up", "down"))]
     assert len(stacked) == 2 and not any(torch.equal(before[name], after[name]) for name in stacked)
+
+
+@pytest.mark.parametrize("kind", [Addition, lambda w: LowRank(w, 2, 1.0, torch.Generator().manual_seed(0))])
+def test_what_is_learned_for_narrow_weights_is_kept_wide(kind):
+    weight = torch.randn(6, 4, dtype=torch.bfloat16)
+    addition = kind(weight)
+    assert {p.dtype for p in addition.parameters()} == {torch.float32}
+    assert addition(weight).dtype == torch.bfloat16 and torch.equal(addition(weight), weight)
 
 
 def test_routers_learn_from_the_model_as_it_was_and_nothing_else_does():
