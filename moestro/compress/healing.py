@@ -1,6 +1,6 @@
 """Recovery after compression: low-rank additions to weights (LoRA), or routers taught by the model as it was."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def _own(module: nn.Module) -> list[str]:
 def _learned(
     model: nn.Module,
     chosen: list[tuple[nn.Module, str]],
-    additions: list[nn.Module],
+    additions: Sequence[nn.Module],
     text: Text,
     settings: Healing,
     loss_of: Any,
