@@ -91,8 +91,9 @@ def run(arguments: Namespace) -> int:
     from moestro.compress.running import applied_to, compressed, plan_for, wanted_by
 
     # texts and tasks that are none are refused before anything is done
-    question = _question(arguments)
-    heal = _heal(arguments)
+    if arguments.plan_only:
+        _refuse(arguments, {"eval": None, "heal": None}, "--plan-only writes no model; it does not go with")
+    question, heal = _question(arguments), _heal(arguments)
     if arguments.translate:
         from moestro.compress.deepseek import translated
 
@@ -106,7 +107,6 @@ def run(arguments: Namespace) -> int:
     elif arguments.plan_only:
         if arguments.destination.suffix != ".json":
             raise UsageError(f"{arguments.destination}: with --plan-only DST is the plan to write, a .json file")
-        _refuse(arguments, {"eval": None, "heal": None}, "--plan-only writes no model; it does not go with")
         plan_for(_request(arguments), arguments.destination)
         print(f"plan: {arguments.destination}")
         return 0
