@@ -1,1 +1,1 @@
-"""Floor 8: dense models turned into mixtures of experts, and back."""
+"""Floor 12: dense models turned into mixtures of experts, and back."""

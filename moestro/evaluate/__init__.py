@@ -1,4 +1,4 @@
-"""Floor 6: what a trained model is worth, and how it uses its experts."""
+"""Floor 8: what a trained model is worth, and how it uses its experts."""
 
 from moestro.evaluate.generalization_report import generalization_report
 from moestro.evaluate.knobs import knobs, quality_curve

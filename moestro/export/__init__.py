@@ -1,4 +1,4 @@
-"""Floor 8: models that leave the house, in Hugging Face's format. Importing this registers them with transformers."""
+"""Floor 10: models that leave the house, in Hugging Face's format. Importing this registers them with transformers."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Floor 10: continues text with a causal model, token by token: what `generate` prints and `serve` streams."""
+"""Floor 11: continues text with a causal model, token by token: what `generate` prints and `serve` streams."""
 
 from moestro.generation.continuation import Continuation, Options, Piece
 from moestro.generation.sampling import Sampling

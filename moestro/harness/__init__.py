@@ -1,4 +1,4 @@
-"""Floor 10: tasks of the literature through `lm-eval`, from local files: what `moestro eval MODEL --tasks` runs."""
+"""Floor 11: tasks of the literature through `lm-eval`, from local files: what `moestro eval MODEL --tasks` runs."""
 
 from moestro.harness.adapter import ScoredModel
 from moestro.harness.catalogue import resolve_tasks, task_names

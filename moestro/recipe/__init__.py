@@ -1,1 +1,1 @@
-"""Floor 7: recipes. YAML files, read strictly and bound to the signatures of the parts they name."""
+"""Floor 9: recipes. YAML files, read strictly and bound to the signatures of the parts they name."""

@@ -92,7 +92,7 @@ def build_training(recipe: Recipe) -> tuple[TrainSettings, ScheduledObjectives, 
 
     Raises: RecipeError where one of them refuses its values.
     """
-    settings = recipe.train.build({"optim": recipe.optim.build()})
+    settings = recipe.train.build({"optim": recipe.optim.build(), "parallel": recipe.parallel.build()})
     objectives = [(name, built(weight, {}), part.build()) for name, weight, part in recipe.objectives]
     return settings, objectives, [part.build() for part in recipe.rules]
 
@@ -149,7 +149,7 @@ def require_same_recipe(folder: Path, recipe: Recipe) -> Recipe | None:
     """The recipe to which a run folder belongs, None where it belongs to none yet.
 
     Raises: RecipeError naming the first difference from `recipe` in what decides the run. Defaults count as if they
-    were written out; what is for readers (`paper`) or changes nothing that is learned (`FREE`) may differ.
+    were written out; what is for readers (`paper`) or changes nothing that is learned (`parallel`, `FREE`) may differ.
     """
     file = folder / "recipe.yaml"
     if not file.exists():
@@ -166,7 +166,7 @@ def require_same_recipe(folder: Path, recipe: Recipe) -> Recipe | None:
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says about what is learned, defaults written out."""
-    tree = {name: section for name, section in recipe.resolved.items() if name != "paper"}
+    tree = {name: section for name, section in recipe.resolved.items() if name not in ("paper", "parallel")}
     return tree | {"train": {key: value for key, value in tree["train"].items() if key not in FREE}}
 
 

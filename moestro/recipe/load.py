@@ -8,6 +8,7 @@ from typing import Any
 
 from moestro.data import TokenData
 from moestro.model import Attention, Depths
+from moestro.parallel.settings import ParallelSettings
 from moestro.recipe.adapt import Adapt
 from moestro.recipe.bind import Binder, Part, describe
 from moestro.recipe.complete import completed
@@ -23,7 +24,7 @@ from moestro.train.settings import OptimSettings, TrainSettings
 from moestro.upgrades import RUN
 
 REQUIRED = ("model", "data", "train")
-SECTIONS = ("paper", *REQUIRED, "objectives", "rules", "optim", "adapt")
+SECTIONS = ("paper", *REQUIRED, "objectives", "rules", "optim", "parallel", "adapt")
 # What an objective's entry says besides the objective: its weight, and how that changes.
 WEIGHTING = ("weight", "schedule")
 BINDER = Binder(PARTS)
@@ -93,6 +94,7 @@ class Recipe:
             "data": completed(self.data, BINDER),
             "train": completed(self.train, BINDER),
             "optim": completed(self.optim, BINDER),
+            "parallel": completed(self.parallel, BINDER),
             "objectives": [_weighted(weight, completed(part, BINDER)) for _, weight, part in self.objectives],
             "rules": [completed(part, BINDER) for part in self.rules],
         }
@@ -167,6 +169,11 @@ class Recipe:
         return BINDER.bind(OptimSettings, *self._section("optim"))
 
     @cached_property
+    def parallel(self) -> Part:
+        """Makes the `ParallelSettings`."""
+        return BINDER.bind(ParallelSettings, *self._section("parallel"))
+
+    @cached_property
     def adapt(self) -> Part | None:
         """Makes the `Adapt`, where the recipe has such a section."""
         told = ("d_model", "n_experts")  # a mixture tells its router
@@ -174,8 +181,8 @@ class Recipe:
 
     @cached_property
     def train(self) -> Part:
-        """Makes the `TrainSettings`, but for `optim`, which is a section of its own."""
-        return BINDER.bind(TrainSettings, *self._section("train"), hidden=("optim",))
+        """Makes the `TrainSettings`, but for `optim` and `parallel`, which are sections of their own."""
+        return BINDER.bind(TrainSettings, *self._section("train"), hidden=("optim", "parallel"))
 
     @cached_property
     def paper(self) -> Paper:

@@ -1,4 +1,4 @@
-"""Floor 11: an HTTP server that speaks OpenAI's completions and chat completions."""
+"""Floor 12: an HTTP server that speaks OpenAI's completions and chat completions."""
 
 from moestro.serve.app import build_app
 from moestro.serve.server import run_server

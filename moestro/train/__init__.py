@@ -1,4 +1,4 @@
-"""Floor 6: the training loop, its optimizer, checkpoints and rules."""
+"""Floor 8: the training loop, its optimizer, checkpoints and rules."""
 
 from moestro.train.adaptive_experts import AdaptiveExperts
 from moestro.train.checkpoint import CheckpointError

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from moestro.evaluate.scoring import exact_dtype
 from moestro.experts import ExpertBank
 from moestro.layers import MoELayer
+from moestro.parallel.sums import summed_over_ranks
 from moestro.routers import ScoredRouter, TopAny
 from moestro.routing import Trace
 from moestro.train.optim import Optimizers
-from moestro.train.pooling import summed_over_ranks
 from moestro.train.rules import Rule
 
 POLICIES = ("keep", "copy", "mean", "fresh")

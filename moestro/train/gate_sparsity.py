@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
+from moestro.parallel.sums import summed_over_ranks
 from moestro.routers import ReLU
 from moestro.routing import Trace
-from moestro.train.pooling import summed_over_ranks
 from moestro.train.rules import Rule
 
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from moestro.evaluate.scoring import exact_dtype
+from moestro.parallel.sums import several_ranks, summed_over_ranks
 from moestro.routers import BiasedRouter
 from moestro.routers.query_norm import BatchQueryNorm
 from moestro.routing import Trace
 from moestro.train.optim import Optimizers
-from moestro.train.pooling import Sample, pooled, pooled_over_ranks, several_ranks, summed_over_ranks
+from moestro.train.pooling import Sample, pooled, pooled_over_ranks
 
 
 class Rule:

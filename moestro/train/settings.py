@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from moestro.parallel.settings import ParallelSettings
 from moestro.train.schedules import Cosine, Schedule
 
 Precision = Literal["fp32", "bf16"]
@@ -102,6 +103,7 @@ class TrainSettings:
 
     budget: Budget
     optim: OptimSettings = field(default_factory=OptimSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     batch_size: int = 16
     accumulate: int = 1
     seed: int = 0

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moestro.data import Batch
 from moestro.evaluate.scoring import exact_dtype, score
 from moestro.objectives import Objective
+from moestro.parallel.sums import n_ranks
 from moestro.routing import Trace
-from moestro.train.pooling import n_ranks
 from moestro.train.rules import Rule
 from moestro.train.schedules import Scheduled
 from moestro.train.settings import TrainSettings

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from moestro.data import Batch
 from moestro.evaluate.scoring import exact_dtype, score
+from moestro.parallel.sums import n_ranks, several_ranks, summed_over_ranks
 from moestro.routing import StepTraffic, Trace
-from moestro.train.pooling import n_ranks, several_ranks, summed_over_ranks
 
 
 def asks_for_step(objective: Any) -> bool:
