@@ -1,4 +1,4 @@
-"""What a computation costs, in floating-point operations (one multiply-add = 2 FLOPs)."""
+"""What a computation costs: floating-point operations (one multiply-add = 2 FLOPs), and memory kept for backward."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -59,3 +59,28 @@ def of_products(n_rows: int, *weights: Tensor) -> Cost:
 
 
 NOTHING = Cost(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forward pass leaves for its backward pass: `numbers` in the dtype in which matrices are multiplied, and
+    `bytes` of whatever else (float32 scores, ids)."""
+
+    numbers: float = 0.0
+    bytes: float = 0.0
+
+    @staticmethod
+    def of_flops(flops: float, d_model: int) -> "Kept":
+        """That of a feed-forward network of which only its FLOPs are known: a gated one of width w costs 6 d w and
+        leaves 4 w numbers (gate, its activation, up, their product)."""
+        return Kept(flops / (1.5 * d_model))
+
+    def __add__(self, other: "Kept") -> "Kept":
+        return Kept(self.numbers + other.numbers, self.bytes + other.bytes)
+
+    def __mul__(self, factor: float) -> "Kept":
+        return Kept(self.numbers * factor, self.bytes * factor)
+
+    def total(self, itemsize: int) -> float:
+        """Bytes, where a product's numbers have `itemsize`."""
+        return self.numbers * itemsize + self.bytes

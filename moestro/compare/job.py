@@ -64,7 +64,8 @@ class Job:
         dataset = build_data(recipe).prepare(progress=False)
         model = build_model(recipe, dataset.vocab_size, self.device)
         load_weights(model, newest_checkpoint(self.folder))
-        batch, precision = recipe.train.value("batch_size"), recipe.train.value("precision")
+        batch = recipe.train.value("batch_size") // recipe.train.value("accumulate")
+        precision = recipe.train.value("precision")
 
         def held_out():
             return dataset.val_batches(batch, self.final_tokens)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import Cost
+from moestro.cost import Cost, Kept
 from moestro.experts.norms import ExpertNorms
 from moestro.routing import Routing
 
@@ -71,6 +71,13 @@ class ExpertBank(nn.Module):
         """Forward FLOPs of a token that meets `rows_per_token` experts, each equally likely."""
         each = self.row_flops()
         return rows_per_token * (float(each.mean()) if isinstance(each, Tensor) else each)
+
+    def kept_per_token(self, rows_per_token: float, d_model: int) -> Kept:
+        """What a token that meets so many experts, each equally likely, leaves for backward: of every row three
+        numbers a hidden unit, its input and its output, where experts run as `run` defines them."""
+        widths = self.row_widths()
+        mean = float(widths.mean()) if isinstance(widths, Tensor) else widths
+        return Kept(rows_per_token * (3 * mean + 2 * d_model))
 
 
 def real_device(device: torch.device) -> torch.device:

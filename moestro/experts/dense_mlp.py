@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.cost import Cost, of_products
+from moestro.cost import Cost, Kept, of_products
 from moestro.routing import Routing
 
 
@@ -74,3 +74,7 @@ class DenseMLP(nn.Module):
         """Forward FLOPs on so many tokens."""
         parts = [m for m in (self.gate, self.up, self.down, self.weight) if m is not None]
         return of_products(n_tokens, *(m.weight for m in parts))  # type: ignore[arg-type]
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        """What a token leaves for the backward pass."""
+        return Kept(self.width * (2.0 if self.gate is None else 4.0))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import Cost
+from moestro.cost import Cost, Kept
 from moestro.experts.base import ExpertBank
 from moestro.routing import Routing, SlotRouting, SoftRouting, SparseRouting
 
@@ -168,6 +168,10 @@ class FactoredBank(ExpertBank):
         if rows_per_token < self.n_experts:
             mixing = rows_per_token * self._code_size()
         return 2.0 * mixing + self._shared_flops()
+
+    def kept_per_token(self, rows_per_token: float, d_model: int) -> Kept:
+        """A mixture of codes, a projected input, what is made of both, and what is mapped, however many experts."""
+        return Kept(3.0 * self._code_size() + self.d_in + 2.0 * self.d_out)
 
     def _code_size(self) -> int:
         return reduce(self.merge, [table[:1] for table in self.experts]).numel()

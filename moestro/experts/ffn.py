@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moestro.cost import Kept
 from moestro.experts.base import ExpertBank, real_device
 from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.norms import ExpertNorms, activation_remarks, norms_of
@@ -75,6 +76,10 @@ class FFNExperts(ExpertBank):
 
     def row_flops(self) -> Float[Tensor, "e"]:
         return self.row_widths() * (2.0 * self.w_out.d_model * (3 if self.glu else 2))
+
+    def kept_per_token(self, rows_per_token: float, d_model: int) -> Kept:
+        """Hidden units before their activation, and nothing else of a row."""
+        return Kept(rows_per_token * sum(self.widths) / self.n_experts * (2 if self.glu else 1))
 
     def row_widths(self) -> Float[Tensor, "e"]:
         device = next(self.parameters()).device

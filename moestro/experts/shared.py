@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.cost import NOTHING, Cost, of_products
+from moestro.cost import NOTHING, Cost, Kept, of_products
 from moestro.ops.activations import activation as find
 from moestro.routing import Routing
 
@@ -47,6 +47,10 @@ class SharedExpert(nn.Module):
     def flops_on(self, n_tokens: int) -> Cost:
         """Forward FLOPs on so many tokens."""
         return of_products(n_tokens, self.w_in.weight, self.w_out.weight)
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        """What a token leaves for the backward pass."""
+        return Kept(self.width * (4.0 if self.glu else 2.0))
 
 
 class OutputBias(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from moestro.cost import Kept
 from moestro.experts.base import ExpertBank
 from moestro.ops.tables import new_table
 
@@ -47,6 +48,10 @@ class TableBank(ExpertBank):
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
         return tuple((table, slice(expert, expert + 1)) for table in self.parameters(recurse=False))
+
+    def kept_per_token(self, rows_per_token: float, d_model: int) -> Kept:
+        """Products with the rows of every table; no row is kept."""
+        return Kept(rows_per_token * len(self.tables()))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         for name, parameter in self.tables().items():

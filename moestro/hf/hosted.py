@@ -4,14 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.pytorch_utils import Conv1D
 
-from moestro.cost import NOTHING, Cost, of_products
+from moestro.cost import NOTHING, Cost, Kept, of_products
+from moestro.hf.packed import packed_mask, positions_within
 from moestro.hf.view import layer_of, places
 from moestro.layers import Layer, MoELayer, adapter_flops
 from moestro.model import Output
@@ -22,8 +21,6 @@ from moestro.routing import Trace
 
 # Families whose decoder layers take what the block returned besides its output.
 RETURNS_A_PAIR = {"gpt_oss"}
-# Families whose attention masks do not look at the positions, from which documents are known (transformers 5.23).
-MASKS_WITHOUT_POSITIONS = {"gpt_oss"}
 
 
 class HostedBlock(nn.Module):
@@ -204,6 +201,16 @@ class Hosted(nn.Module):
         backbone = float(self._backbone_flops(1, seq_len).useful) / seq_len
         return backbone + sum(block.ffn.expected_token_flops() for block in self._blocks())
 
+    def kept_per_token(self) -> list[Kept]:
+        """What a token leaves in each block for backward: what the layers know of themselves; of the rest, what
+        every linear map reads and returns, and two norms."""
+        blocks, d = self._blocks(), self.decoder.config.get_text_config().hidden_size
+        own = {id(module) for block in blocks for module in block.modules()}
+        linear = [m for m in self.decoder.modules() if isinstance(m, nn.Linear | Conv1D) and id(m) not in own]
+        numbers = sum(sum(m.weight.shape) for m in linear if m is not self.decoder.get_output_embeddings())
+        backbone = Kept(numbers / len(blocks) + d, 8.0 * (d + 1))
+        return [backbone + block.ffn.kept_per_token(d) for block in blocks]
+
     def active_parameters(self, traces: Sequence[Trace]) -> Float[Tensor, ""] | float:
         """Mean number of parameters a token touches, as `Transformer.active_parameters` counts."""
         return float(sum(p.numel() for p in self.parameters())) - idle_parameters(traces)
@@ -266,24 +273,6 @@ class Hosted(nn.Module):
 
     def _blocks(self) -> list[Any]:
         return list(self.blocks)
-
-
-def positions_within(documents: Int[Tensor, "b s"]) -> Int[Tensor, "b s"]:
-    """Each token's place in its document."""
-    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return place - torch.where(begins, place, 0).cummax(dim=1).values
-
-
-def packed_mask(decoder: PreTrainedModel, tokens: Tensor, positions: Tensor) -> dict[str, Any] | None:
-    """Attention masks for packed documents, for families that do not derive them from the positions."""
-    if decoder.config.model_type not in MASKS_WITHOUT_POSITIONS:
-        return None
-    embedded = decoder.get_input_embeddings()(tokens)
-    known: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "position_ids": positions}
-    makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    return {kind: make(decoder.config, embedded, **known) for kind, make in makers.items()}
 
 
 def _attended(decoder: PreTrainedModel) -> int:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import NOTHING, Cost
+from moestro.cost import NOTHING, Cost, Kept
 from moestro.routing import Trace
 
 
@@ -29,6 +29,10 @@ class Layer(nn.Module):
     def expected_token_flops(self) -> float:
         """Forward FLOPs of a token before anything is learned: equal probabilities for all experts."""
         raise NotImplementedError
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        """What a token of width `d_model` leaves for the backward pass besides itself, all experts equally likely."""
+        return Kept.of_flops(self.expected_token_flops(), d_model)
 
     def untraced_flops(self, n_tokens: int) -> Cost:
         """Forward FLOPs on `n_tokens` tokens that no trace shows."""

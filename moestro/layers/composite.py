@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moestro.cost import NOTHING, Cost, of_products
+from moestro.cost import NOTHING, Cost, Kept, of_products
 from moestro.layers.base import Layer
 from moestro.ops.activations import activation
 from moestro.routing import Trace
@@ -45,6 +45,10 @@ class SequenceLayer(Layer):
 
     def expected_token_flops(self) -> float:
         return sum(layer.expected_token_flops() for layer in self._sublayers())
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        """What the layers leave, and between them the residual stream and its norm, in float32."""
+        return sum((f.kept_per_token(d_model) for f in self._sublayers()), Kept(bytes=8.0 * d_model * len(self.norms)))
 
     def untraced_flops(self, n_tokens: int) -> Cost:
         return sum((layer.untraced_flops(n_tokens) for layer in self._sublayers()), NOTHING)
@@ -88,6 +92,10 @@ class InputGatedLayer(Layer):
 
     def untraced_flops(self, n_tokens: int) -> Cost:
         return self.layer.untraced_flops(n_tokens) + self._gate_flops(n_tokens)
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        """What the layer leaves; gate, its activation, the layer's output and their product."""
+        return self.layer.kept_per_token(d_model) + Kept(4.0 * d_model)
 
     def _gate_flops(self, n_tokens: int) -> Cost:
         return of_products(n_tokens, self.w_gate.weight, self.w_out.weight)

@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moestro.cost import Cost
+from moestro.cost import Cost, Kept
 from moestro.experts.dense_mlp import DenseMLP
 from moestro.experts.shared import SharedExpert
 from moestro.layers.base import Layer
@@ -37,3 +37,6 @@ class DenseFFN(Layer):
 
     def untraced_flops(self, n_tokens: int) -> Cost:
         return self.expert.flops_on(n_tokens)
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        return self.expert.kept_per_token(d_model)

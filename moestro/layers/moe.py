@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import NOTHING, Cost
+from moestro.cost import NOTHING, Cost, Kept
 from moestro.experts.base import ExpertBank
 from moestro.experts.dense_mlp import DenseMLP
 from moestro.experts.free_adapters import FreeAdapters
@@ -111,6 +111,18 @@ class MoELayer(TokenLayer):
     def expected_token_flops(self) -> float:
         rows = self.router.rows_per_token()
         return self.router.flops(1) + sum(branch.expected_token_flops(rows) for branch in self._branches())
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        rows, kept = self.router.rows_per_token(), self.router.kept_per_token()
+        for branch in self._branches():
+            if branch is self.bank and self.record is not None:
+                recorded = self.record.rows_per_token(rows, self.router.n_experts)
+                kept += ExpertBank.kept_per_token(branch, recorded, d_model)
+            elif isinstance(branch, ExpertBank):
+                kept += branch.kept_per_token(rows, d_model)
+            else:
+                kept += Kept.of_flops(branch.expected_token_flops(rows), d_model)
+        return kept
 
     def _numbered(self) -> list[Any]:
         """The branches that know experts by their numbers: banks, and what is made of a routing."""

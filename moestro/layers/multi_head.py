@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import Cost, of_products
+from moestro.cost import Cost, Kept, of_products
 from moestro.layers.base import Layer
 from moestro.routing import Origin, Trace
 
@@ -72,6 +72,10 @@ class MultiHeadLayer(Layer):
 
     def expected_token_flops(self) -> float:
         return float(self._projection_flops(1).useful) + self.heads * self.ffn.expected_token_flops()
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        """The parts, and what each leaves."""
+        return Kept(2.0 * d_model) + self.ffn.kept_per_token(d_model // self.heads) * self.heads
 
     def _projection_flops(self, n_tokens: int) -> Cost:
         there = (p for p in (self.head, self.merge) if not isinstance(p, nn.Identity))

@@ -17,6 +17,10 @@ class ActiveRows(nn.Module):
         """Further rows to compute, in expert order and with weight 0; None where there are none."""
         return None
 
+    def rows_per_token(self, rows: float, n_experts: int) -> float:
+        """Rows of a token whose output is computed in training, where it chose `rows`."""
+        return rows
+
 
 def _free(routing: Routing) -> Bool[Tensor, "t e"]:
     """Which available experts each token did not choose.
@@ -45,6 +49,9 @@ class AllRows(ActiveRows):
             return None
         token, expert = _free(routing).nonzero(as_tuple=True)
         return _unweighted(token, expert, routing, torch.float32)
+
+    def rows_per_token(self, rows: float, n_experts: int) -> float:
+        return float(n_experts)
 
 
 class SampledRows(ActiveRows):
@@ -75,6 +82,9 @@ class SampledRows(ActiveRows):
         rank = score.topk(min(self.extra, routing.n_experts)).indices
         token, place = free.gather(1, rank).nonzero(as_tuple=True)
         return _unweighted(token, order[token, rank[token, place]], routing, falling.dtype)
+
+    def rows_per_token(self, rows: float, n_experts: int) -> float:
+        return min(rows + self.extra, float(n_experts))
 
     def _scores(self, falling: Float[Tensor, "t e"]) -> Float[Tensor, "t e"]:
         noise = gumbel(falling, self.seed)

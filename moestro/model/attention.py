@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import Cost, of_products
+from moestro.cost import Cost, Kept, of_products
 from moestro.model.cache import Cache, attend
 
 
@@ -80,6 +80,12 @@ class Attention(nn.Module):
         projections = of_products(batch * seq_len, *(linear.weight for linear in linears))
         square = 4.0 * batch * self.n_heads * self.head_dim * seq_len * seq_len
         return projections + Cost(square * (seq_len + 1) / (2 * seq_len), square)
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        """What a token leaves for the backward pass: queries and what is attended to of h heads of width c, keys and
+        values of g, and the float32 normaliser of every head. Its input is kept once in float32 and, cast for each of
+        three products, three times under autocast: counted as twice."""
+        return Kept(2.0 * (d_model + self.head_dim * (self.n_heads + self.n_kv_heads)), 4.0 * self.n_heads)
 
 
 def _rotate(x: Float[Tensor, "b h s c"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b h s c"]:

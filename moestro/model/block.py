@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import Cost
+from moestro.cost import Cost, Kept
 from moestro.layers.base import Layer
 from moestro.model.attention import Attention
 from moestro.model.cache import Cache
@@ -47,6 +47,12 @@ class Block(nn.Module):
     def expected_token_flops(self, seq_len: int) -> float:
         """Useful forward FLOPs of a token before anything is learned, in sequences of `seq_len` tokens."""
         return float(self.attention.flops(1, seq_len).useful) / seq_len + self.ffn.expected_token_flops()
+
+    def kept_per_token(self) -> Kept:
+        """What a token leaves for the backward pass: what either norm reads, in float32, and what both layers leave."""
+        d = self.attention_norm.weight.numel()
+        layers = self.attention.kept_per_token(d) + self.ffn.kept_per_token(d)
+        return layers + Kept(d, 8.0 * (d + 1))
 
     def idle_parameters(self) -> float:
         """Mean number of parameters, those of experts left out, that a token does not touch."""

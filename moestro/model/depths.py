@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import Cost, of_products
+from moestro.cost import Cost, Kept, of_products
 from moestro.experts import ExpertBank
 from moestro.layers.base import Layer
 from moestro.model.attention import Attention
@@ -107,6 +107,9 @@ class PassedBlock(Block):
     def expected_token_flops(self, seq_len: int) -> float:
         chosen = self.n_chosen(seq_len)
         return 2.0 * self.score.weight.numel() + chosen / seq_len * super().expected_token_flops(chosen)
+
+    def kept_per_token(self) -> Kept:
+        return super().kept_per_token() * self.share
 
     def idle_parameters(self) -> float:
         banks = [bank for bank in self.modules() if isinstance(bank, ExpertBank)]

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moestro.cost import Cost, of_products
+from moestro.cost import Cost, Kept, of_products
 from moestro.layers.adapted import adapter_flops
 from moestro.layers.moe import MoELayer
 from moestro.model.active import idle_parameters
@@ -136,6 +136,10 @@ class Transformer(nn.Module):
         adapters = float(adapter_flops(self, 1, seq_len).useful) / seq_len
         head = 2.0 * self.head.weight.numel()
         return head + adapters + sum(block.expected_token_flops(seq_len) for block in self._blocks())
+
+    def kept_per_token(self) -> list[Kept]:
+        """What a token leaves in each block for the backward pass, before anything is learned."""
+        return [block.kept_per_token() for block in self._blocks()]
 
     def _blocks(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]

@@ -77,7 +77,8 @@ def opened_run(
     model = build_model(recipe, dataset.vocab_size, device)
     if start is None:
         load_weights(model, path)
-    batch_size, precision = recipe.train.value("batch_size"), recipe.train.value("precision")
+    batch_size = recipe.train.value("batch_size") // recipe.train.value("accumulate")
+    precision = recipe.train.value("precision")
     step = 0 if start else step_of(path)
     return Run(folder, path, step, model, dataset, data is None, batch_size, precision, tuple(settings))
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moestro.cost import Kept
 from moestro.routers.family import SelectionFamily, size_of
 from moestro.routers.scores import Score
 from moestro.routers.selects import Select
@@ -39,6 +40,11 @@ class Router(nn.Module):
     def rows_per_token(self) -> float:
         """Rows a token is expected to cost before anything is learned (equal probabilities)."""
         raise NotImplementedError
+
+    def kept_per_token(self) -> Kept:
+        """What a token leaves for backward: float32 logits, probabilities and what a loss makes of them, and 40
+        bytes (token, expert, weight, in two orders) a row."""
+        return Kept(bytes=12.0 * self.n_experts + 40.0 * self.rows_per_token())
 
     def selection_family(self) -> SelectionFamily:
         """The selections that its parameters can express: where no more is known, any set of experts, with as many

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moestro.cost import Kept
 from moestro.ops import linear_fp32, product_key_topk
 from moestro.ops.precision import without_autocast
 from moestro.routers.base import Router
@@ -81,6 +82,10 @@ class ProductKeyRouter(Router):
         """Query and sub-key products; comparisons and the k*k candidate sums are not multiplied."""
         keys = 2.0 * self.heads * self.side * self.keys.shape[-1] * 2
         return n_tokens * (2.0 * self.query.numel() + keys)
+
+    def kept_per_token(self) -> Kept:
+        """float32 queries before, inside and after their norm; of every row its two positions, id, score, gate."""
+        return Kept(bytes=12.0 * len(self.query) + 40.0 * self.rows_per_token())
 
     def rows_per_token(self) -> float:
         return self.heads * self.top_k

@@ -1,4 +1,7 @@
-"""Peak arithmetic of accelerators, for the share of it that training uses (MFU)."""
+"""What a machine can do: peak arithmetic of accelerators, for the share of it that training uses (MFU); memory."""
+
+import os
+from pathlib import Path
 
 import torch
 
@@ -13,6 +16,8 @@ PEAK_BF16 = {
     "A100": 312e12,
     "L40S": 362e12,
 }
+# Where Linux says how much memory a container may use (cgroup v2, v1).
+CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -25,3 +30,19 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def known_peak(name: str) -> float | None:
     """Dense bfloat16 FLOP/s of the accelerator called `name`; None where the table does not have it."""
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that this process may use on `device`: all of a GPU's; of the machine's, what its control group
+    allows; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    limits = [_limit(path) for path in CONTROL_GROUPS]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(limit for limit in limits if limit)])
+
+
+def _limit(path: Path) -> int | None:
+    text = path.read_text().strip() if path.is_file() else "max"
+    return int(text) if text.isdecimal() else None

@@ -119,7 +119,7 @@ def run(
 
         finished, better = share >= 1, False
         if finished or due(settings.eval_every, counters.step):
-            held_out = dataset.val_batches(settings.batch_size, settings.eval_tokens)
+            held_out = dataset.val_batches(settings.micro_batch, settings.eval_tokens)
             figures = evaluate(model, held_out, precision=settings.precision)
             require_finite({"held-out loss": figures["loss"]}, counters.step, lr)
             better = counters.evaluated(figures) and settings.keep_best

@@ -139,6 +139,11 @@ class TrainSettings:
             raise ValueError(f"train non_finite={self.non_finite!r}: allowed are 'stop', 'skip'")
         self._check_warmup_fits()
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that go through the model together."""
+        return self.batch_size // self.accumulate
+
     def _check_warmup_fits(self) -> None:
         warmup = self.optim.schedule.warmup
         if self.budget.steps is not None and warmup >= 1 and warmup >= self.budget.steps:

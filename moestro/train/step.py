@@ -72,7 +72,7 @@ def backward(
     the weighted objectives (each the mean over layers and micro-batches). Sums stay on the device."""
     device = next(model.parameters()).device
     n_targets = count_targets(batch)
-    size = settings.batch_size // settings.accumulate
+    size = settings.micro_batch
     sums: Sums = {}
     parts = [batch.rows(start, start + size) for start in range(0, settings.batch_size, size)]
     foreseen = None
