@@ -83,6 +83,7 @@ def collect(work: Work, effects: Sequence[Effect]) -> dict[str, Any]:
                 "seed": job.seed,
                 "bpb": run["final"]["bpb"],
                 "held_out_tokens": run["final"]["tokens"],
+                "commit": str(run["commit"])[:12],
                 **{key: run[key] for key in ("step", "tokens", "flops", "params_total", "params_active")},
             }
             for job in work.jobs
@@ -95,6 +96,6 @@ def described(study: Study) -> dict[str, Any]:
     """Everything that decides the runs but the corpora, and its digest."""
     arms = {name: {"recipe": arm.recipe, "settings": dict(arm.settings)} for name, arm in study.arms.items()}
     for name, arm in study.arms.items():
-        arms[name] |= {"start": arm.start, "text": arm.text} if arm.start else {}
+        arms[name] |= {key: value for key, value in (("start", arm.start), ("text", arm.text)) if value}
     plain = json.loads(json.dumps({"budget": study.budget, "common": dict(study.common), "arms": arms}))
     return {**plain, "digest": digest(plain)}

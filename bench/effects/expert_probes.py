@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from bench.effects.study import Trained
-from moestro.data import load_tokenizer
+from moestro.data import Batch, load_tokenizer
 from moestro.evaluate import evaluate, expert_probe, expert_purity
 from moestro.evaluate.perplexity import evaluating
 from moestro.evaluate.scoring import score
+from moestro.experts import HyperExpert
 from moestro.experts.ffn import FFNExperts
+from moestro.layers import scaled_experts
+from moestro.model import Transformer
 from moestro.recipe.build import build_data
 from moestro.recipe.load import load_recipe
 
@@ -67,12 +70,67 @@ def foreign(trained: Trained) -> float | None:
     return fmean(layer["foreign"] for layer in found.values())
 
 
+def own(trained: Trained) -> float:
+    """Nats a token when every expert serves alone the tokens that prefer it, mean over layers."""
+    tokens = min(TOKENS, trained.final_tokens)
+    found = expert_probe(trained.model(), lambda: trained.held_out(tokens))
+    return fmean(layer["own"] for layer in found.values())
+
+
+def without(trained: Trained) -> dict[str, float]:
+    """Rise of the loss, nats, when one expert counts for nothing: on the tokens that give it their greatest weight
+    (`own`) and on the others (`others`), means over tokens and experts of all layers."""
+    model, batches = trained.model(), list(trained.held_out(min(TOKENS, trained.final_tokens)))
+    with evaluating(model):
+        losses, first = _losses(model, batches)
+        sums = torch.zeros(2, 2, dtype=torch.float64)
+        for name, layer in model.moe_layers().items():
+            for expert in range(layer.router.n_experts):
+                with scaled_experts(layer, {expert: 0.0}):
+                    rise = _losses(model, batches)[0] - losses
+                mine = first[name] == expert
+                sums += torch.stack([torch.stack([rise[m].sum(), m.sum().double()]) for m in (mine, ~mine)])
+    (mine, n), (rest, m) = sums.tolist()
+    return {"own": mine / n, "others": rest / m}
+
+
+def _losses(model: Transformer, batches: list[Batch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Nats of every target, and the expert of greatest weight of its token in every layer."""
+    losses, first = [], {name: [] for name in model.moe_layers()}
+    for batch in batches:
+        output, nats = score(model, batch, "fp32")
+        losses.append(nats[batch.keep].double())
+        for name, trace in zip(first, output.traces, strict=True):
+            first[name].append(trace.routing.first_choice())
+    return torch.cat(losses), {name: torch.cat(found) for name, found in first.items()}
+
+
+def selection(trained: Trained) -> float:
+    """Correlation, over pairs of experts, of how alike their embeddings are (cosine) with how often a token chooses
+    both, mean over layers of hyper-experts."""
+    model, found = trained.model(), []
+    both: dict[str, torch.Tensor] = {}
+    with evaluating(model):
+        for batch in trained.held_out():
+            for name, trace in zip(model.moe_layers(), score(model, batch, "fp32")[0].traces, strict=True):
+                chosen = (trace.routing.dense() > 0).double()
+                both[name] = both.get(name, 0) + chosen.T @ chosen
+    for name, layer in model.moe_layers().items():
+        (hyper,) = (branch for branch in layer.branches if isinstance(branch, HyperExpert))
+        unit = F.normalize(hyper.experts.detach().double(), dim=-1)
+        pair = torch.ones_like(both[name], dtype=torch.bool).triu(1)
+        found.append(float(torch.corrcoef(torch.stack([(unit @ unit.T)[pair], both[name][pair]]))[0, 1]))
+    return fmean(found)
+
+
 def old_text(trained: Trained) -> dict[str, Any] | None:
-    """Bits per byte on the held-out text of the run that this one started from, before and after; None for others."""
+    """Bits per byte on the held-out text of the run that this one started from, before and after; None for others, and where experts serve
+    kinds of text, of which the old one is none."""
     section = trained.recipe.adapt
-    if section is None:
+    plan = section and section.build()
+    if plan is None or (plan.mixtures is not None and plan.mixtures.groups != (None,)):
         return None
-    start = section.build().start
+    start = plan.start
     recipe = load_recipe(start / "recipe.yaml")
     data = build_data(recipe)
     data.tokenizer = load_tokenizer(start / "tokenizer")

@@ -1,6 +1,6 @@
 """Batches: fixed windows of packed documents, in an order that is a pure function of (seed, step)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -15,12 +15,13 @@ IGNORE = -100
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one step reads; every field is int64 (b, s)."""
+    """What one step reads; every field is int64 (b, s). `groups` is None where the corpus tells none apart."""
 
     tokens: Tensor
     targets: Tensor  # the next token; IGNORE where there is none
     documents: Tensor  # which document of its row a token belongs to; eos belongs to the document it opens
     n_bytes: Tensor  # bytes of text each target stands for; 0 for eos and where ignored
+    groups: Tensor | None = None  # what kind of text each token's document is
 
     @property
     def keep(self) -> Tensor:
@@ -29,11 +30,15 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Some rows of the batch: a micro-batch, or one rank's share."""
-        return Batch(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
+        return self._each(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if tensor is None else change(tensor) for name, tensor in held.items()})
 
 
 @lru_cache(maxsize=2)
@@ -84,4 +89,10 @@ class Windows:
             document = np.searchsorted(self.shard.index[:, 0], opening)
             n_bytes[opens & valid] += self.shard.index[document, 1]
         arrays = (tokens, np.where(valid, targets, IGNORE), np.cumsum(opens, axis=1), np.where(valid, n_bytes, 0))
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+        groups = () if self.shard.groups is None else (self._groups(positions[:, :-1], self.shard.groups),)
+        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in (*arrays, *groups)))
+
+    def _groups(self, positions: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        """Of the documents at these places, that of the last one beyond the end."""
+        document = np.searchsorted(self.shard.index[:, 0], positions, side="right") - 1
+        return groups[np.minimum(document, len(groups) - 1)]

@@ -104,8 +104,8 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the batches: equal fingerprints, equal batches."""
-        shards = (self._train.shard.meta, self._val.shard.meta)
-        return digest(self._meta["tokenizer"], self.seq_len, [(m.bin_sha256, m.idx_sha256) for m in shards])
+        hashes = [windows.shard.sha256 for windows in (self._train, self._val)]
+        return digest(self._meta["tokenizer"], self.seq_len, hashes)
 
     @property
     def text_fingerprint(self) -> str:

@@ -2,7 +2,8 @@
 
 A folder holds `train` and `val`, each as `.bin` (token ids; every document opens with eos, one more eos closes the
 split) and `.idx` (int64 pairs, one a document: where it opens, and how many bytes its text has beyond what its tokens
-stand for, which is 0 for an exact tokenizer), the tokenizer, and `meta.json` (counts and hashes).
+stand for, which is 0 for an exact tokenizer), where the corpus tells groups apart `.groups` (int64, one a document), the
+tokenizer, and `meta.json` (counts and hashes).
 """
 
 import hashlib
@@ -44,6 +45,7 @@ class SplitMeta:
     text_sha256: str
     bin_sha256: str
     idx_sha256: str
+    groups_sha256: str | None = None  # None: the corpus tells no groups apart
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Shard:
     tokens: np.ndarray  # memory-mapped, uint16 or uint32
     index: np.ndarray  # memory-mapped, int64 (documents, 2)
     meta: SplitMeta
+    groups: np.ndarray | None = None  # memory-mapped, int64 (documents,)
+
+    @property
+    def sha256(self) -> tuple[str, ...]:
+        """Of every file."""
+        hashes = (self.meta.bin_sha256, self.meta.idx_sha256, self.meta.groups_sha256)
+        return tuple(one for one in hashes if one is not None)
 
 
 def write_shards(folder: Path, key: str, corpus: Corpus, tokenizer: Tokenizer) -> None:
@@ -105,10 +114,17 @@ def open_shard(folder: Path, split: str, meta: dict[str, Any]) -> Shard:
         (folder / f"{split}.bin", dtype, (part.n_tokens,), part.bin_sha256),
         (folder / f"{split}.idx", np.dtype(np.int64), (part.n_documents + 1, 2), part.idx_sha256),
     )
+    if part.groups_sha256 is not None:
+        kinds = (folder / f"{split}.groups", np.dtype(np.int64), (part.n_documents,), part.groups_sha256)
+        files = (*files, kinds)
     for path, dtype, shape, sha256 in files:
         _check_file(path, dtype.itemsize * int(np.prod(shape)), sha256)
-    tokens, index = (np.memmap(path, dtype, mode="r", shape=shape) for path, dtype, shape, _ in files)
-    return Shard(tokens, index, part)
+    tokens, index, *groups = (_mapped(path, dtype, shape) for path, dtype, shape, _ in files)
+    return Shard(tokens, index, part, *groups)
+
+
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r", shape=shape) if np.prod(shape) else np.zeros(shape, dtype)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -127,6 +143,7 @@ class _Writer:
         self.zlib = zlib.compressobj(9) if split == "val" else None
         self.n_tokens = self.n_documents = self.n_bytes = self.zlib_bytes = 0
         self.inexact_documents = self.byte_error = 0
+        self.path, self.groups = folder / f"{split}.groups", list[int]()
 
     def add(self, document: Document, ids: np.ndarray) -> None:
         text = document.text.encode()
@@ -138,6 +155,10 @@ class _Writer:
         self.hashes["text"].update(len(text).to_bytes(8, "little") + text)
         if self.zlib is not None:
             self.zlib_bytes += len(self.zlib.compress(text))
+        if document.group is not None:
+            self.groups.append(document.group)
+        if len(self.groups) not in (0, self.n_documents + 1):
+            raise ValueError(f"{document.where}: some documents are of a group and some of none; allowed: all or none")
         self.n_tokens += 1 + len(ids)
         self.n_documents += 1
         self.n_bytes += len(text)
@@ -157,7 +178,15 @@ class _Writer:
             byte_error=self.byte_error,
             zlib_bytes=self.zlib_bytes + len(self.zlib.flush()) if self.zlib is not None else 0,
             **{f"{end}_sha256": done.hexdigest() for end, done in self.hashes.items()},
+            groups_sha256=self._groups_written(),
         )
+
+    def _groups_written(self) -> str | None:
+        if not self.groups:
+            return None
+        content = np.array(self.groups, np.int64).tobytes()
+        self.path.write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
 
     def _write(self, end: str, values: np.ndarray) -> None:
         self.files[end].write(values.data)
@@ -191,6 +220,8 @@ def _check_content(splits: dict[str, SplitMeta], corpus: Corpus) -> None:
         raise ValueError(
             f"{corpus.name}: all of its {documents} documents are held out (val_fraction={corpus.val_fraction})"
         )
+    if train.n_documents and (train.groups_sha256 is None) != (val.groups_sha256 is None):
+        raise ValueError(f"{corpus.name}: of training and held-out documents only one kind has groups; allowed: both")
     error, total = train.byte_error + val.byte_error, train.n_bytes + val.n_bytes
     if error > MAX_BYTE_ERROR * total:
         raise ValueError(

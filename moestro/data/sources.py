@@ -22,6 +22,7 @@ class Document(NamedTuple):
     text: str
     where: str  # for messages: file, or file:line
     done: float | None = None  # share of the source read so far, where the source knows its length
+    group: int | None = None  # what kind of text it is, where the corpus tells kinds apart
 
 
 class Source(Protocol):
@@ -162,23 +163,44 @@ class TextSource(FileSource):
 
 
 class JsonlSource(FileSource):
-    """One JSON object a line; the text is in `text_field`."""
+    """One JSON object a line; the text is in `text_field`. Where `group_field` is given, it says what kind of text each
+    document is: that of `groups[i]` is of group i."""
 
     suffixes = (".jsonl", ".ndjson", ".json")
 
-    def __init__(self, paths: str | Path | Sequence[str | Path], text_field: str = "text"):
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        text_field: str = "text",
+        group_field: str | None = None,
+        groups: Sequence[str] = (),
+    ):
         super().__init__(paths)
-        self.text_field = text_field
+        if bool(groups) != (group_field is not None) or len(set(groups)) != len(groups):
+            raise ValueError(
+                f"group_field={group_field!r}, groups={list(groups)}, allowed: both or neither, with different groups"
+            )
+        self.text_field, self.group_field, self.groups = text_field, group_field, tuple(groups)
 
     def settings(self) -> dict[str, Any]:
-        return {"text_field": self.text_field}
+        grouping = {"group_field": self.group_field, "groups": self.groups} if self.groups else {}
+        return {"text_field": self.text_field} | grouping
 
     def read(self, path: Path, key: str) -> Iterator[Document]:
         for number, line, done in read_lines(path):
             if not line.isspace():
                 where = f"{path}:{number}"
-                text = text_of(_json_object(line, where), self.text_field, where)
-                yield Document(text, text, where, done)
+                record = _json_object(line, where)
+                text = text_of(record, self.text_field, where)
+                yield Document(text, text, where, done, self._group(record, where))
+
+    def _group(self, record: dict[str, Any], where: str) -> int | None:
+        if self.group_field is None:
+            return None
+        if (value := record.get(self.group_field)) not in self.groups:
+            allowed = ", ".join(map(repr, self.groups))
+            raise ValueError(f"{where}: field '{self.group_field}' holds {value!r}, allowed (groups): {allowed}")
+        return self.groups.index(value)
 
 
 class ParquetSource(FileSource):

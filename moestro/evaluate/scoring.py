@@ -1,6 +1,6 @@
 """The forward pass over a batch, as training and evaluation both need it: device, precision, nats of the targets."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.data import IGNORE, Batch
+from moestro.layers import adapters_of
 from moestro.model import Output
 
 
@@ -20,9 +21,19 @@ def score(model: nn.Module, batch: Batch, precision: str) -> tuple[Output, Float
     # Asked before the batch moves, so that no device is waited for.
     keep = None if bool(batch.keep.all()) else batch.keep.to(device)
     batch = batch.to(device)
-    with autocast(device, precision):
+    with autocast(device, precision), told(model, batch):
         output = model(batch.tokens, documents=batch.documents, keep=keep)
     return output, nats(output.logits, batch.targets)
+
+
+def told(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+    """The context in which the model's adapters know the groups of the batch's tokens, and which are no padding."""
+    adapters = adapters_of(model)
+    if adapters is None:
+        return nullcontext()
+    device = next(model.parameters()).device
+    keep = None if bool(batch.keep.all()) else batch.keep.to(device)
+    return adapters.given(None if batch.groups is None else batch.groups.to(device), keep)
 
 
 def nats(logits: Float[Tensor, "b s v"], targets: Int[Tensor, "b s"]) -> Float[Tensor, "b s"]:

@@ -24,6 +24,13 @@ class TokenFacts:
     groups: Int[Tensor, "..."] | None = None
     keep: Bool[Tensor, "..."] | None = None
 
+    def of_rows(self, x: Float[Tensor, "*b i"]) -> "TokenFacts":
+        """The facts of x, which may hold the tokens alone that count, in one row."""
+        keep = self.keep
+        if keep is None or x.dim() != 2 or x.shape[:-1] == keep.shape or len(x) != int(keep.sum()):
+            return self
+        return TokenFacts(None if self.groups is None else self.groups[keep], torch.ones_like(x[:, 0], dtype=bool))
+
     def in_sequences(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*c i"]:
         """x in the shape in which the model was called, where that is known: mixtures of experts put the tokens of all
         sequences in one row."""
@@ -42,6 +49,12 @@ class Mixture(nn.Module):
     def forward(self, x: Float[Tensor, "*b i"], told: TokenFacts) -> Float[Tensor, "*b o"]:
         """Raises: ValueError where it serves a group and was not told the tokens' groups, or of other tokens."""
         shape = (*x.shape[:-1], self.bank.d_out)
+        alone = told.of_rows(x)
+        if alone is not told and not self.router.causal:
+            raise ValueError(
+                "tokens of several sequences stand in one row, without the padding between them: not to mix"
+            )
+        told = alone
         x = told.in_sequences(x).to(self.bank.down.dtype)
         mask = self._mask(x, told)
         if self.router.causal:

@@ -28,13 +28,14 @@ class MutualDistillation:
     - `cosine`: 1 - cos(e_i, m);
     - `kl`: tau^2 KL(softmax(m / tau) || softmax(e_i / tau)), for experts whose outputs are logits of classes.
 
-    With target `pairs` it is the mean over ordered pairs of different experts of |e_i - e_j|^2, 1 - cos(e_i, e_j) or
+    With target `zero` it is |e_i|^2 instead (mse only): a plain penalty on outputs, the control that distillation has to
+    beat. With target `pairs` it is the mean over ordered pairs of different experts of |e_i - e_j|^2, 1 - cos(e_i, e_j) or
     tau^2 KL(p_i || p_j): for mse 2 k / (k - 1) times the other. No pair is ever built. Gradients reach all experts and
     the layer's input. With `statistics: step` tokens of all micro-batches weigh the same; |m|^2 stays that of each.
     """
 
     distance: Literal["mse", "cosine", "kl"] = "mse"
-    target: Literal["mean", "pairs"] = "mean"
+    target: Literal["mean", "pairs", "zero"] = "mean"
     features: Literal["mean", "sum"] = "mean"
     normalize: bool = True
     temperature: float = 2.0
@@ -42,10 +43,12 @@ class MutualDistillation:
 
     def __post_init__(self) -> None:
         check_statistics(self.statistics)
-        allowed = {"distance": tuple(DISTANCES), "target": ("mean", "pairs"), "features": ("mean", "sum")}
+        allowed = {"distance": tuple(DISTANCES), "target": ("mean", "pairs", "zero"), "features": ("mean", "sum")}
         for name, words in allowed.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}={getattr(self, name)!r}, allowed: {', '.join(words)}")
+        if self.target == "zero" and self.distance != "mse":
+            raise ValueError(f"target='zero', distance={self.distance!r}, allowed: mse")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}, allowed: above 0")
 
@@ -115,8 +118,9 @@ def recorded(trace: Trace) -> tuple[Int[Tensor, "n"], Float[Tensor, "n o"]]:
 
 def squared_distance(outputs: Outputs, options: MutualDistillation) -> Float[Tensor, "t"]:
     """Of every token."""
-    apart = options.over_features((outputs.rows - outputs.mean[outputs.token]).square())
-    if options.target == "mean":
+    origin = 0 if options.target == "zero" else outputs.mean[outputs.token]
+    apart = options.over_features((outputs.rows - origin).square())
+    if options.target != "pairs":
         return outputs.average(apart)
     # sum_ij |e_i - e_j|^2 = 2 k sum_i |e_i - m|^2
     return outputs.over_pairs(2 * outputs.count * outputs.total(apart))

@@ -7,6 +7,7 @@ from moestro.data import (
     BPETokenizer,
     ByteTokenizer,
     FileTokenizer,
+    GroupedSource,
     HubSource,
     JsonlSource,
     ParquetSource,
@@ -118,6 +119,7 @@ SOURCES: dict[str, Callable[..., Any]] = {
     "jsonl": JsonlSource,
     "parquet": ParquetSource,
     "hub": HubSource,
+    "grouped": GroupedSource,
 }
 
 BANKS: dict[str, Callable[..., Any]] = {
@@ -218,6 +220,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
     # data
     "source": SOURCES,
     "val_source": SOURCES,
+    "sources": SOURCES,
     "tokenizer": {
         "bytes": ByteTokenizer,
         "bpe": BPETokenizer,

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moestro.data import Batch
-from moestro.evaluate.scoring import exact_dtype, score
+from moestro.evaluate.scoring import exact_dtype, score, told
 from moestro.objectives import Objective
 from moestro.parallel.sums import n_ranks
 from moestro.routing import Trace
@@ -80,12 +80,14 @@ def backward(
         foreseen, costs = step_traffic(model, parts, settings.precision)
         add(sums, device, flops_computed=sum(costs))
     for part in parts:
-        output, losses = score(model, part, settings.precision)
-        loss = losses.sum() / n_targets
-        traces = output.traces if foreseen is None else of_step(output.traces, foreseen)
-        values = {name: mean_over_layers(name, objective, traces) for name, _, objective in objectives}
-        penalty = sum(weight * values[name] for name, weight, _ in objectives) / settings.accumulate
-        (loss + penalty).backward()
+        # backward may compute forward again
+        with told(model, part):
+            output, losses = score(model, part, settings.precision)
+            loss = losses.sum() / n_targets
+            traces = output.traces if foreseen is None else of_step(output.traces, foreseen)
+            values = {name: mean_over_layers(name, objective, traces) for name, _, objective in objectives}
+            penalty = sum(weight * values[name] for name, weight, _ in objectives) / settings.accumulate
+            (loss + penalty).backward()
         for rule in rules:
             for trace in output.traces:
                 rule.observe(trace)

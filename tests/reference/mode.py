@@ -35,7 +35,9 @@ def distance(a: Tensor, b: Tensor, kind: str, features: str, tau: float) -> Tens
 
 
 def of_a_token(experts: list[Tensor], kind: str, target: str, features: str = "mean", tau: float = 2.0) -> Tensor:
-    """Mean over experts of the distance to their mean, or over ordered pairs of different experts."""
+    """Mean over experts of the distance to their mean, or to zero, or over ordered pairs of different experts."""
+    if target == "zero":
+        return plus([distance(torch.zeros_like(e), e, kind, features, tau) for e in experts]) / len(experts)
     if target == "mean":
         mean = plus(experts) / len(experts)
         return plus([distance(mean, e, kind, features, tau) for e in experts]) / len(experts)

@@ -1,10 +1,14 @@
 """MPOE: experts with a shared central tensor against experts of their own and one dense layer, at equal compute."""
 
+from dataclasses import replace
 from typing import Any
 
 from bench.effects import figures as f
+from bench.effects.corpora import LITTLE
 from bench.effects.effect import Run
+from bench.effects.loss_probes import gap
 from bench.effects.study import Arm
+from bench.effects.systems.hypermoe import learnt
 from bench.effects.systems.system import LOSS, System, expect, fixed
 
 
@@ -15,15 +19,21 @@ def mpoe() -> System:
     def arm(*rules: dict[str, Any]) -> Arm:
         return Arm("mpoe.yaml", {"rules": list(rules)})
 
+    def heart(*rules: dict[str, Any]) -> Arm:
+        return replace(arm(*rules), text=LITTLE, probes={"gap": gap})
+
     def narrow(width: int) -> Arm:
         return Arm("dense.yaml", {"model.ffn": {"kind": "dense", "width": width}})
 
     arms = {
         "mpoe": arm(),
         "mpoe-frozen": arm({"kind": "central_mask", "probability": 1.0}),
+        "mpoe-little": heart(),
+        **{f"mpoe-little-{p}": heart({"kind": "central_mask", "probability": p}) for p in (0.5, 0.9)},
         "dense-128": narrow(128),
         **fixed(2),
     }
+    spec = "2203.01104, its setting"
     paper, both = "2203.01104", "mpoe dense-128 top-2"
     return System(
         arms,
@@ -34,6 +44,9 @@ def mpoe() -> System:
             expect("P4", "between both", paper, "where, 0 dense and 1 unshared", both, between, low=0, high=1),
             expect("P5", "frozen central tensors: worse", paper, LOSS, "mpoe-frozen mpoe", f.excess, low=0),
             expect("P6", "experts differ", paper, "cosine of experts' outputs", "mpoe", alikeness, high=0.9),
+            expect("P7", "little text is learned by heart", spec, "nats a token", "mpoe-little", learnt, low=0.1),
+            expect("P8", "there, half masked: better", paper, LOSS, "mpoe-little-0.5 mpoe-little", f.excess, high=0),
+            expect("P9", "there, 0.9 masked: better", paper, LOSS, "mpoe-little-0.9 mpoe-little", f.excess, high=0),
         ),
     )
 

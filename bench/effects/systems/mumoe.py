@@ -1,12 +1,14 @@
 """muMoE: factored experts against dense and top-2 layers with as many parameters, at equal compute."""
 
+from dataclasses import replace
 from typing import Any
 
 from bench.effects import figures as f
 from bench.effects.effect import Run
+from bench.effects.expert_probes import without
 from bench.effects.study import Arm
 from bench.effects.systems.smola import dense
-from bench.effects.systems.system import LOSS, System, expect, fixed
+from bench.effects.systems.system import EACH, LOSS, System, expect, fixed
 
 
 def mumoe() -> System:
@@ -18,7 +20,7 @@ def mumoe() -> System:
         bank: dict[str, Any] = {"kind": "cp", "modes": [n_experts], "rank": rank, "d_out": 512}
         return Arm("mumoe.yaml", {"model.ffn.branches": [bank]})
 
-    arms = {"mumoe-64": arm(64), "mumoe-8": arm(8), **dense(), **fixed(2)}
+    arms = {"mumoe-64": arm(64), "mumoe-8": replace(arm(8), probes={"without": without}), **dense(), **fixed(2)}
     paper, share = "2402.12550", "share of experts with weight"
     more = "mumoe-64 mumoe-8"
     return System(
@@ -30,6 +32,8 @@ def mumoe() -> System:
             expect("U4", "few experts have weight", paper, share, "mumoe-64", used, high=0.5),
             expect("U5", "more experts: purer", paper, "purity for words, difference", more, purer, low=0),
             expect("U6", "purer in time", paper, "purity for words, rise", "mumoe-64", purer_in_time, low=0),
+            expect("U7", "fewer experts in time", paper, EACH, "mumoe-64", fewer_in_time, high=0),
+            expect("U8", "without one its own tokens suffer", paper, "nats more than others", "mumoe-8", missed, low=0),
         ),
     )
 
@@ -47,3 +51,14 @@ def purer(run: Run, other: Run) -> float:
 def purer_in_time(run: Run) -> float:
     """Mean purity at the end, less that at the start."""
     return run["purity"]["mean_purity_end"] - run["purity"]["mean_purity_start"]
+
+
+def fewer_in_time(run: Run) -> float:
+    """Experts to which a token gives weight at the end, less those at the start."""
+    return run["purity"]["active_end"] - run["purity"]["active_start"]
+
+
+def missed(run: Run) -> float:
+    """How much more the loss of tokens rises that gave an expert their greatest weight than that of others, when it
+    counts for nothing."""
+    return run["without"]["own"] - run["without"]["others"]

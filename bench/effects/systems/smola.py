@@ -1,30 +1,39 @@
 """Omni-SMoLA: a frozen model adapted to a second text, against LoRA and against training all of it."""
 
+from dataclasses import replace
 from typing import Any
 
+from bench.effects.adapter_probes import gates
+from bench.effects.corpora import MIXED
 from bench.effects.effect import Run
 from bench.effects.figures import excess
 from bench.effects.study import Arm
 from bench.effects.systems.system import MARGIN, System, expect
 
 NEW, OLD = "relative difference of bits per byte on the new text", "relative rise of bits per byte on the old text"
+BOTH = "relative difference of bits per byte on both kinds"
 
 
 def smola() -> System:
     """All start from the run of `dense` with their seed. LoRA of rank 16 and 4 experts of rank 4 have the same numbers
     but for the router's."""
 
-    def adapted(n_experts: int, rank: int) -> Arm:
-        mixtures = {"kind": "low_rank", "n_experts": n_experts, "rank": rank, "times_experts": True}
-        return Arm("smola.yaml", {"adapt.mixtures": mixtures, **DENSE}, start="dense", text="tech-docs")
+    def adapted(n_experts: int, rank: int, text: str = "tech-docs", **more: Any) -> Arm:
+        mixtures = {"kind": "low_rank", "n_experts": n_experts, "rank": rank, "times_experts": True, **more}
+        return Arm("smola.yaml", {"adapt.mixtures": mixtures, **DENSE}, start="dense", text=text)
 
     arms = {
         "smola-4x4": adapted(4, 4),
         "lora-16": adapted(1, 16),
         "lora-4": adapted(1, 4),
+        # of equal size, on two kinds of text: mixed for all tokens; the same and one for each kind; LoRA
+        "smola-mixed-3x4": replace(adapted(3, 4, MIXED), probes={"gates": gates}),
+        "omni-mixed-2x2": adapted(2, 2, MIXED, groups=[None, 0, 1]),
+        "lora-mixed-12": adapted(1, 12, MIXED),
         "all-weights": Arm("dense.yaml", {**DENSE, "optim.lr": 0.003}, start="dense", text="tech-docs"),
         **dense(),
     }
+    mixed, apart = "smola-mixed-3x4", "total variation of gates, less that within a kind"
     paper, forgets, lora = "2312.00968", "smola-4x4 all-weights", "smola-4x4 lora-16"
     return System(
         arms,
@@ -35,6 +44,10 @@ def smola() -> System:
             expect("A4", "forgets less than all weights", paper, f"{OLD}, less", forgets, forgets_more, high=0),
             expect("A5", "forgets no more than LoRA", paper, f"{OLD}, less", lora, forgets_more, high=MARGIN),
             expect("A6", "the old text suffers", paper, OLD, "smola-4x4", forgotten, low=0),
+            expect("A7", "two kinds of text: gates separate", paper, apart, mixed, separated, low=0),
+            expect("A8", "and more than at the start", paper, f"{apart}, rise", mixed, separated_in_time, low=0),
+            expect("A9", "two kinds: better than LoRA", paper, BOTH, f"{mixed} lora-mixed-12", excess, high=0),
+            expect("A10", "experts of a kind: better", paper, BOTH, f"omni-mixed-2x2 {mixed}", excess, high=0),
         ),
     )
 
@@ -55,3 +68,13 @@ def forgotten(run: Run) -> float:
 def forgets_more(run: Run, other: Run) -> float:
     """The same of the first run, less that of the second."""
     return forgotten(run) - forgotten(other)
+
+
+def separated(run: Run) -> float:
+    """Total variation of mean gates between two kinds of text, less that between halves of one kind."""
+    return run["gates"]["between"] - run["gates"]["within"]
+
+
+def separated_in_time(run: Run) -> float:
+    """The same at the end of training, less that before it."""
+    return separated(run) - (run["gates"]["between_start"] - run["gates"]["within_start"])
