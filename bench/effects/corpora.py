@@ -37,6 +37,8 @@ FILES: dict[str, dict[str, Any]] = {
 }
 # The texts of `--quick`, which are in every checkout.
 PAGES, BOTH = "pages", "pages and recipes"
+# What stands for a corpus there, where pages would not do.
+QUICK = {MIXED: BOTH}
 
 
 def corpus_settings(name: str, folder: Path) -> Mapping[str, Any]:

@@ -124,8 +124,8 @@ def selection(trained: Trained) -> float:
 
 
 def old_text(trained: Trained) -> dict[str, Any] | None:
-    """Bits per byte on the held-out text of the run that this one started from, before and after; None for others, and where experts serve
-    kinds of text, of which the old one is none."""
+    """Bits per byte on the held-out text of the run that this one started from, before and after; None for
+    others, and where experts serve kinds of text, of which the old one is none."""
     section = trained.recipe.adapt
     plan = section and section.build()
     if plan is None or (plan.mixtures is not None and plan.mixtures.groups != (None,)):

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench.effects.corpora import BOTH, MIXED, PAGES, corpus_settings
+from bench.effects.corpora import PAGES, QUICK, corpus_settings
 from bench.harness import ROOT
 from moestro.compare.board import Board
 from moestro.compare.job import Job
@@ -30,8 +30,8 @@ from moestro.train.weights import load_weights
 @dataclass(frozen=True)
 class Arm:
     """A recipe file below recipes/, and the keys set in it after the study's common ones. An arm with `start` goes on
-    from the weights of that arm's run (same corpus, same seed, its tokenizer). One with `text` is trained on that corpus
-    instead of the study's. `probes` are asked besides the study's."""
+    from the weights of that arm's run (same corpus, same seed, its tokenizer). One with `text` is trained on that one
+    instead of the study's corpus. `probes` are asked besides the study's."""
 
     recipe: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -112,10 +112,7 @@ class Study:
 
     def quick(self) -> "Study":
         """The same arms for a few steps each on text that every checkout has: shows that it works, and no effect."""
-        arms = {
-            name: replace(arm, text=arm.text and (BOTH if arm.text == MIXED else PAGES))
-            for name, arm in self.arms.items()
-        }
+        arms = {name: replace(arm, text=arm.text and QUICK.get(arm.text, PAGES)) for name, arm in self.arms.items()}
         return replace(self, budget=self.budget / 200, seeds=(0, 1), corpora=(PAGES,), final_tokens=2048, arms=arms)
 
 

@@ -2,8 +2,8 @@
 
 A folder holds `train` and `val`, each as `.bin` (token ids; every document opens with eos, one more eos closes the
 split) and `.idx` (int64 pairs, one a document: where it opens, and how many bytes its text has beyond what its tokens
-stand for, which is 0 for an exact tokenizer), where the corpus tells groups apart `.groups` (int64, one a document), the
-tokenizer, and `meta.json` (counts and hashes).
+stand for, which is 0 for an exact tokenizer), where the corpus tells groups apart also as `.groups` (int64, one a
+document), the tokenizer, and `meta.json` (counts and hashes).
 """
 
 import hashlib

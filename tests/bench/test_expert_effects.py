@@ -145,5 +145,5 @@ def test_an_arm_goes_on_from_another_s_run(work: Work) -> None:
 
 @pytest.mark.slow
 def test_the_quick_study_of_experts_measures_every_effect(tmp_path) -> None:
-    results = main(STUDY, EFFECTS, "", ["--quick", "--workers", "1", "--json", f"{tmp_path}/x.json"])
+    results = main(STUDY, EFFECTS, "What shows", ["--quick", "--workers", "1", "--json", f"{tmp_path}/x.json"])
     assert [row["effect"] for row in results["rows"]] == [effect.id for effect in EFFECTS]
