@@ -31,7 +31,8 @@ class MutualDistillation:
     With target `zero` it is |e_i|^2 instead (mse only): a plain penalty on outputs, the control that distillation has
     to beat. With `pairs` it is the mean over ordered pairs of different experts of |e_i - e_j|^2, 1 - cos(e_i, e_j) or
     tau^2 KL(p_i || p_j): for mse 2 k / (k - 1) times that to the mean. No pair is ever built. Gradients reach all
-    experts and the layer's input. With `statistics: step` tokens of all micro-batches weigh the same; |m|^2 stays that of each.
+    experts and the layer's input. With `statistics: step` tokens of all micro-batches weigh the same; |m|^2 stays that
+    of each.
     """
 
     distance: Literal["mse", "cosine", "kl"] = "mse"

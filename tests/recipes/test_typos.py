@@ -143,7 +143,7 @@ def test_every_value_of_another_type_is_refused(name: str) -> None:
         (
             "hmoe",
             "data.source.kind=stdlip",
-            "unknown kind 'stdlip'; did you mean 'stdlib'? allowed: hub, jsonl, parquet, ",
+            "unknown kind 'stdlip'; did you mean 'stdlib'? allowed: grouped, hub, jsonl, parquet, ",
         ),
         (
             "hmoe",
