@@ -1,5 +1,8 @@
 """`ExpertBank`: a set of experts that compute rows."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -23,6 +26,11 @@ class ExpertBank(nn.Module):
         """y_t = sum over the rows of token t of weight * expert(row)."""
         routing = routing.grouped()
         return routing.combine(self.run(routing.gather(x), routing.offsets))
+
+    def begin(self, x: Float[Tensor, "t d"], routing: Routing) -> Callable[[], Float[Tensor, "t o"]]:
+        """Start what others can work beside, such as sending tokens to experts elsewhere; the call that is returned
+        does the rest of `forward`."""
+        return partial(self, x, routing)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""

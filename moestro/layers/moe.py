@@ -75,12 +75,19 @@ class MoELayer(TokenLayer):
     ) -> tuple[Float[Tensor, "t d"], tuple[Trace, ...]]:
         routing = self.route(x, earlier)
         if self.record is None:
-            return reduce(torch.add, [branch(x, routing) for branch in self.branches]), (Trace(self, x, routing),)
+            return reduce(torch.add, self._outputs(x, routing)), (Trace(self, x, routing),)
         routing = routing.grouped()
         rows, further = self.bank.run(routing.gather(x), routing.offsets), self.record(routing)
         others = [branch(x, routing) for branch in self.branches if branch is not self.bank]
         overheard = further and Overheard(further, self.bank.run(further.gather(x), further.offsets))
         return reduce(torch.add, others, routing.combine(rows)), (Trace(self, x, routing, rows, overheard=overheard),)
+
+    def _outputs(self, x: Float[Tensor, "t d"], routing: Routing) -> list[Float[Tensor, "t d"]]:
+        """Of every branch: all banks begin, then the other branches are computed, then the banks finish."""
+        begun = {bank: bank.begin(x, routing) for bank in self.banks()}
+        others = {branch: branch(x, routing) for branch in self.branches if branch not in begun}
+        done = others | {bank: finish() for bank, finish in begun.items()}
+        return [done[branch] for branch in self.branches]
 
     def route(self, x: Float[Tensor, "t d"], earlier: tuple[Trace, ...] = ()) -> Routing:
         """The router's decision."""

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from moestro import FFNBank, MoELayer, ScoredRouter, TopK
-from moestro.experts.placement import placement
-from moestro.experts.widths import arithmetic, groups, pairs
+from moestro.experts.widths import pairs
 from moestro.model import Attention, Block, Transformer
 from moestro.objectives import LoadBalance
 from moestro.recipe.build import build_model, build_training
@@ -88,40 +87,3 @@ def test_the_recipe_is_modse() -> None:
         assert isinstance(score(moe), NoisyScore)
         assert moe.expert_widths().tolist() == pairs(512, multiple_of=4)  # type: ignore[union-attr]
     assert build_training(recipe)[1] == [("load_balance", 0.01, LoadBalance())]
-
-
-@pytest.mark.parametrize("n_devices", [1, 2, 4])
-def test_pairs_stay_together_and_devices_hold_the_same(n_devices: int) -> None:
-    widths = pairs(30_720)
-    devices = placement(widths, n_devices, together=2)
-    assert sorted(expert for mine in devices for expert in mine) == list(range(8))
-    assert all(expert + 1 in mine for mine in devices for expert in mine[::2])
-    assert {sum(widths[expert] for expert in mine) for mine in devices} == {30_720 // n_devices}
-
-
-@pytest.mark.parametrize("n_devices", [2, 4])
-def test_every_device_holds_every_size_of_a_group(n_devices: int) -> None:
-    widths = groups([(4, 16), (8, 48), (4, 112)])
-    devices = placement(widths, n_devices)
-    for mine in devices:
-        counts = {width: sum(widths[expert] == width for expert in mine) for width in (16, 48, 112)}
-        assert counts == {16: 4 // n_devices, 48: 8 // n_devices, 112: 4 // n_devices}
-
-
-def test_arithmetic_widths_fold() -> None:
-    widths = arithmetic(8, 512, 4)
-    assert placement(widths, 4) == [[0, 7], [1, 6], [2, 5], [3, 4]]
-
-
-@pytest.mark.parametrize(
-    ("widths", "n_devices", "together", "message"),
-    [
-        ([4, 4, 4], 2, 1, r"3 experts in blocks of together=1 do not divide among n_devices=2"),
-        ([4, 4, 4, 4], 4, 2, r"4 experts in blocks of together=2 do not divide among n_devices=4"),
-        ([4, 4], 2, 0, r"blocks of together=0"),
-        ([1, 2, 4, 8], 2, 1, r"widths=\[1, 2, 4, 8\]: no equal placement found on n_devices=2, best sums \[9, 6\]"),
-    ],
-)
-def test_impossible_placements_are_refused(widths: list[int], n_devices: int, together: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        placement(widths, n_devices, together)
