@@ -20,7 +20,7 @@ class _Flight:
         """Begin to send; returns where rows will arrive."""
         # both are kept alive until they have been sent and received
         self.rows, self.out = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
-        self.work = dist.all_to_all_single(self.out, self.rows, received, sent, group=group, async_op=True)
+        self.work: Any = dist.all_to_all_single(self.out, self.rows, received, sent, group=group, async_op=True)
         return self.out
 
     def landed(self) -> Tensor:
@@ -94,14 +94,12 @@ class Exchange:
     hops: tuple[Hop, ...]
     received: list[int]
 
-    @torch.compiler.disable
     def begin(self, rows: Tensor) -> Arrival:
         """Start sending rows, which lie in the order of the ranks they go to; they arrive in that of those they came
         from."""
         arrival = self.hops[0].begin(rows)
         return lambda: self._on(arrival(), self.hops[1:])
 
-    @torch.compiler.disable
     def back(self, rows: Tensor) -> Arrival:
         """Start sending one answer for every row that arrived; they come in the order in which rows were sent."""
         arrival = self.hops[-1].back(rows)
@@ -155,10 +153,12 @@ class TwoLevelNetwork(Network):
         by_place = crossed.transpose(0, 1).contiguous()
         landed = torch.empty_like(by_place)
         dist.all_to_all_single(landed, by_place, group=self.inside)
-        return [self._exchange(*sizes) for sizes in zip(by_host.unbind(-1), crossed.unbind(-1), landed.unbind(-1))]
+        kinds = zip(by_host.unbind(-1), crossed.unbind(-1), landed.unbind(-1), strict=True)
+        return [self._exchange(*sizes) for sizes in kinds]
 
     def _exchange(self, by_host: Tensor, crossed: Tensor, landed: Tensor) -> Exchange:
-        """`by_host` [host, place] rows that leave; `crossed` [from host, to place]; `landed` [from place, from host]."""
+        """Rows that leave `by_host` [host, place], rows `crossed` [from host, to place] and `landed` [from place, from
+        host]."""
         first = Hop(self.hosts, by_host.sum(1).tolist(), crossed.sum(1).tolist(), across(crossed))
         second = Hop(self.inside, crossed.sum(0).tolist(), landed.sum(1).tolist(), across(landed))
         return Exchange((first, second), landed.T.flatten().tolist())

@@ -19,9 +19,6 @@ from moestro.parallel.layout import Layout, lay_out, row_pieces
 from moestro.parallel.placement import Placement
 from moestro.routing import Routing, SparseRouting
 
-# Rows of a whole tensor, and where they lie in this rank's own.
-Places = list[tuple[slice, slice]]
-
 
 class ExpertParallel(ExpertBank):
     """The experts of `bank`, each on the rank that `placement` says: this rank keeps its own, the others go.
@@ -93,25 +90,14 @@ class ExpertParallel(ExpertBank):
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t o"]:
         return self.begin(x, routing)()
 
-    @torch.compiler.disable
     def begin(self, x: Float[Tensor, "t d"], routing: Routing) -> Arrival:
         """Send tokens to their experts; the call that is returned waits for them, computes this rank's experts and
         returns what all ranks' made of this rank's tokens."""
         if not isinstance(routing, SparseRouting):
             return partial(super().forward, x, routing)
-        parcels = Parcels.of(routing, *self.whereabouts(routing.expert), self.network.size)
-        tokens, rows = self.network.exchanges(parcels.counts)
-        x = x.to(compute_dtype(x))
-        arriving = tokens.begin(x[parcels.token]), rows.begin(parcels.code), rows.begin(parcels.weight)
+        return _begun(self, x.to(compute_dtype(x)), routing)  # type: ignore[call-arg]
 
-        def finish() -> Tensor:
-            z, code, weight = (arrival() for arrival in arriving)
-            y = self.own(z, self._routing(code, weight, tokens, rows))
-            return parcels.opened(tokens.back(y)())
-
-        return finish
-
-    def _routing(self, code: Tensor, weight: Tensor, tokens: Exchange, rows: Exchange) -> SparseRouting:
+    def received(self, code: Tensor, weight: Tensor, tokens: Exchange, rows: Exchange) -> SparseRouting:
         """What arrived, as the routing of this rank's experts."""
         n_own, device = self.own.n_experts, code.device
         before = torch.tensor([0, *tokens.received], device=device).cumsum(0)
@@ -167,6 +153,21 @@ class ExpertParallel(ExpertBank):
 
     def _here(self, value: Tensor | float) -> Tensor | float:
         return value.to(next(self.parameters()).device) if isinstance(value, Tensor) else value
+
+
+@torch.compiler.disable
+def _begun(bank: ExpertParallel, x: Tensor, routing: SparseRouting) -> Arrival:
+    parcels = Parcels.of(routing, *bank.whereabouts(routing.expert), bank.network.size)
+    tokens, rows = bank.network.exchanges(parcels.counts)
+    arriving = tokens.begin(x[parcels.token]), rows.begin(parcels.code), rows.begin(parcels.weight)
+
+    def finish() -> Tensor:
+        z, code, weight = (arrival() for arrival in arriving)
+        y = bank.own(z, bank.received(code, weight, tokens, rows))
+        return parcels.opened(tokens.back(y)())
+
+    waiting: Any = torch.compiler.disable(finish)
+    return waiting
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,13 @@ def equals_one_process(rank: int, n_ranks: int, router: str, kind: str, shares: 
     weighted(own, rows).backward()
     close(part.grad, want["x"][rows], **FLOAT64)
     for name, parameter in moe.named_parameters():
-        expected = want[name] + torch.zeros(own_layout(parameter).shape) if own_layout(parameter) else want[name]
-        if own_layout(parameter) is None:
+        layout, expected = own_layout(parameter), want[name].to(parameter)
+        if layout is None:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(gradient)
-            close(gradient, expected + torch.zeros_like(parameter), **FLOAT64)
+            close(gradient, expected.expand_as(gradient), **FLOAT64)
         else:
-            for a, b in in_whole(parameter, expected.to(parameter)):
+            for a, b in in_whole(parameter, expected.expand(layout.shape)):
                 close(a, b, **FLOAT64)
     flops = torch.tensor([float(own_trace.flops().useful)])
     dist.all_reduce(flops)
