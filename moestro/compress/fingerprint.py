@@ -1,6 +1,7 @@
 """By what a checkpoint is known again, without reading its weights."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from moestro.compress.plan import Fingerprint, Plan, PlanError
@@ -21,13 +22,13 @@ CHANGED = {
 
 def fingerprint(checkpoint: Checkpoint | RunSource) -> Fingerprint:
     """Hashes of a folder's config.json, index, headers, and of the content of its router tensors (no other); of a run's
-    recipe, the state of its checkpoint, and the same of its model."""
+    recipe, the state of its checkpoint, and the same of its model; of an export's config.json and record likewise."""
     if isinstance(checkpoint, RunSource):
         return Fingerprint(
             checkpoint.family.model_type,
-            sha256(checkpoint.path / "recipe.yaml"),
-            sha256(checkpoint.checkpoint / "state.json"),
-            _headers(checkpoint.checkpoint, ("model.safetensors",)),
+            sha256(checkpoint.config_file),
+            sha256(checkpoint.record_file),
+            _headers(checkpoint.weights),
             _routers(checkpoint),
         )
     index = checkpoint.path / INDEX
@@ -35,7 +36,7 @@ def fingerprint(checkpoint: Checkpoint | RunSource) -> Fingerprint:
         checkpoint.family.model_type,
         sha256(checkpoint.path / "config.json"),
         sha256(index) if index.is_file() else "",
-        _headers(checkpoint.path, checkpoint.shards.files),
+        _headers([checkpoint.path / name for name in checkpoint.shards.files]),
         _routers(checkpoint),
     )
 
@@ -54,12 +55,12 @@ def require_source(plan: Plan, found: Fingerprint, folder: Path) -> None:
             )
 
 
-def _headers(folder: Path, files: tuple[str, ...]) -> str:
+def _headers(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for name in files:
-        with (folder / name).open("rb") as file:
+    for path in files:
+        with path.open("rb") as file:
             length = file.read(8)
-            digest.update(name.encode() + b"\0" + length + file.read(int.from_bytes(length, "little")))
+            digest.update(path.name.encode() + b"\0" + length + file.read(int.from_bytes(length, "little")))
     return digest.hexdigest()
 
 

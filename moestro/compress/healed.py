@@ -15,7 +15,6 @@ from moestro.compress.healing import Healing, heal_by_lora, heal_routers
 from moestro.compress.measuring import Question, loaded_folder, measured
 from moestro.compress.methods import Request
 from moestro.compress.own import PLAN as OWN_PLAN
-from moestro.compress.own import write_run
 from moestro.compress.plan import PlanError
 from moestro.compress.source import RunSource, open_source
 from moestro.compress.text import healing_text
@@ -136,7 +135,7 @@ def _write(bare: Path, model: nn.Module, said: Mapping[str, Any], destination: P
     source = open_source(bare)
     if isinstance(source, RunSource):
         texts = {OWN_PLAN: (bare / OWN_PLAN).read_text(encoding="utf-8"), HEALING: json.dumps(said, indent=1) + "\n"}
-        write_run(source, model, source.recipe, texts, destination)
+        source.write(model, source.recipe, texts, destination)
         return
     changed = _changed(source, model)
     with FolderJob(destination, {"healed": said["asked"], "heal": said["heal"]}) as folder:

@@ -122,11 +122,10 @@ def task_scores(model: Any, tokenizer: Path, question: Question) -> dict[str, An
     # which needs lm-eval
     from moestro.harness import ScoredModel, evaluate_tasks
 
-    source = open_source(tokenizer)
-    if isinstance(source, RunSource):
+    if (tokenizer / "recipe.yaml").is_file():
         from moestro.export.tokenizers import fast_tokenizer
 
-        reader = fast_tokenizer(tokenizer / "tokenizer", source.recipe.data.value("seq_len"))
+        reader = fast_tokenizer(tokenizer / "tokenizer", RunSource(tokenizer).recipe.data.value("seq_len"))
     else:
         from moestro.hf.expertless import tokenizer_in
 

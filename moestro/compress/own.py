@@ -1,8 +1,6 @@
 """A plan applied to a run of our own: smaller banks, and the recipe that says so, in a run folder like any other."""
 
 import copy
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,18 @@ from moestro.compress.fingerprint import fingerprint, require_source
 from moestro.compress.plan import Plan, PlanError
 from moestro.compress.plan_file import plan_text
 from moestro.compress.source import RunSource
-from moestro.data import load_tokenizer
 from moestro.layers.moe import MoELayer
 from moestro.recipe.build import build_model
 from moestro.recipe.load import Recipe, check_recipe
 from moestro.recipe.resolve import Origin
-from moestro.train.checkpoint import read_state, step_of, write_checkpoint
-from moestro.train.durable import TEMPORARY, publish_folder, write_json, write_text
-from moestro.train.tensors import model_tensors
 
 PLAN = "compression_plan.json"
 
 
 def apply_to_run(source: RunSource, plan: Plan, destination: Path) -> Path:
-    """The run in `source` with its layers as the plan says, as a finished run in `destination`: its recipe lists the
-    widths of every layer, its checkpoint has the step of the source's. The model is in memory; low-rank factors are
-    multiplied out. Applied again, nothing happens.
+    """The run in `source` with its layers as the plan says, as a finished run in `destination` (of an export: an
+    export): its recipe lists the widths of every layer, its checkpoint has the step of the source's. The model is in
+    memory; low-rank factors are multiplied out. Applied again, nothing happens.
 
     Raises: PlanError where the plan is for another run, or a layer cannot be said in a recipe.
     """
@@ -41,15 +35,14 @@ def apply_to_run(source: RunSource, plan: Plan, destination: Path) -> Path:
         if said.is_file() and said.read_text(encoding="utf-8") == text:
             return destination
         raise PlanError(f"{destination} exists and is no finished compression by this plan: choose another folder")
-    vocab = load_tokenizer(source.path / "tokenizer").vocab_size
     model = source.loaded()
     layers = {number: model.get_submodule(name) for number, (name, _) in source.mixtures.items()}
     for layer in plan.layers:
         if not layer.identical:
             apply_to(layers[layer.layer], layer, plan.semantics, plan.merged_rows)  # type: ignore[arg-type]
     recipe = _recipe(source, layers, plan)
-    _require_same_shapes(recipe, model, vocab)
-    return write_run(source, model, recipe, {PLAN: text}, destination)
+    _require_same_shapes(recipe, model, source.tokenizer.vocab_size)
+    return source.write(model, recipe, {PLAN: text}, destination)
 
 
 def _check(plan: Plan, source: RunSource) -> None:
@@ -83,7 +76,7 @@ def _recipe(source: RunSource, layers: dict[int, Any], plan: Plan) -> Recipe:
         if moe.cluster is not None:
             node["clusters"] = moe.cluster.tolist()
         model["layers"][layer.layer] = node
-    return check_recipe(Recipe(tree, Origin(source.path / "recipe.yaml", tree)))
+    return check_recipe(Recipe(tree, Origin(source.config_file, tree)))
 
 
 def _require_same_shapes(recipe: Recipe, model: nn.Module, vocab: int) -> None:
@@ -93,23 +86,3 @@ def _require_same_shapes(recipe: Recipe, model: nn.Module, vocab: int) -> None:
     if described != there:
         name = next(iter(described.items() ^ there.items()))[0]
         raise PlanError(f"{name}: a recipe cannot describe what the plan makes of this layer")
-
-
-def write_run(source: RunSource, model: nn.Module, recipe: Recipe, texts: Mapping[str, str], destination: Path) -> Path:
-    """A finished run of this model by this recipe, its tokenizer and step those of `source`, with these files beside;
-    complete or not there at all."""
-    temporary = destination.with_name(TEMPORARY + destination.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors, tied = model_tensors(model)
-    state = {"tied": tied, "counters": read_state(source.checkpoint)["counters"]}
-    write_checkpoint(temporary / "checkpoints", step_of(source.checkpoint), {"model": tensors}, state)
-    shutil.copytree(source.path / "tokenizer", temporary / "tokenizer")
-    recipe.write(temporary / "recipe.yaml")
-    for name, text in texts.items():
-        write_text(temporary / name, text)
-    # a run that is over: it has no optimizer state to train on with
-    total = sum(parameter.numel() for parameter in model.parameters())
-    write_json(temporary / "done.json", {"compressed": True, "params_total": total})
-    publish_folder(temporary, destination)
-    return destination

@@ -135,9 +135,8 @@ def _run_sizes(source: RunSource) -> dict[str, Any]:
         own = float(sum(bank.own_parameters().sum() for bank in layer.banks()))  # type: ignore[union-attr]
         experts += own
         active -= own * (1 - min(1.0, layer.router.rows_per_token() / layer.router.n_experts))
-    disk = (source.checkpoint / "model.safetensors").stat().st_size
     return {
-        "disk_bytes": disk,
+        "disk_bytes": sum(path.stat().st_size for path in source.weights),
         "parameters": _parameters(total, experts, active),
     }
 

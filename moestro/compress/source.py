@@ -1,16 +1,19 @@
-"""What is compressed: a folder of the Hugging Face format, or a run of our own, through the same few questions."""
+"""What is compressed: a folder of the Hugging Face format, or a run of our own, exported or not, through the same few
+questions."""
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.compress.applied import layer_number
 from moestro.compress.plan import PlanError
-from moestro.data import load_tokenizer
+from moestro.data import Tokenizer, load_tokenizer
 from moestro.formats import Checkpoint
 from moestro.layers.moe import MoELayer
 from moestro.model import Transformer
@@ -19,6 +22,9 @@ from moestro.recipe.evaluation import CHECKPOINTS
 from moestro.recipe.load import Recipe, load_recipe
 from moestro.routers import BiasedRouter, ScoredRouter
 from moestro.train import load_weights
+from moestro.train.checkpoint import read_state, step_of, write_checkpoint
+from moestro.train.durable import TEMPORARY, publish_folder, write_json, write_text
+from moestro.train.tensors import model_tensors
 
 MODEL_TYPE = "moestro"
 
@@ -52,13 +58,43 @@ class RunSource:
         return CHECKPOINTS["newest"](self.path)
 
     @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own."""
+        return load_tokenizer(self.path / "tokenizer")
+
+    @cached_property
     def model(self) -> Transformer:
         """The decoder without weights."""
-        return build_model(self.recipe, load_tokenizer(self.path / "tokenizer").vocab_size, "meta")
+        return build_model(self.recipe, self.tokenizer.vocab_size, "meta")
+
+    @property
+    def config_file(self) -> Path:
+        """The file that says what the model is."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def record_file(self) -> Path:
+        """The file that says which weights it has."""
+        return self.checkpoint / "state.json"
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """The files that hold them."""
+        return (self.checkpoint / "model.safetensors",)
+
+    @property
+    def step(self) -> int:
+        """Steps of training."""
+        return step_of(self.checkpoint)
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """What training counted."""
+        return read_state(self.checkpoint)["counters"]
 
     def loaded(self) -> Transformer:
         """The decoder with the checkpoint's weights."""
-        model = build_model(self.recipe, load_tokenizer(self.path / "tokenizer").vocab_size)
+        model = build_model(self.recipe, self.tokenizer.vocab_size)
         load_weights(model, self.checkpoint)
         return model
 
@@ -98,15 +134,43 @@ class RunSource:
         with safe_open(self.checkpoint / "model.safetensors", framework="pt") as file:
             return file.get_tensor(name)
 
+    def write(self, model: nn.Module, recipe: Recipe, texts: Mapping[str, str], destination: Path) -> Path:
+        """A finished run of this model by this recipe, its tokenizer and step those of this one, with these files
+        beside; complete or not there at all."""
+        temporary = destination.with_name(TEMPORARY + destination.name)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_run(self, model, recipe, temporary)
+        for name, text in texts.items():
+            write_text(temporary / name, text)
+        publish_folder(temporary, destination)
+        return destination
+
+
+def write_run(source: RunSource, model: nn.Module, recipe: Recipe, folder: Path) -> None:
+    """The files of a run that is over: it has no optimizer state to train on with."""
+    tensors, tied = model_tensors(model)
+    state = {"tied": tied, "counters": source.counters}
+    write_checkpoint(folder / "checkpoints", source.step, {"model": tensors}, state)
+    source.tokenizer.save(folder / "tokenizer")
+    recipe.write(folder / "recipe.yaml")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    write_json(folder / "done.json", {"compressed": True, "params_total": total})
+
 
 def open_source(path: Path) -> Checkpoint | RunSource:
-    """A run folder (it has a recipe) or a Hugging Face folder.
+    """A run folder (it has a recipe), a run's export in our own layout, or a Hugging Face folder.
 
     Raises: PlanError for a family that has to be translated first.
     """
     if (path / "recipe.yaml").is_file():
         return RunSource(path)
     found = Checkpoint(path)
+    if found.config.get("model_type") == MODEL_TYPE:
+        # which needs transformers
+        from moestro.compress.exported import ExportedSource
+
+        return ExportedSource(path)
     if found.config.get("model_type") == "deepseek":
         raise PlanError(
             f"{path} is DeepSeek-MoE 16B, whose own code no longer loads: write it as the family it equals "

@@ -6,7 +6,6 @@ from pathlib import Path
 from moestro.compress.healing_steps import Text
 from moestro.compress.methods import Request
 from moestro.compress.plan import PlanError
-from moestro.compress.source import RunSource, open_source
 from moestro.data import (
     Batch,
     FileTokenizer,
@@ -68,7 +67,7 @@ def healing_text(request: Request, steps: int) -> Text:
 
 
 def _own_text(request: Request) -> bool:
-    return request.text is None and isinstance(open_source(request.source), RunSource)
+    return request.text is None and (request.source / "recipe.yaml").is_file()
 
 
 def _windows(request: Request) -> list[Batch]:

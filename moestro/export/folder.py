@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from moestro import __version__
 from moestro.export.card import Facts
+from moestro.export.exported import RECORD
 from moestro.export.own import OwnContents
 from moestro.export.pretrained import PretrainedContents
 from moestro.export.tensors import ExportError, files_of, index_of
@@ -26,8 +27,6 @@ from moestro.train.folder_job import FolderJob
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("moestro", "stock")
-# What a folder says of how it was written: proof that it may be replaced.
-RECORD = "export.json"
 # What others leave in a folder that they read.
 LEFTOVERS = {"__pycache__", ".DS_Store", ".cache"}
 

@@ -29,10 +29,7 @@ class Stored:
         # a checkpoint keeps its model in one file of the format's own name
         self.shards = Shards(checkpoint)
         own, _ = model_tensors(model.decoder)
-        first: dict[int, str] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            first.setdefault(id(tensor), name)
-        self.names = {first[id(tensor)]: name for name, tensor in own.items()}
+        self.names = own_names(model)
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         stored = {name: entry.shape for name, entry in self.shards.items()}
         self.added = added_tensors(checkpoint, stored)
@@ -63,6 +60,15 @@ class Stored:
         if wanted == stored:
             return of_file(name, self.shards.folder, entry)
         return computed(name, wanted, entry.shape, partial(cast, name, partial(self.read, name), wanted))
+
+
+def own_names(model: MoestroForCausalLM) -> dict[str, str]:
+    """{name in a folder: name in the decoder} of every tensor that is stored, tied ones once."""
+    own, _ = model_tensors(model.decoder)
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(tensor), name)
+    return {first[id(tensor)]: name for name, tensor in own.items()}
 
 
 def cast(name: str, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
