@@ -1,4 +1,4 @@
-"""A folder that `moestro export` wrote in our own layout, read again: its recipe, its tensors by the decoder's names."""
+"""A folder that `moestro export` wrote in our own layout, read again: recipe, and tensors by the decoder's names."""
 
 import json
 from functools import cached_property
