@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from moestro.export.assembly import assembled
 from moestro.export.attention import OWN, HostedCache, host, positions_of, visible
+from moestro.export.beside import write_code
 from moestro.export.configuration import MoestroConfig
 from moestro.export.vocabulary import vocabulary
 from moestro.model import Attention, Transformer
@@ -36,6 +37,11 @@ class MoestroPreTrainedModel(PreTrainedModel):
         if found["missing_keys"]:
             raise ValueError(f"{arguments[0] if arguments else cls.__name__} lacks tensors: {found['missing_keys']}")
         return (model, found) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **keywords: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, with the code that others load the folder with."""
+        write_code(self, save_directory)
+        super().save_pretrained(save_directory, *arguments, **keywords)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """{name: the name under which the same tensor is stored}: what the construction ties, embeddings or not."""

@@ -44,6 +44,11 @@ def remote_code(construction: Mapping[str, Any]) -> dict[str, str]:
             f"def vocabulary() -> dict[str, Callable[..., Any]]:\n{said}    return {{\n{table}    }}\n",
             (*makers.values(), Imported("collections.abc", "Callable", "Callable"), Imported("typing", "Any", "Any")),
         ),
+        Symbol("moestro.export.beside", "write_code"): Replacement(
+            "def write_code(model: Any, folder: Any) -> None:\n"
+            '    """Nothing: transformers copies the code that a model was loaded with."""\n',
+            (Imported("typing", "Any", "Any"),),
+        ),
         Symbol("moestro.ops.tables", "new_table"): Replacement(
             "def new_table(rows: int, width: int) -> Tensor:\n"
             '    """Zeros [rows, width] for a table of rows."""\n'

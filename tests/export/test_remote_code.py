@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from moestro.export import MoestroForCausalLM
-from moestro.export.remote_code import AUTO_MAP, remote_code
+from moestro.export.remote_code import remote_code
 from moestro.ops import backend
 from tests.export.conftest import SYSTEMS, hosted, some_tokens
 
@@ -57,11 +57,8 @@ print(json.dumps(found))
 def written(name: str, folder: Path) -> Path:
     """A system's model with its code, and what it computes by the definition of every operation."""
     model: MoestroForCausalLM = hosted(name)
-    model.config.auto_map = AUTO_MAP
     model.generation_config.use_cache = model.decoder.causal
     model.save_pretrained(folder / name)
-    for file, text in remote_code(model.config.construction).items():
-        (folder / name / file).write_text(text)
     tokens = some_tokens(2, 12)
     with torch.no_grad(), backend.force("reference"):
         said = model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=256)
