@@ -1,7 +1,9 @@
 """Arguments that several verbs take, and the parser that reads them."""
 
 import argparse
+import inspect
 import os
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from moestro.export import Opened
     from moestro.recipe.evaluation import Run
 
+CHECKPOINT = "which of a run's checkpoints: the newest (default), or the best on held-out text"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -20,17 +23,34 @@ class UsageError(Exception):
     """A command that cannot be understood."""
 
 
+class Help(argparse.HelpFormatter):
+    """Wraps paragraphs, and leaves what is indented in them as it stands."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = inspect.cleandoc(text).split("\n\n")
+        wrapped = (each if "\n " in each else textwrap.fill(" ".join(each.split()), width) for each in paragraphs)
+        return "\n\n".join(wrapped)
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises `UsageError` in place of printing its usage and exiting."""
+    """Of one verb; `description` is the docstring of its `run`. Raises `UsageError` in place of printing its usage and
+    exiting."""
+
+    def __init__(self, prog: str = "moestro", description: str | None = None) -> None:
+        # 3.14 colours help by default
+        super().__init__(prog, description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        # Python 3.11 counts what may be given any number of times, none included, as required
+        raise UsageError(f"{message.replace(', key=value', '')} ({self.prog} --help)")
 
 
 def add_recipe(parser: Parser) -> None:
     """RECIPE and key=value ..."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a value to set: optim.lr=1e-3")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as those in recipes/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="set any key of the recipe: optim.lr=1e-3 train.seed=1"
+    )
 
 
 def add_device(parser: Parser) -> None:
@@ -40,7 +60,9 @@ def add_device(parser: Parser) -> None:
 
 def add_model(parser: Parser) -> None:
     """MODEL, --checkpoint, --dtype, --device"""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a run folder, or one in Hugging Face's format")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="a run folder, or a model's folder in Hugging Face's format"
+    )
     add_checkpoint(parser)
     add_dtype(parser)
     add_device(parser)
@@ -48,12 +70,12 @@ def add_model(parser: Parser) -> None:
 
 def add_checkpoint(parser: Parser) -> None:
     """--checkpoint"""
-    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="of a run; default: newest")
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help=CHECKPOINT)
 
 
 def add_dtype(parser: "argparse._ActionsContainer") -> None:
     """--dtype"""
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the folder keeps)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as they are stored)")
 
 
 def opened_model(arguments: argparse.Namespace, model: Path) -> "Opened":
@@ -64,6 +86,8 @@ def opened_model(arguments: argparse.Namespace, model: Path) -> "Opened":
     import torch
 
     device = device_named(arguments.device)
+    if not model.is_dir():
+        raise UsageError(f"{model}: no such folder")
     # read when transformers is imported: a folder is open in a moment
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with extra("hf"):
@@ -88,20 +112,30 @@ def extra(name: str) -> Iterator[None]:
 
 def add_run(parser: Parser, tokens: str) -> None:
     """RUN, and on which text and how it is measured; `tokens` says how many are read where --tokens is not given."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--data", metavar="PATH|SOURCE", help="text to look at (default: the run's held-out text)")
-    parser.add_argument("--tokens", type=positive, metavar="N", help=f"look at about so many (default: {tokens})")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, as moestro train writes it")
+    parser.add_argument(
+        "--data",
+        metavar="PATH|SOURCE",
+        help="text to measure on: a file, a folder, or a source as in recipes (default: the run's held-out text)",
+    )
+    parser.add_argument("--tokens", type=positive, metavar="N", help=f"use about so many (default: {tokens})")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         dest="settings",
         metavar="key=value",
-        help="turn a knob without training: model.ffn.router.select.threshold=0.4 (or a top_k); may be repeated",
+        help="measure with another threshold or top_k than the run was trained with, such as "
+        "model.ffn.router.select.top_k=1; may be repeated",
     )
     add_checkpoint(parser)
     parser.add_argument(
-        "--json", type=Path, nargs="?", const=Path("-"), metavar="PATH", help="write JSON, without PATH to the terminal"
+        "--json",
+        type=Path,
+        nargs="?",
+        const=Path("-"),
+        metavar="PATH",
+        help="write JSON, to PATH or else to the terminal",
     )
     add_device(parser)
 

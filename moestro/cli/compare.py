@@ -11,13 +11,22 @@ from moestro.cli.terminal import failed
 def add_arguments(parser: Parser) -> None:
     """RECIPE, key=value ..., --out, --workers, --device"""
     add_recipe(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs (default: runs/<recipe>)")
-    parser.add_argument("--workers", type=positive, metavar="N", help="runs at a time (default: by cores)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the runs and the report (default: runs/RECIPE)"
+    )
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="runs at a time (default: by the cores of this machine)"
+    )
     add_device(parser)
 
 
 def run(arguments: Namespace) -> int:
-    """Train a set of arms at equal compute, and write the table and the report."""
+    """Train several models at equal compute, and write a table and report.html; the same command continues it.
+
+    examples:
+      moestro compare recipes/compare/first_look.yaml
+      moestro compare recipes/compare/first_look.yaml seeds=[0] --out runs/one_seed --workers 1
+    """
     from rich.console import Console
 
     from moestro.compare.run import compare

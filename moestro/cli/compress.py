@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moestro.cli.arguments import Parser, UsageError, device_named, extra, positive
+from moestro.cli.arguments import Parser, UsageError, add_device, device_named, extra, positive
 from moestro.recipe.syntax import parse_yaml
 
 if TYPE_CHECKING:
@@ -21,21 +21,49 @@ OF_PLANS: dict[str, Any] = {
 
 
 def add_arguments(parser: Parser) -> None:
-    """SRC DST, what is to go and how it is chosen, what is written"""
-    parser.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face folder or a run folder; never changed")
+    """SRC DST, what is to go and how it is chosen, what is written, what is measured"""
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="a model's folder in Hugging Face's format, or a run folder; only read"
+    )
     parser.add_argument("destination", type=Path, metavar="DST", help="the folder to write; with --plan-only the plan")
-    parser.add_argument("--method", help="how experts are chosen: see docs/compress.md")
-    parser.add_argument("--ratio", type=float, help="share of the routed experts that goes: 0.25")
-    parser.add_argument("--per-layer", action="store_true", help="let layers lose different numbers of experts")
-    parser.add_argument("--semantics", choices=("slice", "remap", "zero"), default="slice", help="default: slice")
-    parser.add_argument("--format", choices=("stock", "padded", "custom"), default="stock", help="default: stock")
-    parser.add_argument("--densify", action="store_true", help="multiply low-rank factors out again: loads everywhere")
-    parser.add_argument("--uniform", action="store_true", help="equal numbers in every layer: the plan's largest")
-    parser.add_argument("--plan-only", action="store_true", help="write the plan to DST (a .json file) and stop")
-    parser.add_argument("--plan", type=Path, metavar="PLAN", help="apply this plan in place of making one")
-    parser.add_argument("--translate", action="store_true", help="only write DeepSeek-MoE 16B as the family it equals")
+    _add_choice(parser)
+    written = parser.add_argument_group("what is written")
+    written.add_argument(
+        "--format",
+        choices=("stock", "padded", "custom"),
+        default="stock",
+        help="stock (default) loads wherever SRC does; padded and custom hold layers of different numbers of experts",
+    )
+    written.add_argument("--densify", action="store_true", help="multiply low-rank factors out again: loads everywhere")
+    written.add_argument("--uniform", action="store_true", help="keep as many experts in every layer as the largest")
+    written.add_argument("--plan-only", action="store_true", help="write the plan to DST (a .json file) and stop")
+    written.add_argument("--plan", type=Path, metavar="PLAN", help="apply this plan in place of making one")
+    written.add_argument("--translate", action="store_true", help="only write DeepSeek-MoE 16B as the family it equals")
     _add_measures(parser)
     _add_healing(parser)
+    add_device(parser)
+
+
+def _add_choice(parser: Parser) -> None:
+    choice = parser.add_argument_group("which experts go")
+    choice.add_argument("--method", help="reap, frequency, merge, width, ...: docs/compress.md has a table")
+    choice.add_argument("--ratio", type=float, help="share of the experts that goes: 0.25")
+    choice.add_argument("--per-layer", action="store_true", help="let layers lose different numbers of experts")
+    choice.add_argument(
+        "--semantics",
+        choices=("slice", "remap", "zero"),
+        default="slice",
+        help="tokens of an expert that went: choose among the others (slice, default), go to the one that it was "
+        "merged into (remap), or get nothing (zero)",
+    )
+    choice.add_argument("--reference", type=Path, metavar="BASE", help="the model before fine-tuning, for router-norm")
+    choice.add_argument("--calib", metavar="PATH|SOURCE", help="text that most methods look at")
+    choice.add_argument("--calib-tokens", type=positive, default=65_536, metavar="N", help="of it (default: 65,536)")
+    choice.add_argument("--seq-len", type=positive, default=512, metavar="N", help="tokens of a window (default: 512)")
+    choice.add_argument("--seed", type=int, default=0, metavar="N", help="of methods that draw (default: 0)")
+    choice.add_argument(
+        "--option", action="append", default=[], metavar="key=value", help="an option of the method; may be repeated"
+    )
 
 
 def _add_healing(parser: Parser) -> None:
@@ -58,35 +86,31 @@ def _add_healing(parser: Parser) -> None:
 
 
 def _add_measures(parser: Parser) -> None:
-    parser.add_argument(
-        "--reference", type=Path, metavar="BASE", help="the checkpoint before fine-tuning (router-norm)"
-    )
-    parser.add_argument("--calib", metavar="PATH|SOURCE", help="text that a method looks at")
-    parser.add_argument("--calib-tokens", type=positive, default=65_536, metavar="N", help="default: 65,536")
-    parser.add_argument("--seq-len", type=positive, default=512, metavar="N", help="tokens of a window (default: 512)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="key=value", help="of the method; may be repeated"
-    )
-    parser.add_argument(
+    measures = parser.add_argument_group("measured before and after")
+    measures.add_argument(
         "--eval",
         nargs="?",
         const="",
         metavar="PATH|SOURCE",
-        help="measure both on this held-out text: perplexity, speed, memory (a run has text of its own)",
+        help="perplexity, speed and memory on this held-out text (a run has text of its own)",
     )
-    parser.add_argument("--eval-tokens", type=positive, default=65_536, metavar="N", help="default: 65,536")
-    parser.add_argument(
-        "--tasks", metavar="NAME,...", help="with --eval: tasks of lm-eval too (moestro eval --tasks help)"
+    measures.add_argument("--eval-tokens", type=positive, default=65_536, metavar="N", help="of it (default: 65,536)")
+    measures.add_argument(
+        "--tasks", metavar="NAME,...", help="with --eval: tasks of lm-eval too (moestro eval X --tasks help lists them)"
     )
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the folder that the tasks' files lie in")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
-    device = "cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)"
-    parser.add_argument("--device", help=f"where models run: {device}")
+    measures.add_argument("--data", type=Path, metavar="FOLDER", help="the folder that the tasks' files lie in")
+    measures.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
 
 
 def run(arguments: Namespace) -> int:
-    """Make a checkpoint of experts smaller: a plan, then the folder, in the same format."""
+    """Remove, merge, narrow or quantise the experts of a model, and write it in its own format.
+
+    examples:
+      moestro compress runs/hmoe-0 runs/narrow --method width --ratio 0.5 --per-layer --eval
+      moestro compress path/to/olmoe out --method reap --ratio 0.25 --calib text.txt
+      moestro compress path/to/olmoe plan.json --method reap --ratio 0.25 --calib text.txt --plan-only
+      moestro compress path/to/olmoe out --plan plan.json
+    """
     from moestro.compress.plan_file import read_plan
     from moestro.compress.running import applied_to, compressed, plan_for, wanted_by
 

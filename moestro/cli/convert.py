@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from moestro.cli.arguments import Parser, UsageError, add_device, device_named
+from moestro.cli.arguments import CHECKPOINT, Parser, UsageError, add_device, device_named
 
 
 def add_arguments(parser: Parser) -> None:
@@ -12,19 +12,41 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "source", type=Path, metavar="SRC", help="a run folder of a dense model, or a folder of the Hugging Face format"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a value to set: method.top_k=2")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set any key of the recipe: method.top_k=2")
     parser.add_argument("--out", type=Path, required=True, metavar="DST", help="the folder to write")
-    parser.add_argument("--recipe", type=Path, metavar="RECIPE", help="how: recipes/convert/factorllm.yaml, ...")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--stock", action="store_true", help="copies in a folder of Mixtral's or Qwen-MoE's format")
-    instead.add_argument("--back", action="store_true", help="the inverse: the dense model of a converted run")
-    instead.add_argument("--drop-teacher", action="store_true", help="a converted run without its frozen teachers")
-    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="default: newest")
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="RECIPE",
+        help="how it is converted: a YAML file such as those in recipes/convert/",
+    )
+    others = parser.add_argument_group("other ways")
+    instead = others.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--stock",
+        action="store_true",
+        help="write a folder of Mixtral's or Qwen-MoE's format; every expert is a copy of the dense layer",
+    )
+    instead.add_argument(
+        "--back", action="store_true", help="the other way: SRC is a converted run, DST its dense model"
+    )
+    instead.add_argument(
+        "--drop-teacher",
+        action="store_true",
+        help="SRC is a converted run, DST the same without the frozen dense layers that taught it",
+    )
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help=CHECKPOINT)
     add_device(parser)
 
 
 def run(arguments: Namespace) -> int:
-    """Turn a dense model into a mixture of experts, or back, and check that it is the same."""
+    """Turn a dense model into a mixture of experts, or back, and check that it computes the same.
+
+    examples:
+      moestro convert runs/dense-0 --recipe recipes/convert/factorllm.yaml --out runs/moe
+      moestro convert runs/dense-0 --recipe recipes/convert/upcycle.yaml --out runs/moe method.top_k=2
+      moestro convert runs/moe --back --out runs/dense-again
+    """
     if arguments.back or arguments.drop_teacher:
         return _inverse(arguments)
     from rich.console import Console

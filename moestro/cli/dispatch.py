@@ -7,6 +7,7 @@ from typing import Protocol
 
 from moestro.cli import (
     compare,
+    completion,
     compress,
     convert,
     evaluate,
@@ -29,7 +30,8 @@ FAILURES = (RuntimeError, ValueError, OSError, ImportError, ArithmeticError, Mem
 
 
 class Verb(Protocol):
-    """A module of this package; the docstring of `run` explains the verb."""
+    """A module of this package; the docstring of `run` is the verb's help: a line, then more where needed, and last a
+    paragraph `examples:` of commands."""
 
     def add_arguments(self, parser: Parser) -> None: ...
 
@@ -38,19 +40,35 @@ class Verb(Protocol):
 
 VERBS: dict[str, Verb] = {
     "train": train,
+    "compare": compare,
+    "prepare": prepare,
     "eval": evaluate,
     "inspect": inspect,
     "generate": generate,
     "serve": serve,
-    "compare": compare,
-    "compress": compress,
-    "convert": convert,
-    "export": export,
-    "import": import_model,
     "offload": offload,
-    "prepare": prepare,
+    "import": import_model,
+    "export": export,
+    "convert": convert,
+    "compress": compress,
+    "completion": completion,
     "version": version,
 }
+GROUPS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "compare", "prepare"),
+    "look": ("eval", "inspect"),
+    "run": ("generate", "serve", "offload"),
+    "change": ("import", "export", "convert", "compress"),
+    "other": ("completion", "version"),
+}
+END = """\
+start with:
+  moestro train recipes/hmoe.yaml                                  a run folder, runs/hmoe-0
+  moestro train recipes/hmoe.yaml optim.lr=1e-3 --out runs/slower  any key of a recipe can be set
+  moestro inspect runs/hmoe-0                                      what its experts did
+
+exit codes: 0 done (or stopped by a signal, and saved), 1 failed while running, 2 a mistake in the command or recipe,
+130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,13 +101,20 @@ def _dispatch(words: list[str]) -> int:
     if name not in VERBS:
         raise UsageError(unknown("option" if name.startswith("-") else "verb", name, [*VERBS, "--help", "--version"]))
     verb = VERBS[name]
-    parser = Parser(prog=f"moestro {name}", description=verb.run.__doc__, allow_abbrev=False)
-    verb.add_arguments(parser)
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    parser = parser_of(name)
     arguments, rest = parser.parse_known_intermixed_args(words[1:])
     if rest:
         raise UsageError(f"{_left_over(parser, rest[0])} (moestro {name})")
     return verb.run(arguments)
+
+
+def parser_of(name: str) -> Parser:
+    """What reads the words of a verb, and explains it."""
+    verb = VERBS[name]
+    parser = Parser(f"moestro {name}", verb.run.__doc__)
+    verb.add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    return parser
 
 
 def _left_over(parser: Parser, word: str) -> str:
@@ -99,14 +124,13 @@ def _left_over(parser: Parser, word: str) -> str:
     return unknown("option", word.split("=")[0], options)
 
 
+def summary(name: str) -> str:
+    """What a verb does, in one line."""
+    return (VERBS[name].run.__doc__ or "").splitlines()[0]
+
+
 def _overview() -> str:
-    lines = [f"  {name:<9} {(verb.run.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: moestro VERB ...   (moestro VERB --help explains one)",
-            "",
-            *lines,
-            "",
-            "Values of a recipe can be set on the command line: moestro train recipes/hmoe.yaml optim.lr=1e-3",
-        ]
-    )
+    lines = ["usage: moestro VERB ...   (moestro VERB --help explains one, with examples)"]
+    for title, names in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:<11}{summary(name)}" for name in names)]
+    return "\n".join([*lines, "", END])

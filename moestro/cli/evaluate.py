@@ -14,22 +14,30 @@ OF_TEXT = ("tokens", "settings")
 def add_arguments(parser: Parser) -> None:
     """RUN, how it is measured, --tasks and what belongs to them"""
     add_run(parser, "all")
-    tasks = parser.add_argument_group("tasks of the literature, through lm-eval")
+    tasks = parser.add_argument_group("tasks of the literature, through lm-eval, in place of all that")
     tasks.add_argument(
         "--tasks",
         metavar="NAME,...",
-        help="in place of all that: these tasks; RUN may then be any model's folder, and --data is the folder that "
-        "their files lie in. papers: the suite of the papers; help: all names. Paths of task files may be among them",
+        help="these tasks, or files of tasks; papers: those of the papers; help: print all names. RUN may then be "
+        "any model's folder, and --data is the folder that the tasks' files lie in",
     )
     tasks.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each task")
-    tasks.add_argument("--seed", type=int, metavar="N", help="of few-shot draws and resampling (default: 0)")
-    tasks.add_argument("--batch-size", type=positive, metavar="N", help="default: 8")
-    tasks.add_argument("--max-length", type=positive, metavar="N", help="tokens (default: the model's own context)")
+    tasks.add_argument("--seed", type=int, metavar="N", help="seed of few-shot draws and of resampling (default: 0)")
+    tasks.add_argument("--batch-size", type=positive, metavar="N", help="sequences at a time (default: 8)")
+    tasks.add_argument(
+        "--max-length", type=positive, metavar="N", help="tokens of context (default: as many as the model has)"
+    )
     add_dtype(tasks)
 
 
 def run(arguments: Namespace) -> int:
-    """Evaluate a run: bits per byte, perplexity, and how each layer uses its experts; or any model on tasks."""
+    """Measure a run: bits per byte, perplexity, how its experts are used; or score any model on tasks.
+
+    examples:
+      moestro eval runs/hmoe-0
+      moestro eval runs/hmoe-0 --data my/other.txt --json figures.json
+      moestro eval runs/hmoe-0 --tasks piqa,hellaswag --data path/to/data --limit 100
+    """
     if arguments.tasks is not None:
         return _tasks(arguments)
     from rich.console import Console

@@ -5,7 +5,7 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-from moestro.cli.arguments import Parser
+from moestro.cli.arguments import CHECKPOINT, Parser
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -22,12 +22,20 @@ def add_arguments(parser: Parser) -> None:
         "of them computes the same",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they were trained)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the weights (default: as they were trained)",
     )
-    parser.add_argument("--shard-size", type=size, default=size("5GB"), metavar="SIZE", help="of a file: 500MB (5GB)")
-    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="default: newest")
     parser.add_argument(
-        "--license", metavar="NAME", help="of the weights, for the model card: apache-2.0, cc-by-4.0, ..."
+        "--shard-size",
+        type=size,
+        default=size("5GB"),
+        metavar="SIZE",
+        help="most bytes in one file: 500MB (default: 5GB)",
+    )
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help=CHECKPOINT)
+    parser.add_argument(
+        "--license", metavar="NAME", help="licence of the weights, for the model card: apache-2.0, cc-by-4.0, ..."
     )
     parser.add_argument("--unfinished", action="store_true", help="export a run whose training is not over")
     parser.add_argument(
@@ -36,7 +44,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Write a run's model as a folder that transformers, lm-eval and other tools load."""
+    """Write a run's model as a folder that transformers, lm-eval and other tools load.
+
+    examples:
+      moestro export runs/hmoe-0 --out exported/hmoe
+      moestro export runs/moe-0 --out exported/mixtral --format stock --dtype bfloat16
+    """
     try:
         from moestro.export.folder import Choices, export_run
     except ModuleNotFoundError as error:

@@ -22,14 +22,16 @@ def add_arguments(parser: Parser) -> None:
     """MODEL, prompts, how far and how tokens are chosen, --json"""
     add_model(parser)
     prompts = parser.add_argument_group("prompts (default: one from standard input)")
-    prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    prompts.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated"
+    )
     prompts.add_argument(
         "--prompt-file",
         action="append",
         default=[],
         type=Path,
         metavar="FILE",
-        help="one prompt a file; may be repeated",
+        help="a file that is a prompt; may be repeated",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -50,7 +52,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Continue prompts, and print the text as it comes."""
+    """Continue prompts, and print the text as it comes.
+
+    examples:
+      moestro generate runs/hmoe-0 --prompt "Once upon a time"
+      echo "Once upon" | moestro generate runs/hmoe-0 --temperature 0.8 --seed 1 --max-new-tokens 50
+    """
     _check_sampling(arguments)
     prompts = _prompts(arguments)
     text_model = _text_model(arguments)

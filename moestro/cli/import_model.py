@@ -15,7 +15,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Make a run folder of a public checkpoint: train, eval, inspect and export go on from it."""
+    """Make a run folder of a public checkpoint: train, eval, inspect and export go on from it.
+
+    examples:
+      moestro import path/to/OLMoE --out runs/olmoe
+      moestro import path/to/Mixtral --out runs/mixtral --link
+    """
     from moestro.data.progress import progress_bar
     from moestro.recipe.importing import import_model
 

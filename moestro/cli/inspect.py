@@ -11,21 +11,29 @@ def add_arguments(parser: Parser) -> None:
     """RUN, how it is measured, --out, --generalization and --probe"""
     add_run(parser, "65,536; 8,192 with --probe")
     parser.add_argument("--out", type=Path, metavar="PAGE", help="the page to write (default: RUN/inspect.html)")
-    instead = parser.add_mutually_exclusive_group()
+    others = parser.add_argument_group("in place of the page, a table")
+    instead = others.add_mutually_exclusive_group()
     instead.add_argument(
         "--generalization",
         action="store_true",
-        help="in place of all that: every term of the generalization bound of sparse mixtures (arXiv:2403.17404)",
+        help="every term of the generalization bound of sparse mixtures (arXiv:2403.17404)",
     )
     instead.add_argument(
         "--probe",
         action="store_true",
-        help="in place of all that: the loss of every expert on every other expert's tokens, each serving alone",
+        help="the loss of every expert on every other expert's tokens, each serving alone",
     )
 
 
 def run(arguments: Namespace) -> int:
-    """Show where a run's compute goes: experts, layers, tokens, a homogeneous twin, other settings."""
+    """Write a page that shows what each expert of a run does: where compute goes, by layer, expert and token.
+
+    It also says what the run would cost and score with equal widths and with other settings of its router.
+
+    examples:
+      moestro inspect runs/hmoe-0
+      moestro inspect runs/hmoe-0 --probe --tokens 2048
+    """
     if arguments.generalization:
         return _generalization(arguments)
     return _probe(arguments) if arguments.probe else _page(arguments)

@@ -28,51 +28,110 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "what",
         nargs="+",
-        metavar="SRC | replay TRACE | profile TRACE",
-        help="a folder to generate with (Hugging Face's format, or a run of ours); or a recorded trace",
+        metavar="SRC",
+        help="a run folder, or a model's folder in Hugging Face's format; or replay TRACE, or profile TRACE",
     )
     parser.add_argument("--memory", type=size, metavar="SIZE", help="fast memory for weights: 8GiB, 500MB, ...")
     _add_plan(parser)
     runs = parser.add_argument_group("generating and measuring")
     runs.add_argument("--prompt", metavar="TEXT", help="text to continue")
-    runs.add_argument("--tokens", type=positive, default=64, metavar="N", help="continue by so many (default: 64)")
-    runs.add_argument("--eval", type=Path, metavar="FILE", help="text whose perplexity is measured: exact, as planned")
-    runs.add_argument("--eval-tokens", type=positive, default=512, metavar="N", help="of so many tokens (default: 512)")
+    runs.add_argument("--tokens", type=positive, default=64, metavar="N", help="tokens to continue by (default: 64)")
+    runs.add_argument(
+        "--eval",
+        type=Path,
+        metavar="FILE",
+        help="text on which perplexity is measured, exactly and with these settings",
+    )
+    runs.add_argument(
+        "--eval-tokens", type=positive, default=512, metavar="N", help="tokens of that text (default: 512)"
+    )
     runs.add_argument("--bench", action="store_true", help="time it beside exact loading on demand")
-    runs.add_argument("--trace", type=Path, metavar="FILE", help="record the routing, to replay it")
-    runs.add_argument("--tune", action="store_true", help="of replay: look for the mix of policies of least penalty")
+    runs.add_argument("--trace", type=Path, metavar="FILE", help="record the routing in FILE, for replay and profile")
+    runs.add_argument("--tune", action="store_true", help="with replay: find the mix of policies that reads least")
     parser.add_argument(
-        "--json", type=Path, nargs="?", const=Path("-"), metavar="PATH", help="write JSON, without PATH to the terminal"
+        "--json",
+        type=Path,
+        nargs="?",
+        const=Path("-"),
+        metavar="PATH",
+        help="write JSON, to PATH or else to the terminal",
     )
     add_device(parser)
 
 
 def _add_plan(parser: Parser) -> None:
-    plan = parser.add_argument_group("how experts are kept")
-    plan.add_argument("--exact", action="store_true", help="no LOW copies, nothing skipped: the same bits as in memory")
-    plan.add_argument("--low", default="int4", metavar="CODEC", help="LOW copies: int8, int4 (default), int2, bf16")
+    plan = parser.add_argument_group("how experts are kept and read")
     plan.add_argument(
-        "--low-share", type=float, default=0.25, metavar="SHARE", help="of the slots' memory (default: 0.25)"
+        "--exact", action="store_true", help="no LOW copies, nothing skipped: the same result as in memory"
     )
-    plan.add_argument("--t1", type=float, default=0.6, help="scores up to it ask for HIGH (default: 0.6)")
-    plan.add_argument("--t2", type=float, default=0.9, help="up to it for LOW, above for nothing (default: 0.9)")
+    plan.add_argument(
+        "--low", default="int4", metavar="CODEC", help="precision of LOW copies: int8, int4 (default), int2, bf16"
+    )
+    plan.add_argument(
+        "--low-share",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="share of the memory for experts that LOW copies get (default: 0.25)",
+    )
+    plan.add_argument(
+        "--t1",
+        type=float,
+        default=0.6,
+        help="an expert whose gates before it add up to at most T1 is read as it is (default: 0.6)",
+    )
+    plan.add_argument(
+        "--t2", type=float, default=0.9, help="up to T2 as a LOW copy, and beyond it not at all (default: 0.9)"
+    )
     plan.add_argument(
         "--policy",
         action="append",
         default=[],
         metavar="NAME",
-        help="lru (default), lfu, lhu, fld, lcu, mix or mix:LRU,LFU,LHU,FLD; replay takes several",
+        help="which expert leaves a full memory: lru (default), lfu, lhu, fld, lcu, mix or mix:W,W,W,W with the "
+        "weights of the first four; replay takes several",
     )
-    plan.add_argument("--prefetch", type=int, default=0, metavar="DEPTH", help="layers to look ahead (default: 0)")
-    plan.add_argument("--hold", choices=("files", "host"), default="files", help="where experts wait (default: files)")
-    plan.add_argument("--cooperative", action="store_true", help="with --hold host: compute misses there")
-    plan.add_argument("--renormalise", action="store_true", help="after skips, scale gates to the sum that all had")
-    plan.add_argument("--store", type=Path, metavar="DIR", help="LOW copies (default: SRC.offload-CODEC beside SRC)")
-    plan.add_argument("--calibrate", type=Path, metavar="FILE", help="text by which LOW copies are quantised")
+    plan.add_argument(
+        "--prefetch",
+        type=int,
+        default=0,
+        metavar="DEPTH",
+        help="read ahead of time what the routers of so many layers will ask for (default: 0)",
+    )
+    plan.add_argument(
+        "--hold",
+        choices=("files", "host"),
+        default="files",
+        help="where experts wait: in their files (default), or in memory of the host",
+    )
+    plan.add_argument(
+        "--cooperative", action="store_true", help="with --hold host: compute there what is not in fast memory"
+    )
+    plan.add_argument(
+        "--renormalise",
+        action="store_true",
+        help="where experts are skipped, scale the gates of the others to make up for them",
+    )
+    plan.add_argument(
+        "--store", type=Path, metavar="DIR", help="where LOW copies are kept (default: SRC.offload-CODEC beside SRC)"
+    )
+    plan.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="text by which LOW copies are calibrated when they are made"
+    )
 
 
 def run(arguments: Namespace) -> int:
-    """Generate with a model larger than memory: experts in mixed precision, brought when tokens ask for them."""
+    """Generate with a model larger than memory: experts are read when tokens ask for them.
+
+    Experts that matter little to a token are read in lower precision (LOW copies, made once) or skipped; --exact reads
+    all as they are. replay and profile say of a recorded trace what other memories and policies would have read.
+
+    examples:
+      moestro offload runs/hmoe-0 --memory 1GiB --prompt "Once" --exact
+      moestro offload path/to/mixtral --memory 8GiB --prefetch 1 --prompt "Once" --trace routing.jsonl
+      moestro offload replay routing.jsonl --memory 4GiB --policy lru --policy lfu
+      moestro offload profile routing.jsonl
+    """
     kind, *rest = arguments.what
     if kind in ("replay", "profile"):
         if len(rest) != 1:

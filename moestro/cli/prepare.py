@@ -11,7 +11,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Build a recipe's tokenizer and token shards, and nothing else."""
+    """Tokenize a recipe's text and keep the result, as its first training would.
+
+    examples:
+      moestro prepare recipes/hmoe.yaml
+      moestro prepare recipes/hmoe.yaml 'data.source={kind: jsonl, paths: my/texts.jsonl}'
+    """
     from moestro.recipe.build import build_data
     from moestro.recipe.load import load_recipe
 

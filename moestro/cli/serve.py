@@ -11,8 +11,12 @@ def add_arguments(parser: Parser) -> None:
     """MODEL, where and under which name it is served, and how much is taken on"""
     add_model(parser)
     parser.add_argument("--name", help="what clients call the model (default: its folder's name)")
-    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, which only this machine reaches")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000; 0 takes a free one")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, which only this machine reaches)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port to listen on; 0 takes a free one (default: 8000)"
+    )
     parser.add_argument(
         "--api-key-file",
         type=Path,
@@ -22,15 +26,28 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--active", type=positive, default=8, metavar="N", help="requests that take turns (default: 8)")
     parser.add_argument("--waiting", type=int, default=64, metavar="N", help="requests that may wait (default: 64)")
     parser.add_argument(
-        "--max-body", type=positive, default=2**20, metavar="BYTES", help="of a request (default: 1 MiB)"
+        "--max-body",
+        type=positive,
+        default=2**20,
+        metavar="BYTES",
+        help="longest request that is read (default: 1 MiB)",
     )
     parser.add_argument(
-        "--grace", type=float, default=30.0, metavar="SECONDS", help="for running requests at the end (default: 30)"
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time that running requests get when the server is stopped (default: 30)",
     )
 
 
 def run(arguments: Namespace) -> int:
-    """Serve a model to clients of OpenAI's completions and chat completions."""
+    """Serve a model to clients of OpenAI's completions and chat completions.
+
+    examples:
+      moestro serve runs/hmoe-0
+      moestro serve runs/hmoe-0 --name mine --port 9000 --api-key-file key.txt
+    """
     with extra("serve"):
         from moestro.serve import ServeSettings, read_api_key, run_server
 

@@ -10,7 +10,11 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Print the version, and whether the compiled CPU kernels are in use."""
+    """Print the version, and whether the compiled CPU kernels are in use.
+
+    examples:
+      moestro version
+    """
     from moestro import __version__
     from moestro.ops import native
 

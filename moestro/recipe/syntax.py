@@ -119,6 +119,6 @@ def dump_yaml(tree: dict) -> str:
 
 
 def _no_such_file(path: Path) -> str:
-    siblings = [str(near) for near in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), siblings, n=1)
-    return f"no such recipe: {path}" + (f"; did you mean {near[0]}?" if near else "")
+    by_name = {near.stem: near for folder in (Path("recipes"), path.parent) for near in sorted(folder.glob("*.yaml"))}
+    near = difflib.get_close_matches(path.stem, by_name, n=1)
+    return f"no such recipe: {path}" + (f"; did you mean {by_name[near[0]]}?" if near else "")
