@@ -12,7 +12,7 @@ import pytest
 
 from moestro.cli import main
 from moestro.recipe.build import run_training
-from moestro.recipe.evaluation import evaluate_run
+from moestro.recipe.evaluation import evaluate_run, opened_run
 from moestro.recipe.load import load_recipe
 from moestro.train.checkpoint import list_checkpoints, read_state
 from moestro.upgrades import CHECKPOINT
@@ -46,7 +46,7 @@ def test_its_state_reads_as_of_today(run):
 
 def test_evaluated_it_is_what_it_was(run):
     then = json.loads((run / "metrics.jsonl").read_text().splitlines()[4])["eval"]
-    figures = evaluate_run(run, max_tokens=then["tokens"])
+    figures = evaluate_run(opened_run(run), max_tokens=then["tokens"])
     assert figures["loss"] == pytest.approx(then["loss"], rel=1e-5)
 
 
