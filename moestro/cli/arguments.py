@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from moestro.recipe.evaluation import Run
 
 CHECKPOINT = "which of a run's checkpoints: the newest (default), or the best on held-out text"
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -177,3 +179,14 @@ def device_named(name: str | None) -> str:
     if int(index or 0) >= there[kind]:
         raise UsageError(f"device {name!r}: this machine has {there[kind]} of kind {kind}")
     return name
+
+
+def size(text: str) -> int:
+    """Bytes: 8GiB, 500MB, 1.5g, 4096.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.lower())
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; allowed: 8GiB, 500MB, 4096 and such")
+    return int(float(found[1]) * UNITS[found[2] or ""])

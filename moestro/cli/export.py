@@ -1,13 +1,9 @@
 """moestro export"""
 
-import argparse
-import re
 from argparse import Namespace
 from pathlib import Path
 
-from moestro.cli.arguments import CHECKPOINT, Parser
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+from moestro.cli.arguments import CHECKPOINT, Parser, size
 
 
 def add_arguments(parser: Parser) -> None:
@@ -62,16 +58,3 @@ def run(arguments: Namespace) -> int:
     done = export_run(arguments.run, arguments.out, choices)
     print(f"{done.path}: {done.architecture}, {done.n_parameters:,} parameters, {done.nbytes / 1e6:,.1f} MB of weights")
     return 0
-
-
-def size(text: str) -> int:
-    """Bytes of a size such as 500MB.
-
-    Raises: argparse.ArgumentTypeError.
-    """
-    match = re.fullmatch(r"([0-9]+) *([KMG]?B|)", text.strip().upper())
-    if not match or int(match[1]) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size; allowed: a number of bytes, KB, MB or GB, such as 500MB"
-        )
-    return int(match[1]) * UNITS[match[2]]

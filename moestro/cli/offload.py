@@ -1,14 +1,13 @@
 """moestro offload"""
 
-import argparse
-import re
 import sys
 from argparse import Namespace
 from pathlib import Path
 from signal import SIGTERM, default_int_handler, signal
 from typing import TYPE_CHECKING, Any
 
-from moestro.cli.arguments import Parser, UsageError, add_device, device_named, positive
+from moestro.cli.arguments import Parser, UsageError, add_device, device_named, positive, size
+from moestro.cli.keeping import add_keeping
 from moestro.cli.terminal import as_json, failed
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from moestro.offload.session import Plan, Session
     from moestro.offload.trace import Recorder, Trace
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 # of choices in HIGH and LOW that a profile looks for: the paper's, on Mixtral
 SHARES = (0.67, 0.30)
 BENCH_PROMPT, BENCH_TOKENS = 16, 24
@@ -32,7 +30,7 @@ def add_arguments(parser: Parser) -> None:
         help="a run folder, or a model's folder in Hugging Face's format; or replay TRACE, or profile TRACE",
     )
     parser.add_argument("--memory", type=size, metavar="SIZE", help="fast memory for weights: 8GiB, 500MB, ...")
-    _add_plan(parser)
+    add_keeping(parser)
     runs = parser.add_argument_group("generating and measuring")
     runs.add_argument("--prompt", metavar="TEXT", help="text to continue")
     runs.add_argument("--tokens", type=positive, default=64, metavar="N", help="tokens to continue by (default: 64)")
@@ -57,67 +55,6 @@ def add_arguments(parser: Parser) -> None:
         help="write JSON, to PATH or else to the terminal",
     )
     add_device(parser)
-
-
-def _add_plan(parser: Parser) -> None:
-    plan = parser.add_argument_group("how experts are kept and read")
-    plan.add_argument(
-        "--exact", action="store_true", help="no LOW copies, nothing skipped: the same result as in memory"
-    )
-    plan.add_argument(
-        "--low", default="int4", metavar="CODEC", help="precision of LOW copies: int8, int4 (default), int2, bf16"
-    )
-    plan.add_argument(
-        "--low-share",
-        type=float,
-        default=0.25,
-        metavar="SHARE",
-        help="share of the memory for experts that LOW copies get (default: 0.25)",
-    )
-    plan.add_argument(
-        "--t1",
-        type=float,
-        default=0.6,
-        help="an expert whose gates before it add up to at most T1 is read as it is (default: 0.6)",
-    )
-    plan.add_argument(
-        "--t2", type=float, default=0.9, help="up to T2 as a LOW copy, and beyond it not at all (default: 0.9)"
-    )
-    plan.add_argument(
-        "--policy",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="which expert leaves a full memory: lru (default), lfu, lhu, fld, lcu, mix or mix:W,W,W,W with the "
-        "weights of the first four; replay takes several",
-    )
-    plan.add_argument(
-        "--prefetch",
-        type=int,
-        default=0,
-        metavar="DEPTH",
-        help="read ahead of time what the routers of so many layers will ask for (default: 0)",
-    )
-    plan.add_argument(
-        "--hold",
-        choices=("files", "host"),
-        default="files",
-        help="where experts wait: in their files (default), or in memory of the host",
-    )
-    plan.add_argument(
-        "--cooperative", action="store_true", help="with --hold host: compute there what is not in fast memory"
-    )
-    plan.add_argument(
-        "--renormalise",
-        action="store_true",
-        help="where experts are skipped, scale the gates of the others to make up for them",
-    )
-    plan.add_argument(
-        "--store", type=Path, metavar="DIR", help="where LOW copies are kept (default: SRC.offload-CODEC beside SRC)"
-    )
-    plan.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="text by which LOW copies are calibrated when they are made"
-    )
 
 
 def run(arguments: Namespace) -> int:
@@ -146,17 +83,6 @@ def run(arguments: Namespace) -> int:
     if not (arguments.prompt or arguments.eval or arguments.bench):
         raise UsageError("nothing to do: give --prompt TEXT, --eval FILE or --bench")
     return _generate(arguments, Path(kind))
-
-
-def size(text: str) -> int:
-    """Bytes: 8GiB, 500MB, 1.5g, 4096.
-
-    Raises: argparse.ArgumentTypeError.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.lower())
-    if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; allowed: 8GiB, 500MB, 4096 and such")
-    return int(float(found[1]) * UNITS[found[2] or ""])
 
 
 def _plan(arguments: Namespace) -> "Plan":

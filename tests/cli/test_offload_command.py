@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moestro.cli import main
-from moestro.cli.offload import size
+from moestro.cli.arguments import size
 from moestro.offload.trace import read_trace
 from tests.conftest import ROOT
 from tests.offload.models import memory_for, tiny_folder

@@ -235,7 +235,7 @@ def test_the_command(run_of: Runs, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "MoestroForCausalLM, 1,119,616 parameters, 2.2 MB" in capsys.readouterr().out
     for words, message in {
         "--dtype int8": "invalid choice: 'int8'",
-        "--shard-size 3TB": "'3TB' is no size",
+        "--shard-size 3XB": "'3XB' is no size",
         "--format gguf": "invalid choice: 'gguf'",
     }.items():
         assert main(["export", run, "--out", out, *words.split()]) == 2
