@@ -1,5 +1,6 @@
 """How `moestro offload` keeps and reads experts: its largest group of options."""
 
+import argparse
 from pathlib import Path
 
 from moestro.cli.arguments import Parser
@@ -30,6 +31,10 @@ def add_keeping(parser: Parser) -> None:
     plan.add_argument(
         "--t2", type=float, default=0.9, help="up to T2 as a LOW copy, and beyond it not at all (default: 0.9)"
     )
+    _add_reading(plan)
+
+
+def _add_reading(plan: argparse._ArgumentGroup) -> None:
     plan.add_argument(
         "--policy",
         action="append",
