@@ -19,5 +19,7 @@ def as_json(path: Path | None, figures: dict[str, Any]) -> bool:
         print(text)
         return True
     if path is not None:
-        path.write_text(text + "\n", encoding="utf-8")
+        from moestro.ops.whole_files import write_bytes
+
+        write_bytes(path, f"{text}\n".encode())
     return False

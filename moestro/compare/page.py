@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from moestro.compare.plots import escape
+from moestro.train.durable import write_text
 
 
 def html_page(verb: str, title: str, menu: Mapping[str, str], body: str, rules: str = "", legend: str = "") -> str:
@@ -36,10 +37,5 @@ def write_page(page: str, path: str | os.PathLike) -> Path:
     """Puts a page at `path` in one step: readers see the old page or the new one, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        half.write_text(page, encoding="utf-8")
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
+    write_text(path, page)
     return path

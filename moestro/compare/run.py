@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from moestro.compare.match import Match, Size, match, sizes
 from moestro.compare.plan import Comparison, load_comparison
 from moestro.compare.report import write_report
 from moestro.compare.results import collect
+from moestro.ops.whole_files import holding
 from moestro.recipe.build import build_data
 from moestro.train.durable import write_json
+from moestro.train.folder_job import FolderInUse
 from moestro.train.signals import TrainingStopped
 
 CONTINUE = "the same command continues from here"
@@ -44,26 +47,27 @@ def compare(
     run again, interrupted ones continue. A run that fails is reported, the others go on. Stopped early, it writes the
     results and the report of what has finished.
 
-    Raises: RecipeError, also where the folder holds finished runs of other settings; TrainingStopped after SIGINT or
-    SIGTERM, once every run in progress is saved.
+    Raises: RecipeError, also where the folder holds finished runs of other settings; FolderInUse where another
+    comparison goes on in it; TrainingStopped after SIGINT or SIGTERM, once every run in progress is saved.
     """
-    plan = load_comparison(path, tuple(overrides))
+    plan, out = load_comparison(path, tuple(overrides)), Path(out)
     board = board or Board()
     dataset = build_data(plan.recipe(plan.reference)).prepare(progress=True)
     by_budget = {budget: sizes(plan, budget, dataset.vocab_size) for budget in plan.budgets}
     all_sizes = sorted({size.name: size for found in by_budget.values() for size in found}.values(), key=_width)
     matches = {(arm, size.name): match(plan, arm, size, dataset.vocab_size) for size in all_sizes for arm in plan.arms}
-    jobs = list(plan_jobs(plan, by_budget, matches, Path(out), device))
+    jobs = list(plan_jobs(plan, by_budget, matches, out, device))
     for job in jobs:
         job.check_same()
-    board.start(jobs, announcement(plan, all_sizes))
-    failures: dict[str, str] = {}
-    try:
-        run_jobs(jobs, workers or default_workers(plan, device), board, failures)
-    finally:
-        results = collect(plan, dataset, all_sizes, matches, jobs, failures, command)
-        write_json(Path(out) / "results.json", results)
-        write_report(results, Path(out) / "report.html")
+    with holding(out, FolderInUse(out)):
+        board.start(jobs, announcement(plan, all_sizes))
+        failures: dict[str, str] = {}
+        try:
+            run_jobs(jobs, workers or default_workers(plan, device), board, failures)
+        finally:
+            results = collect(plan, dataset, all_sizes, matches, jobs, failures, command)
+            write_json(out / "results.json", results)
+            write_report(results, out / "report.html")
     return results
 
 
@@ -137,7 +141,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, board: Board, failures: dict[str
     if not waiting:
         return
     context = multiprocessing.get_context("spawn")
-    with board, ProcessPoolExecutor(workers, context, initializer=follow_parent) as pool, _stopping():
+    pool_of = partial(ProcessPoolExecutor, workers, context, initializer=follow_parent, initargs=(os.getpid(),))
+    with board, pool_of() as pool, _stopping():
         running: dict[Future, Job] = {}
         while waiting or running:
             while waiting and len(running) < workers:
@@ -149,12 +154,15 @@ def run_jobs(jobs: Sequence[Job], workers: int, board: Board, failures: dict[str
             board.refresh()
 
 
-def follow_parent() -> None:
+def follow_parent(parent: int) -> None:
     """Make this worker deaf to the terminal, which speaks to the parent, and let it die with the parent: a run that is
     killed continues from its last checkpoint."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # it may have died before this worker could ask for the signal
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _finish(future: Future, job: Job, failures: dict[str, str], board: Board) -> None:

@@ -15,8 +15,10 @@ from moestro.export import open_model
 from moestro.export.exported import RECORD, ExportedFolder
 from moestro.export.folder import DTYPES, Choices, export_run
 from moestro.model import Transformer
+from moestro.ops.whole_files import TEMPORARY, holding
 from moestro.recipe.load import Recipe
-from moestro.train.durable import TEMPORARY, publish_folder, write_text
+from moestro.train.durable import empty, publish_folder, write_text
+from moestro.train.folder_job import FolderInUse
 
 
 class ExportedSource(RunSource):
@@ -66,17 +68,21 @@ class ExportedSource(RunSource):
         return self.folder.read(name)
 
     def write(self, model: nn.Module, recipe: Recipe, texts: Mapping[str, str], destination: Path) -> Path:
-        """The export of such a run, with these files beside; complete or not there at all."""
-        temporary = destination.with_name(f"{TEMPORARY}{destination.name}.export")
-        shutil.rmtree(temporary, ignore_errors=True)
-        # under its own name, which the model card has
-        run, out = temporary / destination.name, temporary / "export"
-        run.mkdir(parents=True)
-        write_run(self, model, recipe, run)
-        dtype = next((name for name, dtype in DTYPES.items() if dtype == self.folder.dtype), "float32")
-        export_run(run, out, Choices(dtype=dtype, licence=self.folder.said.get("licence")))
-        for name, text in texts.items():
-            write_text(out / name, text)
-        publish_folder(out, destination)
-        shutil.rmtree(temporary)
+        """The export of such a run, with these files beside; complete or not there at all.
+
+        Raises: FolderInUse where another process writes it.
+        """
+        name = f"{TEMPORARY}{destination.name}.export"
+        with holding(destination.with_name(name), FolderInUse(destination)) as temporary:
+            empty(temporary)
+            # under its own name, which the model card has
+            run, out = temporary / destination.name, temporary / "export"
+            run.mkdir()
+            write_run(self, model, recipe, run)
+            dtype = next((name for name, dtype in DTYPES.items() if dtype == self.folder.dtype), "float32")
+            export_run(run, out, Choices(dtype=dtype, licence=self.folder.said.get("licence")))
+            for file, text in texts.items():
+                write_text(out / file, text)
+            publish_folder(out, destination)
+            shutil.rmtree(temporary)
         return destination

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from moestro.data import Batch
 from moestro.evaluate.scoring import score
 from moestro.formats.writer import write_tensors
-from moestro.train.durable import TEMPORARY, sync_file
+from moestro.ops.whole_files import TEMPORARY, sync_file
 
 Text = Callable[[int], Batch]
 # batch, the model's output, nats of its targets -> what each token adds to the loss

@@ -14,9 +14,10 @@ from moestro.compress.plan import Plan, PlanError
 from moestro.compress.plan_file import read_plan, write_plan
 from moestro.compress.projection import uniform
 from moestro.compress.source import RunSource, open_source
+from moestro.ops.whole_files import TEMPORARY, holding
 from moestro.recipe.syntax import unknown
-from moestro.train.durable import TEMPORARY, sha256_json, write_json
-from moestro.train.folder_job import read_control
+from moestro.train.durable import empty, sha256_json, write_json
+from moestro.train.folder_job import FolderInUse, read_control
 
 REQUEST, PLAN_FILE = "request.json", "plan.json"
 
@@ -44,30 +45,40 @@ def compressed(request: Request, destination: Path, progress: Progress = lambda 
     """A request carried out: plan, then folder. Interrupted, the same call continues, and makes no finished plan again;
     finished, it measures nothing. Nothing is left of a request that is refused.
 
-    Raises: PlanError, FormatError.
+    Raises: PlanError, FormatError; FolderInUse where another process writes the same folder.
     """
     require_outside(request.source, destination)
     wanted = wanted_by(request)
-    kept = destination.with_name(f"{TEMPORARY}{destination.name}.plan")
-    path = kept / PLAN_FILE
-    if read_control(kept / REQUEST) != wanted:
-        if destination.exists():
-            return _finished(request, destination, wanted)
-        shutil.rmtree(kept, ignore_errors=True)
-        # before anything is measured: unknown methods and impossible requests leave nothing behind
-        require_possible(request)
-        kept.mkdir(parents=True)
-        write_json(kept / REQUEST, wanted)
-    if not path.is_file():
-        try:
-            plan_for(request, path)
-        except ValueError:
+    with holding(destination.with_name(f"{TEMPORARY}{destination.name}.plan"), FolderInUse(destination)) as kept:
+        if read_control(kept / REQUEST) != wanted and destination.exists():
             shutil.rmtree(kept)
-            raise
-    folder = applied_to(request.source, read_plan(path), destination, request.output, path, progress)
-    write_json(folder / REQUESTED, wanted)
-    shutil.rmtree(kept)
-    return folder
+            return _finished(request, destination, wanted)
+        path = _planned(request, kept, wanted)
+        folder = applied_to(request.source, read_plan(path), destination, request.output, path, progress)
+        write_json(folder / REQUESTED, wanted)
+        shutil.rmtree(kept)
+        return folder
+
+
+def _planned(request: Request, kept: Path, wanted: dict[str, Any]) -> Path:
+    """The request's plan in the folder `kept`: made, or continued, or already there. Nothing stays of a request that
+    is refused.
+
+    Raises: PlanError.
+    """
+    path = kept / PLAN_FILE
+    try:
+        if read_control(kept / REQUEST) != wanted:
+            # before anything is measured
+            require_possible(request)
+            empty(kept)
+            write_json(kept / REQUEST, wanted)
+        if not path.is_file():
+            plan_for(request, path)
+    except ValueError:
+        shutil.rmtree(kept)
+        raise
+    return path
 
 
 def wanted_by(request: Request) -> dict[str, Any]:

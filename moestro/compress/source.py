@@ -1,7 +1,6 @@
 """What is compressed: a folder of the Hugging Face format, or a run of our own, exported or not, through the same few
 questions."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +16,15 @@ from moestro.data import Tokenizer, load_tokenizer
 from moestro.formats import Checkpoint
 from moestro.layers.moe import MoELayer
 from moestro.model import Transformer
+from moestro.ops.whole_files import TEMPORARY, holding
 from moestro.recipe.build import build_model
 from moestro.recipe.evaluation import CHECKPOINTS
 from moestro.recipe.load import Recipe, load_recipe
 from moestro.routers import BiasedRouter, ScoredRouter
 from moestro.train import load_weights
 from moestro.train.checkpoint import read_state, step_of, write_checkpoint
-from moestro.train.durable import TEMPORARY, publish_folder, write_json, write_text
+from moestro.train.durable import empty, publish_folder, write_json, write_text
+from moestro.train.folder_job import FolderInUse
 from moestro.train.tensors import model_tensors
 
 MODEL_TYPE = "moestro"
@@ -136,14 +137,16 @@ class RunSource:
 
     def write(self, model: nn.Module, recipe: Recipe, texts: Mapping[str, str], destination: Path) -> Path:
         """A finished run of this model by this recipe, its tokenizer and step those of this one, with these files
-        beside; complete or not there at all."""
-        temporary = destination.with_name(TEMPORARY + destination.name)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_run(self, model, recipe, temporary)
-        for name, text in texts.items():
-            write_text(temporary / name, text)
-        publish_folder(temporary, destination)
+        beside; complete or not there at all.
+
+        Raises: FolderInUse where another process writes it.
+        """
+        with holding(destination.with_name(TEMPORARY + destination.name), FolderInUse(destination)) as temporary:
+            empty(temporary)
+            write_run(self, model, recipe, temporary)
+            for name, text in texts.items():
+                write_text(temporary / name, text)
+            publish_folder(temporary, destination)
         return destination
 
 

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ABANDONED_AFTER = 6 * 3600  # seconds without a write
+from moestro.ops.whole_files import lock_folder, sync_file
 
 
 def digest(*parts: object) -> str:
@@ -32,25 +32,39 @@ def appearing(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
-    filling = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    filling, handle = _new_filling(folder)
     try:
         yield filling
         # mkdtemp gives 0700; a shared cache follows the umask, as its parent does
         filling.chmod(folder.parent.stat().st_mode & 0o777)
+        for file in (*filling.iterdir(), filling):
+            sync_file(file)
         try:
             filling.rename(folder)
+            sync_file(folder.parent)
         except OSError:
             if not folder.is_dir():
                 raise
     finally:
         shutil.rmtree(filling, ignore_errors=True)
+        os.close(handle)
+
+
+def _new_filling(folder: Path) -> tuple[Path, int]:
+    """An empty folder beside `folder` that this process holds, and the handle it holds it by."""
+    while True:
+        filling = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        # another process may take one that nobody holds yet for abandoned
+        with suppress(FileNotFoundError):
+            if (handle := lock_folder(filling)) is not None:
+                return filling, handle
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Delete what killed processes left half-filled for this same folder."""
+    """Delete what killed processes left half-filled for this same folder: whatever nobody holds."""
     for left in folder.parent.glob(f".{folder.name}.*"):
         # another process may finish or remove it while we look
         with suppress(FileNotFoundError):
-            last_write = max(path.stat().st_mtime for path in (left, *left.glob("*")))
-            if time.time() - last_write > ABANDONED_AFTER:
+            if (handle := lock_folder(left)) is not None:
                 shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moestro.data.cache import appearing, digest
 from moestro.data.corpus import Corpus
+from moestro.ops.whole_files import write_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -277,6 +278,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _write(folder: Path, content: bytes, eos: str, kind: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_bytes(content)
+    write_bytes(folder / "tokenizer.json", content)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "moestro": kind}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_bytes(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())

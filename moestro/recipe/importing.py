@@ -13,12 +13,13 @@ from moestro.data import FileTokenizer
 from moestro.data.progress import Report, silent
 from moestro.formats import Checkpoint, FormatError
 from moestro.formats.writer import file_pieces
+from moestro.ops.whole_files import TEMPORARY, sync_file
 from moestro.recipe.build import build_model
 from moestro.recipe.load import Recipe, check_recipe
 from moestro.recipe.pretrained import PRETRAINED, library, pretrained_tokenizer
 from moestro.recipe.resolve import Origin
 from moestro.recipe.syntax import dump_yaml
-from moestro.train.durable import TEMPORARY, sync_file, write_text
+from moestro.train.durable import write_text
 from moestro.train.folder import RunFolder, RunFolderError
 from moestro.upgrades import RUN
 

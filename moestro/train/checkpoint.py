@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moestro.formats.writer import write_tensors
+from moestro.ops.whole_files import TEMPORARY
 from moestro.train.durable import (
-    TEMPORARY,
     publish_folder,
     remove_folder,
     remove_temporary,

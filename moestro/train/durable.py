@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, also after a crash or a power cut."""
+"""Texts and folders that are either complete or absent, also after a crash or a power cut, and their hashes."""
 
 import hashlib
 import json
@@ -7,25 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".writing-"
-
-
-def sync_file(path: Path) -> None:
-    """Force a file's or folder's content to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from moestro.ops.whole_files import TEMPORARY, sync_file, write_bytes
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file by `text` in one step."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text(text, encoding="utf-8")
-    sync_file(temporary)
-    os.replace(temporary, path)
-    sync_file(path.parent)
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,6 +37,12 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
+
+
+def empty(folder: Path) -> None:
+    """Remove what lies in a folder, but not itself: whoever holds it still does."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def remove_temporary(folder: Path) -> None:

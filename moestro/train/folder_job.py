@@ -1,22 +1,26 @@
 """A folder that is filled file by file under a temporary name, by one process at a time, and continued after a kill."""
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 from moestro.formats.writer import Outgoing, file_pieces, write_file
-from moestro.train.durable import TEMPORARY, publish_folder, remove_temporary, sync_file, write_json
+from moestro.ops.whole_files import TEMPORARY, holding, sync_file
+from moestro.train.durable import publish_folder, remove_temporary, write_json
 
-JOB, DONE, LOCK = "job.json", "done.json", "lock"
+JOB, DONE = "job.json", "done.json"
 
 
 class FolderInUse(RuntimeError):
     """Another process is writing the folder."""
+
+    def __init__(self, destination: Path) -> None:
+        super().__init__(f"another process is writing {destination}: wait for it, stop it, or choose another folder")
 
 
 class FolderJob:
@@ -32,13 +36,14 @@ class FolderJob:
         self.control = destination.with_name(TEMPORARY + destination.name + ".job")
 
     def __enter__(self) -> Self:
-        self.control.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.control / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self.lock)
-            raise FolderInUse(f"another process is writing {self.destination}: wait for it, or stop it") from error
+        with ExitStack() as entered:
+            entered.enter_context(holding(self.control, FolderInUse(self.destination)))
+            self._continue()
+            self._held = entered.pop_all()
+        return self
+
+    def _continue(self) -> None:
+        """Take up what an interrupted process left of the same job, and clear all else."""
         if read_control(self.control / JOB) != self.job:
             shutil.rmtree(self.path, ignore_errors=True)
             (self.control / DONE).unlink(missing_ok=True)
@@ -48,10 +53,9 @@ class FolderJob:
         self.done: dict[str, dict[str, Any]] = read_control(self.control / DONE) or {}
         for name in [name for name in self.done if not self._intact(name)]:
             del self.done[name]
-        return self
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self.lock)
+        self._held.close()
 
     def _intact(self, name: str) -> bool:
         file = self.path / name

@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moestro.layers import Adapters
+from moestro.ops.whole_files import TEMPORARY, sync_file
 from moestro.train.checkpoint import CheckpointError, list_checkpoints, read_state, read_tensors, step_of
-from moestro.train.durable import TEMPORARY, sync_file
 from moestro.train.tensors import load_model
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moestro.ops.whole_files import TEMPORARY
 from moestro.train import CheckpointError, Lines, OptimSettings, Rule, train
 from moestro.train.checkpoint import read_tensors
-from moestro.train.durable import TEMPORARY
 from tests.train.killed_run import STEPS
 from tests.train.test_checkpoint import flip_last_bit
 from tests.train.test_loop import timeless
