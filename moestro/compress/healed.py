@@ -20,9 +20,9 @@ from moestro.compress.source import RunSource, open_source
 from moestro.compress.text import healing_text
 from moestro.formats import Checkpoint
 from moestro.formats.writer import Outgoing, of_file, of_tensor
-from moestro.ops.whole_files import TEMPORARY
-from moestro.train.durable import sha256_json, write_json
-from moestro.train.folder_job import FolderJob, read_control
+from moestro.ops.whole_files import TEMPORARY, holding
+from moestro.train.durable import empty, sha256_json, write_json
+from moestro.train.folder_job import FolderInUse, FolderJob, read_control
 
 # What a healed folder says of its healing.
 HEALING = "healing.json"
@@ -62,26 +62,29 @@ def healed(
     at all. Interrupted, the same call goes on where it was; finished, it changes nothing. `asked` is what tells this
     compression from others. With a `question` the folder is measured before healing, for the report.
 
-    Raises: PlanError where the destination is something else, or the folder's experts are quantised.
+    Raises: PlanError where the destination is something else, or the folder's experts are quantised; FolderInUse where
+    another process writes it.
     """
     job = {"asked": sha256_json(json.loads(json.dumps(asked, default=str))), "heal": asdict(heal)}
-    if destination.exists():
-        return _finished(destination, job)
     bare = destination.with_name(f"{TEMPORARY}{destination.name}.unhealed")
-    kept = destination.with_name(f"{TEMPORARY}{destination.name}.healing")
-    if read_control(kept / ASKED) != job:
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.rmtree(bare, ignore_errors=True)
-        kept.mkdir(parents=True)
-        write_json(kept / ASKED, job)
-    compress(bare)
-    if question is not None and not (kept / WITHOUT).is_file():
-        write_json(kept / WITHOUT, {"question": str(question), **measured(bare, question, source)})
-    model, losses = _healed_model(bare, source, heal, kept / STATE)
-    said = {**job, "losses": losses, "without": read_control(kept / WITHOUT)}
-    _write(bare, model, said, destination)
-    shutil.rmtree(bare)
-    shutil.rmtree(kept)
+    with holding(destination.with_name(f"{TEMPORARY}{destination.name}.healing"), FolderInUse(destination)) as kept:
+        if destination.exists():
+            # what lies beside it was left by a process that ended just then
+            shutil.rmtree(bare, ignore_errors=True)
+            shutil.rmtree(kept)
+            return _finished(destination, job)
+        if read_control(kept / ASKED) != job:
+            empty(kept)
+            shutil.rmtree(bare, ignore_errors=True)
+            write_json(kept / ASKED, job)
+        compress(bare)
+        if question is not None and not (kept / WITHOUT).is_file():
+            write_json(kept / WITHOUT, {"question": str(question), **measured(bare, question, source)})
+        model, losses = _healed_model(bare, source, heal, kept / STATE)
+        said = {**job, "losses": losses, "without": read_control(kept / WITHOUT)}
+        _write(bare, model, said, destination)
+        shutil.rmtree(bare)
+        shutil.rmtree(kept)
     return destination
 
 
