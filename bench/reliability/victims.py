@@ -8,6 +8,7 @@ from pathlib import Path
 from bench.harness import ROOT
 from bench.small_mixtral import drawn
 
+RECIPES = ROOT / "recipes"
 TINY = ["model.n_layers=2", "model.d_model=32", "model.attention.n_heads=2", "train.tensorboard=false"]
 MIXTURE = ["model.ffn.branches.0.widths.total=64", "model.ffn.branches.0.widths.n_experts=4"]
 TRAINING = {
@@ -103,63 +104,57 @@ final_tokens: 512
 
 def victims(work: Path, made: Callable[[list[str]], None], seed: int) -> list[Victim]:
     """All of them; `made` runs a command that one of them needs to have been run."""
-    text, recipes = text_in(work, seed), ROOT / "recipes"
-    data = settings_of(text)
-    training = [*TINY, *MIXTURE, *data, "train.budget={steps: 60}", "train.save_every=4", "train.eval_every=12"]
-    made(
-        [
-            "train",
-            str(recipes / "hmoe.yaml"),
-            *TINY,
-            *MIXTURE,
-            *data,
-            "train.budget={steps: 8}",
-            "--out",
-            str(work / "hmoe"),
-        ]
-    )
-    made(["train", str(recipes / "dense.yaml"), *TINY, "model.ffn.width=48", *data, "train.budget={steps: 8}",
-          "--out", str(work / "dense")])  # fmt: skip
-    stock = drawn(work / "mixtral", {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}, seed)
-    comparison = work / "comparison.yaml"
-    comparison.write_text(COMPARISON.format(recipes=recipes, text=text), encoding="utf-8")
-    bpe = settings_of(text, "{kind: bpe, vocab_size: 500}")
-    calibration = ["--calib", str(text), "--calib-tokens", "16384", "--seq-len", "64"]
+    text = text_in(work, seed)
+    drawn(work / "mixtral", {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}, seed)
+    short = [*TINY, *settings_of(text), "train.budget={steps: 8}"]
+    made(["train", f"{RECIPES}/hmoe.yaml", *short, *MIXTURE, "--out", f"{work}/hmoe"])
+    made(["train", f"{RECIPES}/dense.yaml", *short, "model.ffn.width=48", "--out", f"{work}/dense"])
+    (work / "comparison.yaml").write_text(COMPARISON.format(recipes=RECIPES, text=text), encoding="utf-8")
+    return [*training_ones(work, text), *folder_ones(work, text)]
+
+
+def training_ones(work: Path, text: Path) -> list[Victim]:
+    """Those that train, or prepare for it."""
+    steps = ["train.budget={steps: 60}", "train.save_every=4", "train.eval_every=12"]
+    train = ["train", f"{RECIPES}/hmoe.yaml", *TINY, *MIXTURE, *settings_of(text), *steps, "--out"]
+    prepare = ["prepare", f"{RECIPES}/hmoe.yaml", *settings_of(text, "{kind: bpe, vocab_size: 500}")]
+    compare = ["compare", f"{work}/comparison.yaml", "--workers", "1", "--out"]
+    return [
+        Victim("train", lambda out: [*train, str(out)], 0.35, TRAINING),
+        Victim("prepare", lambda out: prepare, 0.1, PREPARING, own_cache=True),
+        Victim("compare", lambda out: [*compare, str(out)], 0.15, TRAINING | COMPARING),
+    ]
+
+
+def folder_ones(work: Path, text: Path) -> list[Victim]:
+    """Those that make a folder of another."""
+    less = ["--ratio", "0.25", "--method"]
+    reap = ["reap", "--calib", str(text), "--calib-tokens", "16384", "--seq-len", "64"]
+    convert = ["--recipe", f"{RECIPES}/convert/factorllm.yaml", "tokens=2048"]
     return [
         Victim(
-            "train", lambda out: ["train", str(recipes / "hmoe.yaml"), *training, "--out", str(out)], 0.35, TRAINING
-        ),
-        Victim("prepare", lambda out: ["prepare", str(recipes / "hmoe.yaml"), *bpe], 0.1, PREPARING, own_cache=True),
-        Victim(
             "compress a run (calibrated)",
-            lambda out: ["compress", str(work / "hmoe"), str(out), "--method", "reap", "--ratio", "0.25", *calibration],
+            lambda out: ["compress", f"{work}/hmoe", str(out), *less, *reap],
             0.15,
             COMPRESSING,
         ),
         Victim(
             "compress a Mixtral folder",
-            lambda out: ["compress", str(stock), str(out), "--method", "width", "--ratio", "0.25"],
+            lambda out: ["compress", f"{work}/mixtral", str(out), *less, "width"],
             0.1,
             COMPRESSING | EXPORTING,
         ),
         Victim(
-            "compare",
-            lambda out: ["compare", str(comparison), "--out", str(out), "--workers", "1"],
-            0.15,
-            TRAINING | COMPARING,
-        ),
-        Victim(
             "convert",
-            lambda out: ["convert", str(work / "dense"), "--out", str(out), "--recipe",
-                         str(recipes / "convert" / "factorllm.yaml"), "tokens=2048"],
+            lambda out: ["convert", f"{work}/dense", "--out", str(out), *convert],
             0.05,
             CONVERTING,
             once=True,
         ),
         Victim(
             "export",
-            lambda out: ["export", str(work / "hmoe"), "--out", str(out), "--shard-size", "30KB"],
+            lambda out: ["export", f"{work}/hmoe", "--out", str(out), "--shard-size", "30KB"],
             0.1,
             EXPORTING,
         ),
-    ]  # fmt: skip
+    ]
