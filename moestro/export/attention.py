@@ -37,7 +37,8 @@ class HostedCache(Cache):
         out, _ = function(
             module, heads, keys, values, mask, dropout=0.0, scaling=module.head_dim**-0.5, is_causal=True, **self.told
         )
-        return out.transpose(1, 2)
+        # tokens first, however many dimensions say so: servers run sequences into one
+        return out.reshape(len(heads), heads.shape[2], module.n_heads, -1).transpose(1, 2)
 
 
 def host(modules: list[Attention]) -> None:

@@ -88,6 +88,9 @@ class MoestroModel(MoestroPreTrainedModel):
         """The decoder, as the package has it; its parameters are this model's."""
         return self._decoder[0]
 
+    def get_decoder(self) -> "MoestroModel":
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 
@@ -164,6 +167,9 @@ class MoestroForCausalLM(MoestroPreTrainedModel, GenerationMixin):
     def decoder(self) -> Transformer:
         """The decoder, as the package has it; its parameters are this model's."""
         return self.model.decoder
+
+    def get_decoder(self) -> MoestroModel:
+        return self.model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
