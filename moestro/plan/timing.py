@@ -1,0 +1,152 @@
+"""How long a step takes, on paper: arithmetic, memory and messages, and which of them hide behind which.
+
+Stated: products run at the machine's `efficiency`; rows of tables and optimizer state move at the full memory bandwidth;
+FSDP's messages hide behind computation but for the first gather and the last reduction; exchanges of rows hide behind
+nothing; the busiest rank's experts are what all wait for. Nothing else is counted: no input, evaluation or checkpoint.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from moestro.cost import TRAINING_FLOPS
+from moestro.plan import traffic
+from moestro.plan.imbalance import even
+from moestro.plan.machines import Machine
+from moestro.plan.spread import Spread
+from moestro.plan.workload import training_flops
+
+# Bytes that an AdamW update moves of a float32 number: weight, gradient and two moments read, weight and moments written.
+ADAMW = 7 * 4
+# Times that a row of a table is read or written in a step besides the forward pass: for the gradients of x and of the gates
+# (2), the sum of its own gradient (1), its update (read and write of itself and two moments: 6).
+ROW_AGAIN = 9
+
+
+@dataclass(frozen=True)
+class Message:
+    """One kind of message: bytes that a rank sends in a step in `count` operations among `ranks`, neighbours or, with
+    `across`, one of each host. `rings` says that data goes round all ranks, so that a host's cards share it."""
+
+    what: str
+    sent: float
+    count: int
+    ranks: int
+    across: bool = False
+    rings: bool = True
+
+    def seconds(self, machine: Machine) -> float:
+        """Latency of a tree's depth for every operation, and the bytes at the rate of the slowest link."""
+        if self.ranks == 1 or not self.sent:
+            return 0.0
+        inside = self.ranks <= machine.per_host and not self.across
+        latency = machine.latency if inside else machine.network_latency
+        return self.count * latency * math.ceil(math.log2(self.ranks)) + self.sent / self._rate(machine, inside)
+
+    def _rate(self, machine: Machine, inside: bool) -> float:
+        if inside:
+            return machine.link
+        if self.across:
+            return machine.network
+        if self.rings:
+            return min(machine.link, machine.network * machine.per_host)
+        # each with each: what leaves the host goes by the rank's own card
+        outside = (self.ranks - machine.per_host) / (self.ranks - 1)
+        return min(machine.network / outside, machine.link)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What a step is made of."""
+
+    spread: Spread
+
+    def messages(self) -> Iterator[Message]:
+        """Every kind of message of a step."""
+        s = self.spread
+        if s.world == 1:
+            return
+        yield from self._fsdp()
+        if s.experts > 1:
+            copies = s.world // s.experts
+            size = traffic.FLOAT32 * s.own_experts
+            far = s.experts >= s.machine.per_host
+            yield Message("experts' gradients", traffic.all_reduce(size, copies), 1, copies, far)
+            rounds = 4 if not s.recompute else 6
+            each = [
+                traffic.expert_exchange(s.tokens, s.work.d_model, m.rows, even(s.experts), s.itemsize)
+                for m in s.work.mixtures
+            ]
+            sent = s.accumulate * sum(each) * s.balance.work * rounds / 4
+            yield Message("exchange of rows", sent, s.accumulate * rounds * len(each), s.experts, rings=False)
+        if s.work.tables:
+            yield self._tables()
+        if s.work.query_features:
+            sent = traffic.query_statistics(s.work.query_features, s.world)
+            yield Message("query statistics", sent, 2, s.world)
+
+    def _fsdp(self) -> Iterator[Message]:
+        s = self.spread
+        blocks, n = s.sharded - s.work.rest, len(s.work.blocks)
+        times = traffic.gathers(s.accumulate, s.settings.reshard)
+        gathered = traffic.all_gather(s.itemsize * (times * blocks + s.work.rest), s.shards)
+        learns = s.sharded - s.work.frozen
+        yield Message("gathered weights", gathered, times * n + 1, s.shards)
+        scattered = traffic.reduce_scatter(traffic.FLOAT32 * learns, s.shards)
+        yield Message("reduced gradients", scattered, n + 1, s.shards)
+        if s.copies > 1:
+            between = traffic.all_reduce(traffic.FLOAT32 * learns / s.shards, s.copies)
+            yield Message("gradients of copies", between, n + 1, s.copies, s.shards >= s.machine.per_host)
+
+    def _tables(self) -> Message:
+        s = self.spread
+        by = traffic.table_rows_exchange if s.settings.tables == "rows" else traffic.table_columns_exchange
+        # tables of one layer are met together: the rows' vectors travel once
+        sent = sum(by(s.tokens, t.width, t.rows, s.world, traffic.FLOAT32) for t in s.work.tables)
+        return Message(
+            "rows of tables", s.accumulate * sent, 4 * s.accumulate * len(s.work.tables), s.world, rings=False
+        )
+
+    @cached_property
+    def sent(self) -> dict[str, float]:
+        """Bytes that a rank sends in a step, by kind."""
+        return {message.what: message.sent for message in self.messages()}
+
+    @cached_property
+    def compute(self) -> float:
+        """Seconds of products in a step on the busiest rank, and of rows of tables."""
+        s = self.spread
+        tokens = s.accumulate * s.tokens
+        flops = tokens * training_flops(s.work, s.recompute)
+        again = TRAINING_FLOPS + (1 if s.recompute else 0)
+        experts = tokens * again * sum(m.rows * m.row_flops for m in s.work.mixtures)
+        late = experts * (s.balance.work - 1)
+        moved = sum(t.count * t.rows * t.width * traffic.FLOAT32 * (1 + ROW_AGAIN) for t in s.work.tables) * tokens
+        return (flops + late) / s.machine.flops(s.work.settings.precision) + moved / s.machine.memory_bandwidth
+
+    @cached_property
+    def optimizer(self) -> float:
+        """Seconds of the update of the rank's own numbers."""
+        s = self.spread
+        return ADAMW * (s.sharded / s.shards + s.own_experts) / s.machine.memory_bandwidth
+
+    @cached_property
+    def waiting(self) -> float:
+        """Seconds of messages that nothing hides."""
+        s = self.spread
+        hidden = ("gathered weights", "reduced gradients", "gradients of copies", "experts' gradients")
+        seconds = {message.what: message.seconds(s.machine) for message in self.messages()}
+        behind = sum(seconds.get(what, 0.0) for what in hidden)
+        ends = behind / max(1, len(s.work.blocks))
+        return sum(t for what, t in seconds.items() if what not in hidden) + max(ends, behind - self.compute)
+
+    @property
+    def total(self) -> float:
+        """Seconds of a step."""
+        return self.compute + self.waiting + self.optimizer
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks together."""
+        return self.spread.work.tokens / self.total

@@ -1,0 +1,68 @@
+"""Bytes that one rank sends in an optimizer step: a formula for each kind of message.
+
+g ranks of a group; n bytes of the whole tensor; t tokens of a rank's micro-batch; d the model's width; k rows a token.
+"""
+
+from collections.abc import Sequence
+
+FLOAT32, FLOAT64, ID = 4, 8, 8
+
+
+def all_gather(n_bytes: float, ranks: int) -> float:
+    """Every rank has n / g and gets all: each part is passed on g - 1 times, n (g - 1) / g."""
+    return n_bytes * (ranks - 1) / ranks
+
+
+def reduce_scatter(n_bytes: float, ranks: int) -> float:
+    """The reverse of `all_gather`: n (g - 1) / g."""
+    return n_bytes * (ranks - 1) / ranks
+
+
+def all_reduce(n_bytes: float, ranks: int) -> float:
+    """Both, one after the other: 2 n (g - 1) / g."""
+    return 2 * n_bytes * (ranks - 1) / ranks
+
+
+def gathers(accumulate: int, reshard: bool) -> int:
+    """How often a block's weights are gathered in a step of so many micro-batches: once, and, where a forward pass
+    forgets them, again in every backward pass (which keeps them for the next micro-batch)."""
+    return 1 + accumulate if reshard else 1
+
+
+def ranks_met(rows: float, shares: Sequence[float]) -> float:
+    """Other ranks that a token of any rank is expected to meet, of ranks that get these shares of all rows: mean over
+    its own rank o of sum_(r != o) 1 - (1 - p_r)^k. Rows are taken to be drawn independently, which is a little less than
+    k different experts meet."""
+    missed = [(1 - share) ** rows for share in shares]
+    each = sum(1 - miss for miss in missed)
+    return each * (len(shares) - 1) / len(shares)
+
+
+def expert_exchange(tokens: float, d_model: int, rows: float, shares: Sequence[float], itemsize: int) -> float:
+    """Of one layer with experts on other ranks, forward and backward: a token goes once to every rank that has some of
+    its experts, and an answer comes back, with both gradients: 4 m d numbers for m other ranks. Of every row that
+    leaves its rank, a code (8 bytes), its gate and the gate's gradient (4 each); and two counts for every rank."""
+    others = len(shares) - 1
+    away = rows * sum(share * others / len(shares) for share in shares) / max(1e-12, sum(shares))
+    vectors = 4 * ranks_met(rows, shares) * d_model * itemsize
+    return tokens * (vectors + away * (ID + 2 * FLOAT32)) + 2 * ID * others
+
+
+def table_rows_exchange(tokens: float, d_model: int, rows: float, ranks: int, itemsize: int) -> float:
+    """Of one layer whose tables are split by rows: what `expert_exchange` says of ranks with equal shares."""
+    return expert_exchange(tokens, d_model, rows, [1 / ranks] * ranks, itemsize)
+
+
+def table_columns_exchange(tokens: float, d_model: int, rows: float, ranks: int, itemsize: int) -> float:
+    """Of one layer whose tables are split by columns, each rank with d / g of every row: x and y in parts to and from
+    every rank and their gradients, 4 t d (g - 1) / g numbers; ids and gates of all tokens to all, and the partial
+    products with every row, summed, forward and backward (two reductions of t g k float32)."""
+    vectors = 4 * tokens * d_model * itemsize * (ranks - 1) / ranks
+    told = tokens * rows * (ID + FLOAT32) * (ranks - 1)
+    products = 2 * all_reduce(tokens * ranks * rows * FLOAT32, ranks)
+    return vectors + told + products
+
+
+def query_statistics(features: int, ranks: int) -> float:
+    """Mean and spread of every query feature over all ranks' tokens: 2 f + 1 float64, all-reduced."""
+    return all_reduce((2 * features + 1) * FLOAT64, ranks) if features else 0.0
