@@ -163,6 +163,34 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A number above 0 and at most 1.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 def device_named(name: str | None) -> str:
     """The device to use: the one asked for, or CUDA where there is one, else the CPU.
 

@@ -16,6 +16,7 @@ from moestro.cli import (
     import_model,
     inspect,
     offload,
+    plan,
     prepare,
     serve,
     train,
@@ -42,6 +43,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "compare": compare,
     "prepare": prepare,
+    "plan": plan,
     "eval": evaluate,
     "inspect": inspect,
     "generate": generate,
@@ -55,7 +57,7 @@ VERBS: dict[str, Verb] = {
     "version": version,
 }
 GROUPS: dict[str, tuple[str, ...]] = {
-    "train": ("train", "compare", "prepare"),
+    "train": ("train", "compare", "prepare", "plan"),
     "look": ("eval", "inspect"),
     "run": ("generate", "serve", "offload"),
     "change": ("import", "export", "convert", "compress"),

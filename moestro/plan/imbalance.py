@@ -66,13 +66,19 @@ def balance(
     name of the bank, placed by those and loaded so. Tokens are those of all ranks of the group together."""
     if ranks == 1 or not mixtures:
         return EVEN
-    works, held = [], np.zeros(ranks)
-    for number, mixture in enumerate(mixtures):
+    works: list[float] = []
+    held = np.zeros(ranks)
+    known: dict[tuple, tuple[list[float], list[float]]] = {}
+    for mixture in mixtures:
         load = load_of(mixture, measured or {})
-        placement = placed(mixture, ranks, Greedy(), load)
-        loads = simulated_loads(mixture, tokens, skew, seed + number) if load is None else [list(load)]
-        works += [placement.imbalance(tokens_times_width(each, expert_work(mixture))) for each in loads]
-        held += placement.per_rank(mixture.parameters)
+        key = (mixture.widths, mixture.parameters, mixture.rows, load and tuple(load))
+        if key not in known:
+            placement = placed(mixture, ranks, Greedy(), load)
+            loads = simulated_loads(mixture, tokens, skew, seed) if load is None else [list(load)]
+            each = [placement.imbalance(tokens_times_width(rows, expert_work(mixture))) for rows in loads]
+            known[key] = each, placement.per_rank(mixture.parameters)
+        works += known[key][0]
+        held += known[key][1]
     return Balance(float(np.mean(works)), float(held.max() / held.mean()))
 
 

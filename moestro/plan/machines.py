@@ -1,11 +1,12 @@
 """What the machines are that a plan is for: memory, arithmetic, links. Numbers are of the vendors' data sheets.
 
-GPUs: HBM and dense tensor FLOP/s (sheets print them with 2:4 sparsity: halved here) of the SXM modules; float32 without
-TF32, which is what torch uses by default. NVLink: sheets print both directions together, 900 GB/s for H100 and H200, 600
-for A100, 1800 for B200: half of it goes one way. Between hosts every GPU of a DGX has a network card of its own: 200 Gbit/s
-(A100), 400 Gbit/s (H100, H200, B200), one way. An HGX B200 shows 180 of its 192 GB.
+GPUs: memory and dense tensor FLOP/s (sheets print them with 2:4 sparsity: halved here) of the SXM modules; float32
+without TF32, which is what torch uses by default. NVLink: sheets print both directions together, 900 GB/s for H100 and
+H200, 600 for A100, 1800 for B200: half of it goes one way. Between hosts every GPU of a DGX has a network card of its
+own: 200 Gbit/s (A100), 400 Gbit/s (H100, H200, B200), one way. An HGX B200 shows 180 of its 192 GB.
 
-Latencies are what a small message costs, library included: assumptions, as is the share of the peak that a step reaches.
+Latencies are what a small message costs, library included, and `launch` what a kernel does: assumptions, as is the
+share of the peak that a step reaches.
 """
 
 from collections.abc import Mapping
@@ -25,8 +26,9 @@ GBIT = 1e9 / 8
 @dataclass(frozen=True)
 class Machine:
     """One accelerator and its links: bytes, bytes a second (one way) and FLOP/s. `link` joins the `per_host` of one
-    host, `network` hosts, each accelerator with its own share; `latency` and `network_latency` are seconds a message.
-    `efficiency` is the share of `bf16` or `fp32` FLOP/s that the products of a training step reach."""
+    host, `network` hosts, each accelerator with its own share; `latency` and `network_latency` are seconds a message,
+    `launch` seconds a kernel. `efficiency` is the share of `bf16` or `fp32` FLOP/s that the products of a training step
+    reach."""
 
     name: str
     memory: float
@@ -38,6 +40,7 @@ class Machine:
     network: float = 400 * GBIT
     latency: float = 5e-6
     network_latency: float = 20e-6
+    launch: float = 5e-6
     efficiency: float = 0.4
 
     def __post_init__(self) -> None:
@@ -102,3 +105,17 @@ def this_cpu() -> Machine:
         raise RecipeError("machine cpu: the system does not say how much memory there is; give a YAML file")
     speed = 50e9 * torch.get_num_threads()
     return Machine("CPU", memory, 20 * GB, speed, speed, per_host=1, link=10 * GB, network=GB, efficiency=0.5)
+
+
+def this_machine() -> Machine:
+    """The kind of GPU that this machine has, with its own memory; its processor where it has none.
+
+    Raises: RecipeError for a GPU that is not among `MACHINES`.
+    """
+    if not torch.cuda.is_available():
+        return this_cpu()
+    name = torch.cuda.get_device_name()
+    kind = next((machine for machine in MACHINES.values() if machine.name in name), None)
+    if kind is None:
+        raise RecipeError(f"{name} is not among the known machines ({', '.join(MACHINES)}): describe it in a YAML file")
+    return replace(kind, memory=float(memory_of(torch.device("cuda")) or kind.memory))

@@ -13,42 +13,91 @@ from moestro.plan.workload import Workload
 
 # Share of a device's memory that a plan may fill.
 FULL = 0.95
+# Zipf exponent of experts' popularity where no loads were measured: with 64 experts the busiest has 1.4 times the mean.
+SKEW = 0.1
 
 
 @dataclass(frozen=True)
 class Found:
-    """The spreads that fit, fastest first; those that do not, least over first; and what could not be tried, with the
-    reason."""
+    """The spreads that fit, fastest first; those that do not, least over first; what could not be tried, with the
+    reason; and the spread that the recipe itself asks for, where it is possible on so many ranks."""
 
     fitting: tuple[Spread, ...]
     too_large: tuple[Spread, ...]
     refused: dict[str, str]
+    asked: Spread | None = None
+
+    def best(self, n: int) -> list[Spread]:
+        """The fastest of each mesh, up to `n` meshes."""
+        return first_of_each_mesh(self.fitting, n)
+
+    def nearest(self, n: int) -> list[Spread]:
+        """Of meshes of which none fits the spread that is least over, up to `n`."""
+        fits = {mesh(each) for each in self.fitting}
+        return first_of_each_mesh([each for each in self.too_large if mesh(each) not in fits], n)
+
+
+def mesh(spread: Spread) -> tuple[str, int, int, str]:
+    """What of a spread says who holds what."""
+    settings = spread.settings
+    return settings.sharding, settings.replicas, settings.experts, settings.tables
+
+
+def first_of_each_mesh(spreads: Sequence[Spread], n: int) -> list[Spread]:
+    """The first spread of each mesh, in order, `n` at most."""
+    firsts: dict[tuple, Spread] = {}
+    for each in spreads:
+        firsts.setdefault(mesh(each), each)
+    return list(firsts.values())[:n]
 
 
 def search(
     work: Workload,
     machine: Machine,
     world: int,
-    skew: float = 0.3,
+    skew: float = SKEW,
     measured: Mapping[str, Sequence[float]] | None = None,
 ) -> Found:
     """All divisions of `world` ranks into copies, shards and groups of experts, tables by rows and by columns,
     micro-batches and recomputation. The sum of a step's micro-batches stays the recipe's batch."""
     refused = dict(_refused(work, world))
-    groups = [1] if "experts" in refused else expert_groups(work, world)
-    balances = {ranks: _balance(work, world, ranks, skew, measured) for ranks in groups}
+    balances = {ranks: _balance(work, world, ranks, skew, measured) for ranks in expert_groups(work, world)}
     candidates = [] if "ranks" in refused else list(_candidates(work, machine, world, balances))
-    fitting = [each for each in candidates if each.total <= FULL * machine.memory]
-    too_large = [each for each in candidates if each.total > FULL * machine.memory]
+    fitting = [each for each in candidates if fits(each)]
+    too_large = [each for each in candidates if not fits(each)]
     fitting.sort(key=lambda each: (StepTime(each).total, each.total))
     too_large.sort(key=lambda each: each.total)
-    return Found(tuple(fitting), tuple(too_large), refused)
+    asked = as_recipe_says(work, machine, world, skew, measured)
+    if isinstance(asked, str):
+        return Found(tuple(fitting), tuple(too_large), {**refused, "recipe": asked})
+    return Found(tuple(fitting), tuple(too_large), refused, asked)
+
+
+def as_recipe_says(
+    work: Workload, machine: Machine, world: int, skew: float, measured: Mapping[str, Sequence[float]] | None
+) -> Spread | str:
+    """The spread that the recipe's own settings ask for, or why it is impossible on so many ranks."""
+    settings = work.settings
+    try:
+        settings.parallel.copies(world)
+    except ValueError as error:
+        return f"{error}"
+    ranks = settings.parallel.experts
+    if ranks > 1 and ranks not in expert_groups(work, world):
+        return f"parallel experts={ranks}: its experts do not divide among so many of {world} ranks"
+    own = _balance(work, world, ranks, skew, measured)
+    return Spread(work, machine, world, settings.parallel, settings.accumulate, settings.recompute, own)
+
+
+def fits(spread: Spread) -> bool:
+    """Whether the fullest rank's memory holds what it must."""
+    return spread.total <= FULL * spread.machine.memory
 
 
 def expert_groups(work: Workload, world: int) -> list[int]:
     """Numbers of ranks that may hold all experts together: divisors of `world`, each rank with an expert of every
     bank."""
-    most = min((len(mixture.widths) for mixture in work.mixtures), default=1)
+    most = 1 if work.unspread else min((len(mixture.widths) for mixture in work.mixtures), default=1)
     return [ranks for ranks in divisors(world) if ranks <= most]
 
 
@@ -56,12 +105,8 @@ def _refused(work: Workload, world: int) -> Iterator[tuple[str, str]]:
     batch = work.settings.batch_size
     if world > batch:
         yield "ranks", f"a step of batch_size={batch} sequences leaves some of {world} ranks without one"
-    if not work.mixtures:
-        yield "experts", "no bank has experts that could lie on different ranks"
-    elif work.unspread:
+    if work.unspread and world > 1:
         yield "experts", f"{work.unspread[0]}: its experts cannot be spread over ranks"
-    if not work.tables:
-        yield "tables", "no tables train by rows (sparse_gradients: true)"
 
 
 def _balance(
@@ -75,7 +120,7 @@ def _balance(
 
 def _candidates(work: Workload, machine: Machine, world: int, balances: Mapping[int, Balance]) -> Iterator[Spread]:
     shardings = list(shardings_of(world))
-    tables = ("rows", "columns") if work.tables else ("rows",)
+    tables = ("rows", "columns") if work.tables and world > 1 else ("rows",)
     micro = [n for n in divisors(work.settings.batch_size) if work.settings.batch_size // n >= world]
     for (sharding, replicas), ranks, split, accumulate, recompute, reshard in product(
         shardings, balances, tables, micro, (False, True), (True, False)

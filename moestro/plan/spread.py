@@ -1,5 +1,6 @@
 """One way to spread a recipe over ranks, and what each rank then holds, sends and waits for."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -52,12 +53,12 @@ class Spread:
         return self.settings.experts
 
     @property
-    def micro_batch(self) -> float:
-        """Sequences that a rank has at a time."""
-        return self.work.settings.batch_size / self.accumulate / self.world
+    def micro_batch(self) -> int:
+        """Sequences that the rank with most has at a time."""
+        return math.ceil(self.work.settings.batch_size / self.accumulate / self.world)
 
     @property
-    def tokens(self) -> float:
+    def tokens(self) -> int:
         """Tokens that a rank has at a time."""
         return self.micro_batch * self.work.seq_len
 
@@ -141,7 +142,7 @@ class Spread:
 
     def _activations(self) -> dict[str, float]:
         settings = replace(self.work.settings, recompute=self.recompute)
-        tokens = int(self.tokens) or 1
+        tokens = self.tokens
         kept, working = activation_bytes(list(self.work.kept), tokens, self.work.d_model, settings)
         logits = tokens * self.work.vocab_size * float(PER_LOGIT[self.work.settings.precision])
         gone = logits * (1 - self.itemsize / PER_LOGIT[self.work.settings.precision])

@@ -1,8 +1,9 @@
 """How long a step takes, on paper: arithmetic, memory and messages, and which of them hide behind which.
 
-Stated: products run at the machine's `efficiency`; rows of tables and optimizer state move at the full memory bandwidth;
-FSDP's messages hide behind computation but for the first gather and the last reduction; exchanges of rows hide behind
-nothing; the busiest rank's experts are what all wait for. Nothing else is counted: no input, evaluation or checkpoint.
+Stated: products run at the machine's `efficiency`; rows of tables and optimizer state move at the full memory
+bandwidth; every block launches 60 kernels forward and 120 backward; FSDP's messages hide behind computation but for the
+first gather and the last reduction; exchanges of rows hide behind nothing; the busiest rank's experts are what all wait
+for. Nothing else is counted: no input, evaluation or checkpoint.
 """
 
 import math
@@ -17,11 +18,15 @@ from moestro.plan.machines import Machine
 from moestro.plan.spread import Spread
 from moestro.plan.workload import training_flops
 
-# Bytes that an AdamW update moves of a float32 number: weight, gradient and two moments read, weight and moments written.
+# Bytes that an AdamW update moves of a float32 number: weight, gradient and moments read, weight and moments written.
 ADAMW = 7 * 4
-# Times that a row of a table is read or written in a step besides the forward pass: for the gradients of x and of the gates
-# (2), the sum of its own gradient (1), its update (read and write of itself and two moments: 6).
+# Times that a row of a table is read or written in a step besides the forward pass: for the gradients of x and of the
+# gates (2), the sum of its own gradient (1), its update (read and write of itself and two moments: 6).
 ROW_AGAIN = 9
+# Kernels that a block launches in a forward pass; backward launches twice as many.
+KERNELS = 60
+# Kernels that a block launches in a forward pass; backward launches twice as many.
+KERNELS = 60
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,8 @@ class StepTime:
         by = traffic.table_rows_exchange if s.settings.tables == "rows" else traffic.table_columns_exchange
         # tables of one layer are met together: the rows' vectors travel once
         sent = sum(by(s.tokens, t.width, t.rows, s.world, traffic.FLOAT32) for t in s.work.tables)
-        return Message(
-            "rows of tables", s.accumulate * sent, 4 * s.accumulate * len(s.work.tables), s.world, rings=False
-        )
+        rounds = 4 * s.accumulate * len(s.work.tables)
+        return Message("rows of tables", s.accumulate * sent, rounds, s.world, rings=False)
 
     @cached_property
     def sent(self) -> dict[str, float]:
@@ -123,7 +127,9 @@ class StepTime:
         experts = tokens * again * sum(m.rows * m.row_flops for m in s.work.mixtures)
         late = experts * (s.balance.work - 1)
         moved = sum(t.count * t.rows * t.width * traffic.FLOAT32 * (1 + ROW_AGAIN) for t in s.work.tables) * tokens
-        return (flops + late) / s.machine.flops(s.work.settings.precision) + moved / s.machine.memory_bandwidth
+        launches = s.accumulate * len(s.work.blocks) * KERNELS * again
+        products = (flops + late) / s.machine.flops(s.work.settings.precision)
+        return products + moved / s.machine.memory_bandwidth + launches * s.machine.launch
 
     @cached_property
     def optimizer(self) -> float:

@@ -31,8 +31,8 @@ def gathers(accumulate: int, reshard: bool) -> int:
 
 def ranks_met(rows: float, shares: Sequence[float]) -> float:
     """Other ranks that a token of any rank is expected to meet, of ranks that get these shares of all rows: mean over
-    its own rank o of sum_(r != o) 1 - (1 - p_r)^k. Rows are taken to be drawn independently, which is a little less than
-    k different experts meet."""
+    its own rank o of sum_(r != o) 1 - (1 - p_r)^k. Rows are taken to be drawn independently, which is a little less
+    than k different experts meet."""
     missed = [(1 - share) ** rows for share in shares]
     each = sum(1 - miss for miss in missed)
     return each * (len(shares) - 1) / len(shares)

@@ -155,7 +155,7 @@ def spreadable(bank: ExpertBank) -> bool:
         covered = {id(parameter) for parameter, _ in bank.weights_of(0)}
     except NotImplementedError:
         return False
-    return all(id(parameter) in covered for parameter in bank.parameters())
+    return bool(covered) and all(id(parameter) in covered for parameter in bank.parameters())
 
 
 def mixture(name: str, bank: ExpertBank, layer: Any) -> Mixture:
