@@ -10,6 +10,8 @@ from moestro.cost import Cost
 from moestro.experts.tables import Gate, TableBank, output_rows_std
 from moestro.ops import ragged_experts, reference
 from moestro.ops.activations import activation as find
+from moestro.ops.met_rows import Met
+from moestro.ops.ragged import neurons_met
 from moestro.routing import Routing, SparseRouting
 
 
@@ -59,6 +61,17 @@ class RaggedBank(TableBank):
         """Neurons of every expert."""
         return self.starts.diff()
 
+    def met(self, routing: SparseRouting) -> tuple[Met, Float[Tensor, "n"]]:
+        experts, weight = super().met(routing)
+        met, pair = neurons_met(experts, self.starts)
+        return met, weight[pair]
+
+    @torch.no_grad()
+    def keep(self, first: int, end: int) -> None:
+        bounds = self.starts[first : end + 1]
+        self._cut(slice(int(bounds[0]), int(bounds[-1])), slice(None))
+        self.n_experts, self.starts = end - first, bounds - bounds[0]
+
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
         expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
         one = torch.ones_like(z[:, :1])
@@ -67,8 +80,10 @@ class RaggedBank(TableBank):
         )
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
-        if not isinstance(routing, SparseRouting) or routing.fixed is None:
+        if not isinstance(routing, SparseRouting):
             return super().forward(x, routing)
+        if routing.fixed is None:
+            return self.of_rows(x, routing)
         ids, weight = routing.matrix()
         return ragged_experts(
             x, ids, weight, self.starts, self.up, self.down, self.activation, self.sparse_gradients

@@ -49,8 +49,10 @@ class SingletonBank(TableBank):
         return one_neuron_each(z, rows, self.activation)
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
-        if not isinstance(routing, SparseRouting) or routing.fixed is None:
+        if not isinstance(routing, SparseRouting):
             return super().forward(x, routing)
+        if routing.fixed is None:
+            return self.of_rows(x, routing)
         ids, weight = routing.matrix()
         tables = self.tables()
         return singleton_experts(

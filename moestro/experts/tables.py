@@ -4,12 +4,14 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.cost import Kept
 from moestro.experts.base import ExpertBank
+from moestro.ops.met_rows import Columns, Met, met_experts
 from moestro.ops.tables import new_table
+from moestro.routing import SparseRouting
 
 Gate = Literal["softmax", "sigmoid", "relu"]
 # Of a product key's score at the start: queries of unit variance, keys uniform as `ProductKeyRouter` draws them.
@@ -27,6 +29,8 @@ class TableBank(ExpertBank):
     `moestro.train` gives them `RowAdamW`.
     """
 
+    activation = "none"
+
     def __init__(self, n_experts: int, sparse_gradients: bool) -> None:
         super().__init__()
         if n_experts < 1:
@@ -42,6 +46,38 @@ class TableBank(ExpertBank):
     def tables(self) -> dict[str, Tensor]:
         """The tables by name."""
         return dict(self.named_parameters(recurse=False))
+
+    def neurons(self) -> dict[str, Tensor]:
+        """The tables by their part in an expert: what is summed is `down`, what meets tokens `up` and `gate`."""
+        return self.tables()
+
+    def met(self, routing: SparseRouting) -> tuple[Met, Float[Tensor, "n"]]:
+        """The rows of the tables that each token meets, token after token, and the gate of each."""
+        token, order = routing.token.sort(stable=True)
+        return Met(token, routing.expert[order], routing.n_tokens), routing.weight[order]
+
+    def of_rows(
+        self, x: Float[Tensor, "t d"], routing: SparseRouting, columns: Columns | None = None
+    ) -> Float[Tensor, "t d"]:
+        """`forward` where tokens meet any numbers of experts, or where the tables hold only some `columns`."""
+        met, weight = self.met(routing)
+        return met_experts(x, met, weight, self.neurons(), self.activation, self.sparse_gradients, columns)
+
+    @torch.no_grad()
+    def keep(self, first: int, end: int) -> None:
+        """Make experts `first` to `end` - 1 the only ones; the parameters stay the same objects."""
+        self._cut(slice(first, end), slice(None))
+        self.n_experts = end - first
+
+    @torch.no_grad()
+    def keep_columns(self, first: int, end: int) -> None:
+        """Make columns `first` to `end` - 1 the only ones of every table."""
+        self._cut(slice(None), slice(first, end))
+
+    def _cut(self, rows: slice, columns: slice) -> None:
+        for table in self.parameters(recurse=False):
+            part = table.data[rows, columns]
+            table.data = new_table(*part.shape, table.dtype, table.device).copy_(part)
 
     def row_parameters(self) -> tuple[nn.Parameter, ...]:
         return tuple(self.parameters(recurse=False)) if self.sparse_gradients else ()

@@ -35,13 +35,18 @@ class ValueBank(TableBank):
         std = output_rows_std(d_model, n_experts, 1.0, heads, top_k, gate, output_std)
         self.add_table("values", n_experts, d_model, std)
 
+    def neurons(self) -> dict[str, Tensor]:
+        return {"down": self.values}
+
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
         expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
         return F.embedding(expert, self.values, sparse=self.sparse_gradients).to(z.dtype)
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
-        if not isinstance(routing, SparseRouting) or routing.fixed is None:
+        if not isinstance(routing, SparseRouting):
             return super().forward(x, routing)
+        if routing.fixed is None:
+            return self.of_rows(x, routing)
         return value_rows(*routing.matrix(), self.values, self.sparse_gradients)
 
     def row_flops(self) -> float:

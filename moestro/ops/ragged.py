@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from moestro.ops import backend, reference
 from moestro.ops.activations import activation as find
+from moestro.ops.met_rows import Met
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import TableGradients
 from moestro.ops.table_rows import Segments, ragged_dots, ragged_sums
@@ -42,7 +43,7 @@ def ragged_experts(
     return y.to(outside)
 
 
-class _Neurons:
+class Neurons:
     """The neurons that the pairs (t, k) of `ids` meet, pair after pair: the row of each, its pair and its token; how
     many a pair has (`width`) and where each token's begin (`starts`)."""
 
@@ -56,6 +57,13 @@ class _Neurons:
         self.starts = before.view(ids.shape)[:, 0] if ids.numel() else before.new_zeros(len(ids))
 
 
+def neurons_met(met: Met, starts: Int[Tensor, "e1"]) -> tuple[Met, Int[Tensor, "m"]]:
+    """The neurons that tokens meet who meet these experts (`met.row`), expert after expert, and the place of each one's
+    expert in `met`."""
+    each = Neurons(met.row[:, None], starts)
+    return Met(met.token[each.pair], each.row, met.n_tokens), each.pair
+
+
 @torch.compiler.disable
 def _fused(
     x: Tensor, ids: Tensor, weight: Tensor, starts: Tensor, up: Tensor, down: Tensor, activation: str, sparse: bool
@@ -66,7 +74,7 @@ def _fused(
 class _Ragged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ids, weight, starts, up, down, activation, sparse):  # type: ignore[override]
-        met = _Neurons(ids, starts)
+        met = Neurons(ids, starts)
         z = ragged_dots(up, met.row, x, met.token)
         ctx.save_for_backward(x, ids, weight, starts, up, down, z)
         ctx.activation, ctx.sparse = activation, sparse
@@ -78,7 +86,7 @@ class _Ragged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, ids, weight, starts, up, down, z = ctx.saved_tensors
-        act, met = find(ctx.activation), _Neurons(ids, starts)
+        act, met = find(ctx.activation), Neurons(ids, starts)
         hidden, gates = act.forward(z), weight.flatten()[met.pair]
         along = ragged_dots(down, met.row, dy.contiguous(), met.token)
         dz = act.backward(along * gates, z)
