@@ -34,6 +34,15 @@ class BankSlice(ExpertBank):
         owner, first = self._whole[0].owner()
         return owner, first + self.first
 
+    @property
+    def shown(self) -> ExpertBank:
+        """The bank of which these are some experts."""
+        return self._whole[0]
+
+    def show(self, bank: ExpertBank) -> None:
+        """Show the experts of `bank`, as many as before, from now on."""
+        self._whole = (bank,)
+
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n o"]:
         return self._whole[0].run(z, self._padded(offsets))
 

@@ -77,7 +77,8 @@ class TableBank(ExpertBank):
     def _cut(self, rows: slice, columns: slice) -> None:
         for table in self.parameters(recurse=False):
             part = table.data[rows, columns]
-            table.data = new_table(*part.shape, table.dtype, table.device).copy_(part)
+            n_rows, width = part.shape
+            table.data = new_table(n_rows, width, table.dtype, table.device).copy_(part)
 
     def row_parameters(self) -> tuple[nn.Parameter, ...]:
         return tuple(self.parameters(recurse=False)) if self.sparse_gradients else ()

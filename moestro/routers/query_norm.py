@@ -1,5 +1,7 @@
 """Normalisations of retrieval: queries [t, f] -> (normalised queries, batch statistics or None), f = heads * d_key."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -31,8 +33,14 @@ class BatchQueryNorm(QueryNorm):
     returns the batch's, and a rule calls `update`, once a step, so that recomputation and repeated forwards count
     nothing.
 
+    Where several processes train on parts of one batch, `together` is set from above to a function that sums a tensor
+    over all of them, and gradients with it: the statistics, forward and backward, are then those of the whole batch.
+    Each process must come here as often, also without tokens; what it returns counts its own queries only.
+
     Raises: ValueError for a training batch of one token; RuntimeError in evaluation before any update.
     """
+
+    together: Callable[[Tensor], Tensor] | None = None
 
     updates: Tensor
     mean: Tensor
@@ -55,12 +63,17 @@ class BatchQueryNorm(QueryNorm):
                     "(the training loop always does) or call `update` before evaluating"
                 )
             return self._normalise(query, self.mean, self.variance), None
-        if len(query) == 0:
+        if self.together is not None:
+            # also without queries, forward and backward: other processes wait for this one's sums
+            mean, variance = _over_all(query, self.together)
+        elif len(query) == 0:
             return query, None
-        if len(query) == 1:
+        elif len(query) == 1:
             raise ValueError("query batch norm needs at least 2 tokens in a training batch, got 1")
-        mean, variance = query.mean(0), query.var(0, correction=0)
-        return self._normalise(query, mean, variance), (mean.detach(), variance.detach(), len(query))
+        else:
+            mean, variance = query.mean(0), query.var(0, correction=0)
+        stats = (mean.detach(), variance.detach(), len(query)) if len(query) else None
+        return self._normalise(query, mean, variance), stats
 
     def _normalise(self, query: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         scale = self.weight.to(query.dtype) * (variance.to(query.dtype) + self.eps).rsqrt()
@@ -73,6 +86,14 @@ class BatchQueryNorm(QueryNorm):
         self.mean.lerp_(mean.to(self.mean), rate)
         self.variance.lerp_(variance.to(self.variance), rate)
         self.updates += 1
+
+
+def _over_all(query: Float[Tensor, "t f"], summed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the queries of all processes; sums about the mean, so that nothing cancels."""
+    sums = summed(torch.cat([query.new_tensor([len(query)]), query.sum(0)]))
+    count = sums[0].clamp(min=1)
+    mean = sums[1:] / count
+    return mean, summed((query - mean).square().sum(0)) / count
 
 
 class LayerQueryNorm(QueryNorm):

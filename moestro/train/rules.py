@@ -59,9 +59,9 @@ class QueryNormStatistics(Rule):
     v = sum n_i (v_i + (m_i - m)^2) / n, the statistics of the batch had it been one, whatever the accumulation. Where
     `torch.distributed` is initialised, the sums run over all its ranks, too, and all keep the same running statistics.
 
-    What is normalised with what: in training a query with the mean and variance of its own micro-batch on its own rank,
-    padding left out; in evaluation with the running statistics, which know all micro-batches of all ranks. Forward
-    passes wait for no other rank.
+    What is normalised with what: in training a query with the mean and variance of its micro-batch, over all ranks
+    where `parallel` lets them (`BatchQueryNorm.together`), else of its own rank, padding left out; in evaluation with
+    the running statistics, which know all micro-batches of all ranks.
     """
 
     def __init__(self, momentum: float = 0.1) -> None:
