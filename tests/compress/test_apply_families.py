@@ -62,3 +62,14 @@ def test_the_index_says_exactly_what_is_there(tmp_path, family):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
     assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors)
     assert Checkpoint(tmp_path / "dst").n_experts(Checkpoint(tmp_path / "dst").moe_layers[0]) == len(some_of(family))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])
+def test_what_is_no_routed_expert_stays_as_it_is(tmp_path, family):
+    """Shared experts, dense layers, attention: the same names and bits."""
+    saved(family, tmp_path / "src")
+    apply_plan(tmp_path / "src", plan_for(tmp_path / "src", some_of(family)), tmp_path / "dst")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("src", "dst"))
+    own = [name for name in before if ".experts." not in name and ".mlp.gate." not in name]
+    assert any("shared_expert" in name for name in own) and any("self_attn" in name for name in own)
+    assert all(torch.equal(before[name], after[name]) for name in own)

@@ -58,6 +58,11 @@ def test_greedy_routing_has_no_groups(tmp_path):
     [
         ("mixtral", (3,), "layer 0 keeps 1 of 8 experts, fewer than the 2"),
         ("deepseek_v3", (0, 1, 2, 4, 5, 8, 9, 12, 13), r"keeps \[3, 2, 2, 2\] experts of its 4 routing groups"),
+        (
+            "deepseek_v3",
+            (0, 1, 2, 3, 4, 5, 8, 9, 10, 12, 13, 14),
+            r"keeps \[4, 2, 3, 3\] experts of its 4 routing groups",
+        ),
         ("deepseek_v3", (0, 4, 8, 12), "1 in a routing group that is scored by its best 2"),
     ],
 )

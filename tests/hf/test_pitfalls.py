@@ -1,6 +1,7 @@
 """What goes wrong with folders of mixtures without a word elsewhere, and does not here."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,58 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moestro.formats import FormatError
+from moestro.formats import Checkpoint, FormatError
 from moestro.hf import load
 from moestro.recipe.importing import import_model
 from tests.hf.families import some_tokens, tiny
 from tests.hf.test_pretrained_recipe import write_tokenizer
+
+PITFALLS = {
+    "names and shapes differ between memory and disk": "hf.test_import a_run_comes_back_as_the_same",
+    "names of routers are others in memory": "hf.test_pretrained_recipe the_weights_are_the_folder_s",
+    "experts stand in the natural order of their numbers, 10 behind 9": "hf.test_pitfalls experts_beyond_the_tenth",
+    "some families store all experts of a layer as one tensor": "formats.test_checkpoint reads_fused_and_transposed",
+    "or transposed, gate and up interleaved, with biases": "hf.test_experts experts_of_every_layout",
+    "what is loaded and saved again has other bits": "export.test_pretrained what_comes_in_goes_out",
+    "the key that counts experts differs, and qwen3 has two": "hf.test_pitfalls qwen3_s_two_keys",
+    "the correction bias is narrowed with the rest": "hf.test_pitfalls the_correction_bias_stays",
+    "stacked experts are no linear maps: quantisers pass them by": "compress.test_quantised",
+    "gates are renormalised, or not, or where the configuration says": "hf.test_view what_a_config_changes_is_seen",
+    "deepseek_v2 states a renormalisation that it does not do": "hf.test_view what_a_config_changes_is_seen",
+    "choices by biased scores, gates by others, groups by best two": "hf.test_view the_definition_gives_eager_s",
+    "phimoe draws experts while it trains": "hf.test_view phi_moe_s_router_trains",
+    "some layers have no experts": "hf.test_view layers_are_sorted_by_what_they_are",
+    "shared experts are experts of no number": "compress.test_apply_families what_is_no_routed_expert_stays",
+    "implementations differ in the last bits": "hf.test_view the_fast_operation_is_close",
+    "a folder that is loaded twice computes the same bits": "hf.test_load logits_and_tensors_are_those",
+    "an implementation of one's own in eager's order is eager": "hf.test_experts an_intercepted_model_sees_every",
+    "which implementation is in force depends on a decorator": "hf.test_load dtype_and_implementation_are_those",
+    "classes swapped for others get no conversion of weights": "compress.test_apply_custom folders_of_two_families",
+    "gaps between experts are closed up without a word": "hf.test_pitfalls gaps_between_experts",
+    "scales and other companions of experts keep old numbers": "compress.test_apply_job scales_and_other_companions",
+    "rows of routers, biases and stacked tensors must go along": "compress.test_apply_families pruned_folders_load",
+    "a configuration that is written again loses keys of old programs": "compress.test_config_text only_the_value",
+    "so does an import": "hf.test_pitfalls an_import_leaves_config_json_as_it_is",
+    "more experts a token than there are load, and fail when they run": "hf.test_pitfalls more_experts_a_token",
+    "groups of unequal sizes load where their sum divides": "compress.test_feasible plans_that_break_routing",
+    "layers that predict further tokens are dropped": "hf.test_pitfalls layers_that_predict_further_tokens",
+    "or keep experts that others lost": "compress.test_apply_job multi_token_prediction_is_pruned",
+    "a stale index is tolerated": "formats.test_checkpoint damaged_folders_are_refused",
+    "the index must say exactly what is there": "compress.test_apply_families the_index_says_exactly",
+    "metadata of files must say pt": "formats.test_writer rows_and_ranges_of_other_files",
+    "tokenizer, template and code must go along": "compress.test_apply_job the_source_stays_as_it_is_and_companions",
+    "what is missing is drawn at random": "hf.test_load what_is_wrong_with_a_folder",
+    "removing is routing to others, zeroing is not": "compress.test_applied zeroing_leaves_the_other_gates",
+    "removing equals logits of minus infinity": "compress.test_applied slicing_equals_masking",
+    "nothing removed must copy bytes": "compress.test_apply_families a_plan_that_changes_nothing_copies",
+}
+
+
+def test_every_pitfall_has_a_test():
+    for pitfall, place in PITFALLS.items():
+        module, _, beginning = place.partition(" ")
+        names = vars(import_module(f"tests.{module}"))
+        assert any(name.startswith(f"test_{beginning}") for name in names), pitfall
 
 
 def saved(folder: Path, family: str, **config) -> Path:
@@ -114,3 +162,16 @@ def test_the_correction_bias_stays_in_float32(tmp_path):
     bias = loaded.model.layers[1].mlp.gate.e_score_correction_bias
     assert loaded.dtype == torch.bfloat16 and bias.dtype == torch.float32
     assert torch.equal(bias, torch.linspace(0, 1, 8) / 3)
+
+
+def test_experts_beyond_the_tenth_keep_their_numbers(tmp_path):
+    """Names sorted as words put 10 before 2."""
+    model = tiny("mixtral", num_local_experts=12, vocab_size=260)
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    checkpoint, stacked = Checkpoint(tmp_path), load(tmp_path).model.layers[1].mlp.experts.gate_up_proj
+    for expert in range(12):
+        gate = stored[f"model.layers.1.block_sparse_moe.experts.{expert}.w1.weight"]
+        assert torch.equal(gate, stacked[expert, : len(gate)])
+        assert torch.equal(checkpoint.expert(1, expert).gate, gate)

@@ -80,6 +80,7 @@ CASES = {
     "qwen3 without renormalisation": ("qwen3_moe", {"norm_topk_prob": False}),
     "qwen2 with it": ("qwen2_moe", {"norm_topk_prob": True}),
     "olmoe with it": ("olmoe", {"norm_topk_prob": True}),
+    "a renormalisation that is not done": ("deepseek_v2", {"norm_topk_prob": True}),
     "greedy": ("deepseek_v2", {"topk_method": "greedy"}),
     "raw sigmoids": ("deepseek_v3", {"norm_topk_prob": False}),
     "all groups": ("deepseek_v3", {"topk_group": 4}),
