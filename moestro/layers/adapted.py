@@ -52,7 +52,7 @@ class Mixture(nn.Module):
         alone = told.of_rows(x)
         if alone is not told and not self.router.causal:
             raise ValueError(
-                "tokens of several sequences stand in one row, without the padding between them: not to mix"
+                "tokens of several sequences stand in one row, their padding left out: slots would mix them"
             )
         told = alone
         x = told.in_sequences(x).to(self.bank.down.dtype)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from moestro.export import MoestroForCausalLM
 from moestro.export.remote_code import remote_code
 from moestro.ops import backend
+from tests.conftest import ROOT
 from tests.export.conftest import SYSTEMS, hosted, some_tokens
 
 # Isolated, and whatever the environment has installed: the package cannot be imported.
@@ -89,3 +90,22 @@ def test_other_systems_have_files_that_stand_alone(name: str) -> None:
     """Bundling itself refuses what reads a name that it does not define."""
     code = remote_code(hosted(name).config.construction)["modeling_moestro.py"]
     assert "moestro.ops.native" not in code and compile(code, name, "exec")
+
+
+def test_without_the_import_a_folder_asks_whether_its_code_may_run(tmp_path: Path) -> None:
+    """transformers loads no entry points: an installed package cannot register itself. Where this fails, it could."""
+    hosted("dense").save_pretrained(tmp_path / "out")
+    program = (
+        "import sys, transformers\n"
+        "try:\n    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "except ValueError as error:\n    print(error)\n"
+        "assert 'moestro' not in sys.modules\n"
+        "import moestro.export\n"
+        "print(type(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)\n"
+    )
+    settings = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, stdin=subprocess.DEVNULL, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "contains custom code which must be executed to correctly load the model" in done.stdout
+    assert done.stdout.splitlines()[-1] == "moestro.export.modeling"
