@@ -1,6 +1,6 @@
 """Whose experts are kept away from memory: stock models, and our own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,9 @@ from moestro.formats import Checkpoint, Fused
 from moestro.offload.blobs import Experts
 from moestro.offload.calibration import Calibration
 from moestro.offload.folders import experts_in
+from moestro.offload.own_folders import own_folder
 from moestro.offload.predictor import Predictor, StackedGates, gates_of
+from moestro.offload.rows import Tables
 
 # experts module with one expert's tensors, rows [n d], ids of the expert [n 1] (0), their weights [n 1] -> rows [n d]
 Compute = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
@@ -22,10 +24,11 @@ Experting = Callable[[int, Any, Tensor, Tensor, Tensor], Tensor]
 
 
 class Host(Protocol):
-    """A model in a folder: its experts as files hold them, and everything else."""
+    """A model in a folder: its experts as files hold them, its banks of rows by name, and everything else."""
 
     path: Path
     experts: Experts
+    tables: Mapping[str, Tables]
     layers: tuple[int, ...]
     top_k: int
     compute: Compute
@@ -58,7 +61,7 @@ class StockHost:
         self.checkpoint = Checkpoint(folder)
         self.path, self.compute = self.checkpoint.path, eager_experts
         self.experts, self.layers = experts_in(self.checkpoint), self.checkpoint.moe_layers
-        self.top_k = self.checkpoint.top_k
+        self.top_k, self.tables = self.checkpoint.top_k, {}
 
     def load(self, device: torch.device) -> Any:
         from moestro.hf.expertless import load_without_experts
@@ -92,12 +95,12 @@ def _hidden_units(module: Any, rows: Tensor) -> Tensor:
 
 
 def host_of(folder: str | Path) -> Host:
-    """The model in a folder: a run of ours, or a stock one.
+    """The model in a folder: a run of ours, its export, or a stock one.
 
-    Raises: FormatError for a folder that is neither; others as the hosts say.
+    Raises: FormatError for a folder that is none of them; others as the hosts say.
     """
-    if (Path(folder) / "recipe.yaml").is_file():
+    if (own := own_folder(Path(folder))) is not None:
         from moestro.offload.own import OwnHost
 
-        return OwnHost(folder)
+        return OwnHost(own)
     return StockHost(folder)

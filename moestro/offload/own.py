@@ -1,77 +1,84 @@
-"""Our own models: experts of unequal widths, each read from its rows of the run's checkpoint."""
+"""Our own models: experts of unequal widths, and rows of tables, each read from its rows of the checkpoint."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from moestro.experts import SingletonBank, ValueBank, tables
 from moestro.experts.ffn import FFNBank
 from moestro.experts.linears import ConcatLinear
-from moestro.formats.shards import DTYPES, Entry, header
+from moestro.experts.tables import TableBank
+from moestro.formats.shards import DTYPES
 from moestro.offload.blobs import Experts, Extent, Stored, laid_out
 from moestro.offload.calibration import Calibration
+from moestro.offload.chosen import Chosen, chosen
 from moestro.offload.codecs import Plain
 from moestro.offload.files import OffloadError
-from moestro.offload.predictor import Chosen
+from moestro.offload.own_folders import OwnFolder
+from moestro.offload.rows import Table
 from moestro.ops import expert_ffn
-from moestro.routing import Routing, SparseRouting
-from moestro.train import newest_checkpoint
-from moestro.train.checkpoint import added_tensors, read_state
+from moestro.routing import Routing
 
 
 class OwnHost:
-    """The newest checkpoint of a run whose mixtures have one `FFNBank` each (HMoE, MoE, ...) and choose a fixed number
-    of experts a token; other banks stay in memory. Every expert is a blob of its own width: the narrow are cheap to
-    bring, without any lower precision.
+    """The newest checkpoint of a run, or its export in our own layout. Of mixtures with one `FFNBank` (HMoE, MoE, ...)
+    every expert is a blob of its own width: the narrow are cheap to bring, without any lower precision. Of banks of
+    rows (PEER's neurons, a memory's values) every row is one. Other banks stay in memory.
 
-    Computed by the same operation as in memory, expert by expert: equal up to the order in which experts are added.
+    Computed by the same operation as in memory: rows to the last bit, feed-forward experts one by one, equal up to the
+    order in which they are added.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.path, self.checkpoint = Path(folder), newest_checkpoint(Path(folder))
-        state = read_state(self.checkpoint)
-        self.tied: dict[str, str] = state["tied"]
-        self.file = self.checkpoint / "model.safetensors"
-        self.entries, _ = header(self.file)
-        decoder: Any = self._decoder_on_meta()
+    def __init__(self, folder: OwnFolder) -> None:
+        self.folder, self.path = folder, folder.path
+        decoder: Any = self._built(torch.device("meta")).decoder
         self.banks = _banks(decoder)
-        if not self.banks:
-            raise OffloadError(f"{self.path}: no mixture of this run has a bank of feed-forward experts to offload")
-        self.experts: Experts = [_experts(self.file, self.entries, name, bank) for name, bank in self.banks.items()]
+        self.tables = {name: self._tables(name, bank) for name, bank in _row_banks(decoder).items()}
+        if not self.banks and not self.tables:
+            raise OffloadError(f"{self.path}: no mixture of this model has a bank of experts that can be offloaded")
+        self.experts: Experts = [_experts(folder, name, bank) for name, bank in self.banks.items()]
         self.layers, self.compute = tuple(range(len(self.banks))), compute_ffn
         self.top_k = max(round(layer.router.rows_per_token()) for layer in decoder.moe_layers().values())
 
-    def _decoder_on_meta(self) -> torch.nn.Module:
-        from moestro.recipe.build import build_model
-        from moestro.recipe.load import load_recipe
+    def _built(self, device: torch.device) -> Any:
+        from moestro.export.modeling import MoestroForCausalLM
 
-        self.recipe = load_recipe(self.path / "recipe.yaml")
-        self.vocab_size = self.entries["embedding.weight"].shape[0]
-        return build_model(self.recipe, self.vocab_size, "meta")
+        with device:
+            return MoestroForCausalLM(self.folder.config)
+
+    def _tables(self, name: str, bank: TableBank) -> dict[str, Table]:
+        found = {}
+        for table in bank.tables():
+            entry = self.folder.entries[f"{name}.{table}"]
+            rows, width = entry.shape
+            file, stored = self.folder.file_of(f"{name}.{table}"), DTYPES[entry.dtype]
+            found[table] = Table(file, entry.start, rows, width, stored, self.folder.dtype)
+        return found
 
     def load(self, device: torch.device) -> Any:
-        from moestro.export.modeling import MoestroForCausalLM
-        from moestro.export.opening import configured
+        from moestro.export.opening import in_dtype
 
-        with _weightless(), device:
-            model = MoestroForCausalLM(configured(self.recipe, self.vocab_size))
-        kept = {name: entry for name, entry in self.entries.items() if not self._experts_own(name)}
-        with safe_open(self.file, framework="pt", device=str(device)) as stored:
-            tensors = {name: stored.get_tensor(name).clone() for name in kept}
-        added = added_tensors(self.checkpoint, {name: tuple(entry.shape) for name, entry in self.entries.items()})
-        tensors |= {name: tensor.to(device) for name, tensor in added.items()}
-        tensors |= {name: tensors[source] for name, source in self.tied.items() if source in tensors}
+        with _weightless():
+            model = in_dtype(self._built(device), self.folder.dtype)
+        for name, parameter in list(model.decoder.named_parameters()):
+            if parameter.is_meta and not self._experts_own(name):
+                owner, _, own = name.rpartition(".")
+                setattr(
+                    model.decoder.get_submodule(owner), own, nn.Parameter(torch.empty_like(parameter, device=device))
+                )
+        tensors = {name: self.folder.read(name) for name in self.folder.entries if not self._experts_own(name)}
+        tensors |= {name: tensors[source] for name, source in self.folder.tied.items() if source in tensors}
         found = model.decoder.load_state_dict(tensors, strict=False)
         if found.unexpected_keys or [name for name in found.missing_keys if not self._experts_own(name)]:
-            raise OffloadError(f"{self.file} is of another model than {self.path / 'recipe.yaml'}: {found}")
+            raise OffloadError(f"{self.path} holds the tensors of another model than it describes: {found}")
         return model.eval()
 
     def _experts_own(self, name: str) -> bool:
-        return any(name.startswith(f"{bank}.") for bank in self.banks)
+        name = self.folder.tied.get(name, name)
+        return any(name.startswith(f"{bank}.") for bank in (*self.banks, *self.tables))
 
     def predictor(self, model: Any, device: torch.device) -> "RouterPredictor":
         layers = model.decoder.moe_layers()
@@ -94,9 +101,7 @@ class OwnHost:
             yield
 
     def tokenizer(self) -> Any:
-        from moestro.export.tokenizers import fast_tokenizer
-
-        return fast_tokenizer(self.path / "tokenizer", self.recipe.data.value("seq_len"))
+        return self.folder.tokenizer()
 
 
 class RouterPredictor:
@@ -110,16 +115,6 @@ class RouterPredictor:
     def ahead(self, layer: int, hidden: Tensor, depth: int) -> list[Chosen]:
         """As `StackedGates`."""
         return [chosen(router(hidden)) for router in self.routers[layer + 1 : layer + 1 + depth]]
-
-
-def chosen(routing: Routing) -> Chosen:
-    """Ids and weights [t, k] of a routing.
-
-    Raises: OffloadError where tokens differ in the number of their experts.
-    """
-    if not isinstance(routing, SparseRouting) or routing.fixed is None:
-        raise OffloadError("offloading needs a fixed number of experts a token (top_k)")
-    return routing.matrix()
 
 
 def compute_ffn(module: Any, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -139,6 +134,12 @@ def _banks(decoder: Any) -> dict[str, FFNBank]:
     return found
 
 
+def _row_banks(decoder: Any) -> dict[str, TableBank]:
+    """Banks of which every expert is one row of each table; one that several layers share stands once."""
+    kinds = (SingletonBank, ValueBank)
+    return {name: module for name, module in decoder.named_modules() if isinstance(module, kinds)}
+
+
 def _forward(index: int, bank: FFNBank, fn: Any) -> Any:
     def forward(x: Tensor, routing: Routing) -> Tensor:
         return fn(index, bank, x, *chosen(routing))
@@ -148,26 +149,28 @@ def _forward(index: int, bank: FFNBank, fn: Any) -> Any:
 
 @contextmanager
 def _weightless() -> Iterator[None]:
-    """Inside, matrices of banks are made without memory."""
-    before = ConcatLinear._fresh
+    """Inside, matrices and tables of banks are made without memory."""
+    before, table = ConcatLinear._fresh, tables.new_table
     ConcatLinear._fresh = lambda self, widths: torch.empty(self.blocks * sum(widths), self.d_model, device="meta")
+    tables.new_table = lambda rows, width, *_: torch.empty(rows, width, device="meta")
     try:
         yield
     finally:
-        ConcatLinear._fresh = before
+        ConcatLinear._fresh, tables.new_table = before, table
 
 
-def _experts(file: Path, entries: dict[str, Entry], name: str, bank: FFNBank) -> list[Stored]:
+def _experts(folder: OwnFolder, name: str, bank: FFNBank) -> list[Stored]:
     stored = []
     for expert in range(bank.n_experts):
-        ranges = {
-            part: (entries[f"{name}.{part}.weight"], getattr(bank, part).rows_of(expert)) for part in ("w_in", "w_out")
-        }
-        shapes = {part: (rows.stop - rows.start, entry.shape[1]) for part, (entry, rows) in ranges.items()}
-        blob = laid_out(shapes, DTYPES[ranges["w_in"][0].dtype], Plain())
+        ranges = {}
+        for part in ("w_in", "w_out"):
+            tensor = f"{name}.{part}.weight"
+            ranges[part] = folder.file_of(tensor), folder.entries[tensor], getattr(bank, part).rows_of(expert)
+        shapes = {part: (rows.stop - rows.start, entry.shape[1]) for part, (_, entry, rows) in ranges.items()}
+        blob = laid_out(shapes, DTYPES[ranges["w_in"][1].dtype], Plain())
         extents = []
         for part in blob.parts:
-            entry, rows = ranges[part.name]
+            file, entry, rows = ranges[part.name]
             each = entry.shape[1] * blob.dtype.itemsize
             start = entry.start + rows.start * each
             extents.append(Extent(file, start, part.fields[0].size, part.fields[0].offset))

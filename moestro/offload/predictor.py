@@ -10,9 +10,8 @@ from torch import Tensor
 
 from moestro.formats import Checkpoint, FormatError
 from moestro.formats.families import Scoring
+from moestro.offload.chosen import Chosen
 from moestro.routers.groups import EVERYWHERE, GroupLimit
-
-Chosen = tuple[Tensor, Tensor]
 
 
 class Predictor(Protocol):

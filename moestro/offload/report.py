@@ -50,6 +50,8 @@ def run_lines(report: dict[str, Any]) -> Iterator[str]:
         f"memory: {mib(memory['resident_bytes'])} besides experts, slots {mib(memory['slots_peak_bytes'])} at most, "
         f"of {mib(memory['experts_bytes']['high'])} of experts; {mib(memory['host_bytes'])} in host memory"
     )
+    if memory["tables_bytes"]:
+        yield f"rows: {mib(memory['rows_bytes'])} in memory, of {mib(memory['tables_bytes'])} of tables"
     if quality := report["quality"]:
         yield (
             f"perplexity {quality['perplexity']:.3f} on {quality['tokens']} tokens, exact "

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moestro.experts.base import ExpertBank
 from moestro.model import Transformer
+from moestro.offload.chosen import chosen
 from moestro.offload.trace import Header, Recorder, Trace, read_trace
-from moestro.routing import SparseRouting
 
 
 def trace_of(model: Transformer, tokens: Tensor, path: Path, low: float = 0.25) -> Trace:
@@ -18,7 +18,7 @@ def trace_of(model: Transformer, tokens: Tensor, path: Path, low: float = 0.25) 
     of each table; a LOW copy is taken to be `low` of that. Tokens with fewer experts than others (top-p) repeat their
     first with weight 0.
 
-    Raises: ValueError for a model without mixtures, or with a routing that is not sparse.
+    Raises: ValueError for a model without mixtures; OffloadError for a routing that is not sparse.
     """
     layers = list(model.moe_layers().values())
     if not layers:
@@ -30,9 +30,9 @@ def trace_of(model: Transformer, tokens: Tensor, path: Path, low: float = 0.25) 
     with torch.no_grad():
         for sequence in tokens:
             recorder.start_sequence()
-            chosen = [_matrix(trace.routing) for trace in model(sequence[None]).traces]
+            every = [chosen(trace.routing) for trace in model(sequence[None]).traces]
             for position in range(len(sequence)):
-                for layer, (ids, weights) in enumerate(chosen):
+                for layer, (ids, weights) in enumerate(every):
                     recorder.step(layer, ids[position : position + 1], weights[position : position + 1])
     recorder.close()
     if recorder.error is not None:
@@ -47,20 +47,3 @@ def _sizes(bank: ExpertBank) -> list[int]:
         parts = bank.weights_of(expert)
         found.append(sum(p[rows].numel() * p.element_size() for p, rows in parts))
     return found
-
-
-def _matrix(routing: object) -> tuple[Tensor, Tensor]:
-    """Ids and weights [t, k], rows filled up with a token's first expert at weight 0."""
-    if not isinstance(routing, SparseRouting):
-        raise ValueError(f"{type(routing).__name__} has no experts that a token leaves out")
-    if routing.fixed is not None:
-        return routing.matrix()
-    counts = torch.bincount(routing.token, minlength=routing.n_tokens)
-    if int(counts.min()) < 1:
-        raise ValueError("a token without experts cannot be traced")
-    order = routing.token.argsort(stable=True)
-    starts = counts.cumsum(0) - counts
-    place = torch.arange(int(counts.max()))[None].expand(routing.n_tokens, -1)
-    inside = place < counts[:, None]
-    at = order[starts[:, None] + torch.where(inside, place, 0)]
-    return routing.expert[at], routing.weight[at] * inside

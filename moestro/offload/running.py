@@ -57,7 +57,7 @@ class Meter:
             self._prompt_seen = True
             return
         self.times.append(time.perf_counter() - self.start)
-        self.counts.append(self.session.loader.counts + Counts())
+        self.counts.append(self.session.counts)
         self.show(self.line())
 
     def end(self) -> None:
@@ -82,7 +82,7 @@ def generate(
 ) -> Generated:
     """Continue a prompt [n] by `new_tokens` at most (transformers' `generate`; greedy unless `options` say so)."""
     ids = prompt[None].to(session.device)
-    before, meter = session.loader.counts + Counts(), Meter(session, show)
+    before, meter = session.counts, Meter(session, show)
     session.engine.start_sequence()
     with session.running():
         out = session.model.generate(

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from moestro.offload.blobs import Experts
 from moestro.offload.cache import SlotCache
 from moestro.offload.calibration import Calibration
 from moestro.offload.codecs import Codec
+from moestro.offload.counts import Counts
 from moestro.offload.engine import Engine
 from moestro.offload.files import OffloadError
 from moestro.offload.hosts import Host, host_of
@@ -21,6 +22,7 @@ from moestro.offload.loader import Loader
 from moestro.offload.memory import SlotMemory
 from moestro.offload.policies import SINGLE, Policy, Records
 from moestro.offload.replay import budget
+from moestro.offload.rows import RowTables, least_size, total_size
 from moestro.offload.scorer import Precision, Thresholds
 from moestro.offload.sources import FileSource, HostSource, Source, Tiers
 from moestro.offload.store import Store, open_store
@@ -81,7 +83,10 @@ class Session:
         held = (*self.model.parameters(), *self.model.buffers())
         self.resident = sum(tensor.nbytes for tensor in held if not tensor.is_meta)
         gates = self.host.predictor(self.model, self.device) if plan.depth else None
-        self.capacity = self._capacity(self.resident + (gates.size if gates else 0))
+        # the rows first: they take their share, what is left is for experts
+        left = plan.memory - self.resident - (gates.size if gates else 0)
+        self.rows = self._rows(left) if self.host.tables else None
+        self.capacity = self._capacity(left - (self.rows.size if self.rows else 0))
         self.memory = SlotMemory(self.tiers, self._source(), self.capacity, self.device, poison)
         self.transport = ThreadTransport(1 if self.device.type == "cuda" else 2)
         records = Records(plan.per_sequence)
@@ -93,7 +98,7 @@ class Session:
     def _low(
         self, high: Experts, store: Path | None, calibration: Calibration | None, progress: Callable[[str], None]
     ) -> Store | None:
-        if self.plan.low is None:
+        if self.plan.low is None or not high:
             return None
         path = self.host.path
         folder = store or path.with_name(f"{path.name}.offload-{self.plan.low.name}")
@@ -102,23 +107,42 @@ class Session:
     def _source(self) -> Source:
         return (HostSource if self.plan.host else FileSource)(self.tiers, self.device)
 
-    def _capacity(self, resident: int) -> dict[Precision, int]:
-        """Bytes of each pool: what is left of the memory without the other weights and the scratch slot."""
+    def _rows(self, memory: int) -> RowTables:
+        """The rows of tables, with their share of the memory by the sizes of tables and experts in files."""
+        tables, experts = total_size(self.host.tables), total(self.tiers[Precision.HIGH])
+        least = sum(least_size(bank, self.host.top_k) for bank in self.host.tables.values())
+        if memory < least:
+            raise OffloadError(
+                f"{self.plan.memory:,} bytes do not do: {self.plan.memory - memory:,} for what is no expert and "
+                f"{least:,} for the rows that a token meets are the least for {self.host.path}"
+            )
+        share = max(least, int(memory * tables / (tables + experts)))
+        return RowTables(self.host.tables, share, self.host.top_k, self.device, self.plan.host)
+
+    def _capacity(self, memory: int) -> dict[Precision, int]:
+        """Bytes of each pool, of the memory that is left for experts; one slot of it is scratch."""
+        if not self.host.experts:
+            return dict.fromkeys((Precision.HIGH, Precision.LOW), 0)
         share = self.plan.low_share if self.low else 0.0
         scratch = max(stored.blob.size for layer in self.tiers[Precision.HIGH] for stored in layer)
         slots = math.ceil(scratch / (1 - share))
-        if self.plan.memory - resident - scratch < slots:
+        if memory - scratch < slots:
+            besides = self.plan.memory - memory
             raise OffloadError(
-                f"{self.plan.memory:,} bytes do not do: {resident:,} for what is no expert, {scratch:,} to compute the "
-                f"largest expert and {slots:,} for slots make {resident + scratch + slots:,} the least for "
+                f"{self.plan.memory:,} bytes do not do: {besides:,} for what is no expert, {scratch:,} to compute the "
+                f"largest expert and {slots:,} for slots make {besides + scratch + slots:,} the least for "
                 f"{self.host.path}"
             )
-        return budget(self.header, self.plan.memory - resident - scratch, share)
+        return budget(self.header, memory - scratch, share)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, the model computes."""
-        with torch.no_grad(), self.host.running(self.model, self.engine):
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.host.running(self.model, self.engine))
+            if self.rows is not None:
+                stack.enter_context(self.rows.running(self.model.decoder))
             yield
 
     @contextmanager
@@ -132,7 +156,12 @@ class Session:
 
     @contextmanager
     def recording(self, path: Path, depth: int = 3) -> Iterator[Recorder]:
-        """Inside, routing is written to `path`, with predictions `depth` layers ahead."""
+        """Inside, routing is written to `path`, with predictions `depth` layers ahead.
+
+        Raises: OffloadError where there are rows alone, whose traces `offload.routing_traces` records.
+        """
+        if not self.host.experts:
+            raise OffloadError(f"{self.host.path} has rows of tables alone: they are not traced while generating")
         if self.engine.predictor is None:
             self.engine.predictor = self.host.predictor(self.model, self.device)
         recorder = self.engine.recorder = Recorder(path, self.header)
@@ -155,15 +184,24 @@ class Session:
             self.engine.watcher = None
         return found
 
+    @property
+    def counts(self) -> Counts:
+        """What was asked of experts and rows so far."""
+        rows = self.rows.counts if self.rows else Counts()
+        return self.loader.counts + (replace(rows, passes=0) if self.host.experts else rows)
+
     def figures(self) -> dict[str, Any]:
         """What was done, and the bytes of every tier."""
-        counts = self.loader.counts
+        counts, source = self.counts, self.memory.source
         tiers = {
             "resident_bytes": self.resident,
             "slots_bytes": {precision.name.lower(): size for precision, size in self.capacity.items()},
             "slots_peak_bytes": self.memory.peak,
-            "host_bytes": self.memory.source.size if isinstance(self.memory.source, HostSource) else 0,
+            "rows_bytes": self.rows.size if self.rows else 0,
+            "host_bytes": (source.size if isinstance(source, HostSource) else 0)
+            + (self.rows.host_size if self.rows else 0),
             "experts_bytes": {precision.name.lower(): total(tier) for precision, tier in self.tiers.items()},
+            "tables_bytes": total_size(self.host.tables),
         }
         if self.device.type == "cuda":
             tiers["device_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
@@ -172,6 +210,8 @@ class Session:
     def close(self) -> None:
         """End the threads and close the files."""
         self.transport.close()
+        if self.rows is not None:
+            self.rows.files.close()
         if isinstance(self.memory.source, FileSource):
             self.memory.source.files.close()
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from moestro.export import open_model
+from moestro.export.folder import Choices, export_run
 from moestro.offload.codecs import CODECS
 from moestro.offload.files import OffloadError
+from moestro.offload.rows import least_size
 from moestro.offload.running import generate
 from moestro.offload.scorer import Precision, Thresholds
 from moestro.offload.session import Plan, Session
@@ -68,10 +70,95 @@ def test_experts_of_unequal_widths(run_of: Callable[..., Path], tmp_path: Path) 
         assert torch.allclose(mixed, want[:, :1], atol=0.05) and not torch.equal(mixed, want[:, :1])
 
 
+def test_an_export_is_run_as_the_model_that_it_is(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        export_run(run_of("hmoe"), folder, Choices(dtype=dtype, shard_bytes=200_000))
+        model, tokenizer = open_model(folder)
+        continued = model.generate(tokens(5), max_new_tokens=6, do_sample=False)[0, 5:]
+        with Session(folder, Plan(least(folder) + 3000), poison=True) as session:
+            assert torch.equal(generate(session, tokens(5)[0], 6).tokens, continued)
+            assert session.model.dtype == model.dtype and session.counts.misses_high > 8
+            assert session.host.tokenizer().encode("a") == tokenizer.encode("a")
+            assert session.memory.peak < session.figures()["memory"]["experts_bytes"]["high"] / 3
+
+
+def least(folder: Path) -> int:
+    """Bytes for what is no expert and two slots of the largest."""
+    with Session(folder, Plan(1 << 40)) as session:
+        return session.resident + 2 * max(stored.blob.size for layer in session.host.experts for stored in layer)
+
+
+def test_tokens_may_differ_in_the_number_of_their_experts(run_of: Callable[..., Path]) -> None:
+    folder = run_of("dynamic_routing")
+    model, _ = open_model(folder)
+    with torch.no_grad():
+        want = model(tokens(20)).logits
+    plan = Plan(least(folder), depth=1)
+    with Session(folder, plan, poison=True) as session, session.running():
+        assert torch.allclose(session.model(tokens(20)).logits, want, **FLOAT32)
+        assert len({len(trace.routing.token) for trace in model.decoder(tokens(7)).traces}) > 1
+
+
+@pytest.mark.parametrize(
+    "recipe", ["peer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("peer_glu", "memory_plus"))]
+)
+def test_rows_of_tables_are_brought_as_tokens_meet_them(
+    run_of: Callable[..., Path], tmp_path: Path, recipe: str
+) -> None:
+    """The same bits as in memory, with a fraction of the rows there; the largest cache brings every row once."""
+    folder = run_of(recipe)
+    model, _ = open_model(folder)
+    with torch.no_grad():
+        want = model(tokens(30)).logits
+    continued = model.generate(tokens(5), max_new_tokens=6, do_sample=False)[0, 5:]
+    with Session(folder, Plan(1 << 40)) as session:
+        everything, tables = session.rows.size, session.host.tables
+        resident = session.resident
+        assert resident + sum(t.row_bytes * t.rows for bank in tables.values() for t in bank.values()) >= sum(
+            p.nbytes for p in model.parameters()
+        )
+        with session.running():
+            assert torch.equal(session.model(tokens(30)).logits, want)
+            first = session.counts
+            session.model(tokens(30))
+            assert session.counts.moved == first.moved > 0 and session.counts.passes == 2
+    small = resident + sum(least_size(bank, session.host.top_k) for bank in tables.values()) + 200_000
+    for host in (False, True):
+        with Session(folder, Plan(small, host=host)) as session:
+            assert session.resident + session.rows.size <= small < resident + everything / 2
+            with session.running():
+                assert torch.equal(session.model(tokens(30)).logits, want)
+            found = generate(session, tokens(5)[0], 6)
+            assert torch.equal(found.tokens, continued)
+            rows = [table.row_bytes for bank in tables.values() for table in bank.values()]
+            assert found.decode.misses_high * sum(rows) == len(tables) * found.decode.moved > 0
+            assert (session.figures()["memory"]["host_bytes"] > 0) == host
+    with pytest.raises(OffloadError, match="for the rows that a token meets are the least"):
+        Session(folder, Plan(resident + 1000))
+    with Session(folder, Plan(1 << 40)) as session, pytest.raises(OffloadError, match="not traced while generating"):
+        with session.recording(tmp_path / "t.jsonl"):
+            pass
+
+
+def test_a_table_that_is_cut_while_running_ends_the_run(run_of: Callable[..., Path]) -> None:
+    folder = run_of("peer")
+    file = next((folder / "checkpoints").glob("*/model.safetensors"))
+    with Session(folder, Plan(1 << 40)) as session, session.running():
+        session.model(tokens(2))
+        with file.open("r+b") as opened:
+            opened.truncate(file.stat().st_size // 2)
+        with pytest.raises(OffloadError, match="changed while the model was running"):
+            session.model(tokens(30))
+        cache = next(iter(session.rows.caches.values()))
+        held = cache._row[cache._row >= 0]
+        assert (cache._slot[held] >= 0).all() and int((cache._slot >= 0).sum()) == len(held)
+
+
 @pytest.mark.slow
 def test_what_cannot_be_offloaded_is_refused(run_of: Callable[..., Path]) -> None:
-    with pytest.raises(OffloadError, match="no mixture of this run"):
-        Session(run_of("peer"), Plan(1 << 40))
-    with Session(run_of("dynamic_routing"), Plan(1 << 40)) as session, session.running():
-        with pytest.raises(OffloadError, match="a fixed number of experts"):
-            session.model(tokens(4))
+    with pytest.raises(OffloadError, match="no mixture of this model"):
+        Session(run_of("dense"), Plan(1 << 40))
+    with Session(run_of("remoe"), Plan(1 << 40)) as session, session.running():
+        with pytest.raises(OffloadError, match="at least one for every token"):
+            session.model(tokens(300))
