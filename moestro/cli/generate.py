@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moestro.cli.arguments import Parser, UsageError, add_model, opened_model, positive
+from moestro.cli.arguments import Parser, UsageError, add_model, positive
+from moestro.cli.offloading import add_memory, opened_text_model
 
 if TYPE_CHECKING:
     from moestro.generation import Options, TextModel
@@ -49,6 +50,7 @@ def add_arguments(parser: Parser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt, when its text is whole")
+    add_memory(parser)
 
 
 def run(arguments: Namespace) -> int:
@@ -60,7 +62,11 @@ def run(arguments: Namespace) -> int:
     """
     _check_sampling(arguments)
     prompts = _prompts(arguments)
-    text_model = _text_model(arguments)
+    with opened_text_model(arguments) as text_model:
+        return _continued(arguments, text_model, prompts)
+
+
+def _continued(arguments: Namespace, text_model: "TextModel", prompts: Sequence[str]) -> int:
     try:
         # every prompt is checked before the first one is answered
         encoded = [text_model.encode(prompt) for prompt in prompts]
@@ -98,13 +104,6 @@ def _contents(file: Path) -> str:
 def _without_last_break(text: str) -> str:
     """Editors end files with a line break that is no part of the prompt."""
     return text.removesuffix("\n")
-
-
-def _text_model(arguments: Namespace) -> "TextModel":
-    opened = opened_model(arguments, arguments.model)
-    from moestro.generation import TextModel
-
-    return TextModel(*opened)
 
 
 def _options(arguments: Namespace, text_model: "TextModel", ids: Sequence[int]) -> "Options":

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from moestro.cli.arguments import Parser, UsageError, add_device, device_named, positive, size
 from moestro.cli.keeping import add_keeping
+from moestro.cli.arguments import Parser, UsageError, add_device, device_named, positive
+from moestro.cli.offloading import add_plan, plan_of, policies_of, size, told
 from moestro.cli.terminal import as_json, failed
 
 if TYPE_CHECKING:
-    from moestro.offload.policies import Policy
     from moestro.offload.running import Generated
-    from moestro.offload.session import Plan, Session
+    from moestro.offload.session import Session
     from moestro.offload.trace import Recorder, Trace
 
 # of choices in HIGH and LOW that a profile looks for: the paper's, on Mixtral
@@ -31,6 +32,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--memory", type=size, metavar="SIZE", help="fast memory for weights: 8GiB, 500MB, ...")
     add_keeping(parser)
+    add_plan(parser)
     runs = parser.add_argument_group("generating and measuring")
     runs.add_argument("--prompt", metavar="TEXT", help="text to continue")
     runs.add_argument("--tokens", type=positive, default=64, metavar="N", help="tokens to continue by (default: 64)")
@@ -122,7 +124,7 @@ def _generate(arguments: Namespace, folder: Path) -> int:
 
     device = device_named(arguments.device)
     try:
-        plan = _plan(arguments)
+        plan = plan_of(arguments)
     except ValueError as error:
         raise UsageError(str(error)) from error
     for text in (arguments.eval, arguments.calibrate):
@@ -133,7 +135,7 @@ def _generate(arguments: Namespace, folder: Path) -> int:
         with Session(folder, Plan(plan.memory), device) as session:
             print(f"calibrating on {arguments.calibrate}", file=sys.stderr)
             calibration = session.calibrate(_tokens(session, arguments.calibrate, 4096))
-    with Session(folder, plan, device, arguments.store, calibration, _progress) as session:
+    with Session(folder, plan, device, arguments.store, calibration, told) as session:
         if session.low and (warning := session.low.warning()):
             print(f"moestro: warning: {warning}", file=sys.stderr)
         report, recorder = _use(arguments, session)
@@ -206,10 +208,6 @@ def _tokens(session: "Session", file: Path, most: int) -> Any:
     return torch.tensor(ids)
 
 
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _line(text: str) -> None:
     print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, end="" if sys.stderr.isatty() else "\n", file=sys.stderr)
 
@@ -233,7 +231,7 @@ def _replay(arguments: Namespace, path: Path) -> int:
     thresholds = Thresholds() if arguments.exact else Thresholds(arguments.t1, arguments.t2)
     capacity = budget(trace.header, memory, 0.0 if thresholds.exact else arguments.low_share)
     setting = Setting(capacity, thresholds=thresholds, depth=arguments.prefetch, cooperative=arguments.cooperative)
-    policies = _policies(arguments, ["lru", "lfu", "lhu", "fld", "mix", "lcu"])
+    policies = policies_of(arguments, ["lru", "lfu", "lhu", "fld", "mix", "lcu"])
     report = replay_report(trace, setting, policies, arguments.tune)
     if not as_json(arguments.json, report):
         Console(width=None if sys.stdout.isatty() else 140).print(replay_table(report))

@@ -4,7 +4,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from moestro.cli.arguments import Parser, UsageError, add_model, extra, opened_model, positive
+from moestro.cli.arguments import Parser, UsageError, add_model, extra, positive
+from moestro.cli.offloading import add_memory, opened_text_model
 
 
 def add_arguments(parser: Parser) -> None:
@@ -39,6 +40,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="SECONDS",
         help="time that running requests get when the server is stopped (default: 30)",
     )
+    add_memory(parser)
 
 
 def run(arguments: Namespace) -> int:
@@ -64,8 +66,6 @@ def run(arguments: Namespace) -> int:
         )
     except ValueError as error:
         raise UsageError(f"{error}") from error
-    opened = opened_model(arguments, arguments.model)
-    from moestro.generation import TextModel
 
     def ready(url: str) -> None:
         if settings.is_open:
@@ -74,6 +74,7 @@ def run(arguments: Namespace) -> int:
             )
         print(f"serving {settings.name} on {url}/v1 (Ctrl-C stops)", flush=True)
 
-    run_server(TextModel(*opened), settings, ready)
+    with opened_text_model(arguments) as text_model:
+        run_server(text_model, settings, ready)
     print("stopped")
     return 0

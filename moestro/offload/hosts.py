@@ -28,10 +28,12 @@ class Host(Protocol):
 
     path: Path
     experts: Experts
-    tables: Mapping[str, Tables]
     layers: tuple[int, ...]
     top_k: int
     compute: Compute
+
+    @property
+    def tables(self) -> Mapping[str, Tables]: ...
 
     def load(self, device: torch.device) -> Any:
         """The model without its experts' tensors."""

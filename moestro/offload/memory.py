@@ -70,15 +70,20 @@ class SlotMemory:
             self._held[precision] -= len(free[-1])
             self._let_go(free.pop())
         self._held[precision] += size
-        buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        buffer = self._new(size)
         self._note()
         return buffer
+
+    def _new(self, size: int) -> Tensor:
+        # threads that fill it are in no inference mode, whoever asks for it is
+        with torch.inference_mode(False):
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _scratch_of(self, size: int) -> Tensor:
         if self._scratch is None or len(self._scratch) < size:
             if self._scratch is not None:
                 self._let_go(self._scratch)
-            self._scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self._scratch = self._new(size)
             self._note()
         return self._scratch[:size]
 

@@ -62,7 +62,7 @@ class OwnHost:
         from moestro.export.opening import in_dtype
 
         with _weightless():
-            model = in_dtype(self._built(device), self.folder.dtype)
+            model: Any = in_dtype(self._built(device), self.folder.dtype)
         for name, parameter in list(model.decoder.named_parameters()):
             if parameter.is_meta and not self._experts_own(name):
                 owner, _, own = name.rpartition(".")

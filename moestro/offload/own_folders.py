@@ -1,6 +1,5 @@
 """Folders of our own models: where their tensors lie, by the decoder's names, and what else a session asks."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +20,7 @@ class OwnFolder(Protocol):
     config: Any
     tied: dict[str, str]
 
-    @property
-    def dtype(self) -> torch.dtype: ...
+    dtype: torch.dtype
 
     @property
     def entries(self) -> dict[str, Entry]: ...
@@ -50,9 +48,13 @@ class RunFiles:
         self.path, checkpoint = folder, newest_checkpoint(folder)
         self.tied: dict[str, str] = read_state(checkpoint)["tied"]
         self.file = checkpoint / "model.safetensors"
-        self.entries, _ = header(self.file)
+        self._entries, _ = header(self.file)
         self.recipe = load_recipe(folder / "recipe.yaml")
-        self.config: Any = configured(self.recipe, self.entries["embedding.weight"].shape[0])
+        self.config: Any = configured(self.recipe, self._entries["embedding.weight"].shape[0])
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        return self._entries
 
     def file_of(self, name: str) -> Path:
         return self.file
@@ -76,7 +78,7 @@ class ExportFiles:
         self.path, self.folder = folder, ExportedFolder(folder)
         self.config, self.tied, self.dtype = self.folder.config, self.folder.tied, self.folder.dtype
 
-    @cached_property
+    @property
     def entries(self) -> dict[str, Entry]:
         return self.folder.entries
 

@@ -24,8 +24,8 @@ VECTOR = 64
 
 @dataclass(frozen=True)
 class Table:
-    """Where the rows [n, width] of a table lie: in `file` from byte `start`, in `stored`; in memory the model has them in
-    `dtype`."""
+    """Where the rows [n, width] of a table lie: in `file` from byte `start`, in the dtype `stored`; `dtype` is that of
+    the model in memory."""
 
     file: Path
     start: int

@@ -13,6 +13,7 @@ import pytest
 
 from moestro.cli import main
 from moestro.cli.arguments import size
+from moestro.cli.offloading import size
 from moestro.offload.trace import read_trace
 from tests.conftest import ROOT
 from tests.offload.models import memory_for, tiny_folder
@@ -29,6 +30,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def offload(*words: object) -> int:
     return main(["offload", *map(str, words)])
+
+
+def test_texts_are_continued_by_a_model_larger_than_its_memory(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["generate", str(folder), "--prompt", "the quick", "--max-new-tokens", "6", "--json"]
+    assert main(words) == 0
+    whole = capsys.readouterr().out
+    memory = ["--memory", str(memory_for(folder, 2))]
+    for more in (["--exact"], ["--exact", "--hold", "host", "--prefetch", "1"], ["--t1", "1"]):
+        assert main([*words, *memory, *more]) == 0
+        assert capsys.readouterr().out == whole
+    assert main([*words, *memory, "--store", str(tmp_path / "low"), "--t1", "0", "--low", "int8"]) == 0
+    assert "int8 copies of layer" in capsys.readouterr().err
+    for refused, said in (
+        ([*words, "--exact"], "--exact is for models larger than memory"),
+        ([*words, *memory, "--dtype", "bf16"], "does not go with --memory"),
+        ([*words, *memory, "--calibrate", "t.txt"], "builds the copies once"),
+        ([*words, *memory, "--t1", "2"], "allowed: 0 <= T1 <= T2 <= 1"),
+        (["serve", str(folder), "--memory", "1k", "--low-share", "2"], "share of memory for LOW copies"),
+    ):
+        assert main(refused) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_generation_a_report_and_its_trace(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,13 +36,17 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> C
     return run
 
 
+def opened(folder: Path) -> Any:
+    return open_model(folder)
+
+
 def tokens(length: int) -> torch.Tensor:
     return torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def test_experts_of_unequal_widths(run_of: Callable[..., Path], tmp_path: Path) -> None:
     folder = run_of("hmoe")
-    model, tokenizer = open_model(folder)
+    model, tokenizer = opened(folder)
     with torch.no_grad():
         want = model(tokens(20)).logits
     continued = model.generate(tokens(5), max_new_tokens=6, do_sample=False)[0, 5:]
@@ -74,7 +79,7 @@ def test_an_export_is_run_as_the_model_that_it_is(run_of: Callable[..., Path], t
     for dtype in ("float32", "bfloat16"):
         folder = tmp_path / dtype
         export_run(run_of("hmoe"), folder, Choices(dtype=dtype, shard_bytes=200_000))
-        model, tokenizer = open_model(folder)
+        model, tokenizer = opened(folder)
         continued = model.generate(tokens(5), max_new_tokens=6, do_sample=False)[0, 5:]
         with Session(folder, Plan(least(folder) + 3000), poison=True) as session:
             assert torch.equal(generate(session, tokens(5)[0], 6).tokens, continued)
@@ -91,7 +96,7 @@ def least(folder: Path) -> int:
 
 def test_tokens_may_differ_in_the_number_of_their_experts(run_of: Callable[..., Path]) -> None:
     folder = run_of("dynamic_routing")
-    model, _ = open_model(folder)
+    model: Any = open_model(folder).model
     with torch.no_grad():
         want = model(tokens(20)).logits
     plan = Plan(least(folder), depth=1)
@@ -108,11 +113,12 @@ def test_rows_of_tables_are_brought_as_tokens_meet_them(
 ) -> None:
     """The same bits as in memory, with a fraction of the rows there; the largest cache brings every row once."""
     folder = run_of(recipe)
-    model, _ = open_model(folder)
+    model: Any = open_model(folder).model
     with torch.no_grad():
         want = model(tokens(30)).logits
     continued = model.generate(tokens(5), max_new_tokens=6, do_sample=False)[0, 5:]
     with Session(folder, Plan(1 << 40)) as session:
+        assert session.rows is not None
         everything, tables = session.rows.size, session.host.tables
         resident = session.resident
         assert resident + sum(t.row_bytes * t.rows for bank in tables.values() for t in bank.values()) >= sum(
@@ -126,7 +132,7 @@ def test_rows_of_tables_are_brought_as_tokens_meet_them(
     small = resident + sum(least_size(bank, session.host.top_k) for bank in tables.values()) + 200_000
     for host in (False, True):
         with Session(folder, Plan(small, host=host)) as session:
-            assert session.resident + session.rows.size <= small < resident + everything / 2
+            assert session.rows and session.resident + session.rows.size <= small < resident + everything / 2
             with session.running():
                 assert torch.equal(session.model(tokens(30)).logits, want)
             found = generate(session, tokens(5)[0], 6)
@@ -150,6 +156,7 @@ def test_a_table_that_is_cut_while_running_ends_the_run(run_of: Callable[..., Pa
             opened.truncate(file.stat().st_size // 2)
         with pytest.raises(OffloadError, match="changed while the model was running"):
             session.model(tokens(30))
+        assert session.rows is not None
         cache = next(iter(session.rows.caches.values()))
         held = cache._row[cache._row >= 0]
         assert (cache._slot[held] >= 0).all() and int((cache._slot >= 0).sum()) == len(held)
