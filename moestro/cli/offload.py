@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moestro.cli.arguments import Parser, UsageError, add_device, device_named, positive, size
 from moestro.cli.keeping import add_keeping
-from moestro.cli.arguments import Parser, UsageError, add_device, device_named, positive
-from moestro.cli.offloading import add_plan, plan_of, policies_of, size, told
+from moestro.cli.offloading import plan_of, policies_of, told
 from moestro.cli.terminal import as_json, failed
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--memory", type=size, metavar="SIZE", help="fast memory for weights: 8GiB, 500MB, ...")
     add_keeping(parser)
-    add_plan(parser)
     runs = parser.add_argument_group("generating and measuring")
     runs.add_argument("--prompt", metavar="TEXT", help="text to continue")
     runs.add_argument("--tokens", type=positive, default=64, metavar="N", help="tokens to continue by (default: 64)")
@@ -85,35 +83,6 @@ def run(arguments: Namespace) -> int:
     if not (arguments.prompt or arguments.eval or arguments.bench):
         raise UsageError("nothing to do: give --prompt TEXT, --eval FILE or --bench")
     return _generate(arguments, Path(kind))
-
-
-def _plan(arguments: Namespace) -> "Plan":
-    from moestro.offload.codecs import codec_named
-    from moestro.offload.scorer import Thresholds
-    from moestro.offload.session import Plan
-
-    if len(arguments.policy) > 1:
-        raise UsageError("--policy: one to run with; replay takes several")
-    exact = arguments.exact or arguments.t1 == 1
-    if exact and arguments.calibrate:
-        raise UsageError("--calibrate is for LOW copies; exact runs (--exact, --t1 1) have none")
-    return Plan(
-        arguments.memory,
-        None if exact else codec_named(arguments.low),
-        arguments.low_share,
-        Thresholds() if exact else Thresholds(arguments.t1, arguments.t2),
-        _policies(arguments, ["lru"])[0],
-        arguments.prefetch,
-        arguments.hold == "host",
-        arguments.cooperative,
-        arguments.renormalise,
-    )
-
-
-def _policies(arguments: Namespace, default: list[str]) -> "list[Policy]":
-    from moestro.offload.policies import policy_named
-
-    return [policy_named(name) for name in arguments.policy or default]
 
 
 def _generate(arguments: Namespace, folder: Path) -> int:

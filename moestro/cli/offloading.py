@@ -1,22 +1,18 @@
-"""What verbs share that run models larger than memory: sizes, the plan of a session, a model to continue texts with."""
+"""What verbs share that run models larger than memory: the plan of a session, a model to continue texts with."""
 
-import argparse
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moestro.cli.arguments import Parser, UsageError, device_named, extra, opened_model
+from moestro.cli.arguments import Parser, UsageError, device_named, extra, opened_model, size
+from moestro.cli.keeping import add_keeping
 
 if TYPE_CHECKING:
     from moestro.generation import TextModel
     from moestro.offload.policies import Policy
     from moestro.offload.session import Plan
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 # options of a plan, and what they are where nobody says so
 OF_PLANS: dict[str, Any] = {
@@ -33,43 +29,7 @@ def add_memory(parser: Parser) -> None:
         metavar="SIZE",
         help="keep no more of the weights in memory: experts are brought when tokens ask for them (docs/offload.md)",
     )
-    add_plan(parser)
-
-
-def add_plan(parser: Parser) -> None:
-    """How experts are kept, brought and quantised."""
-    plan = parser.add_argument_group("how experts are kept")
-    plan.add_argument("--exact", action="store_true", help="no LOW copies, nothing skipped: the same bits as in memory")
-    plan.add_argument("--low", default="int4", metavar="CODEC", help="LOW copies: int8, int4 (default), int2, bf16")
-    plan.add_argument(
-        "--low-share", type=float, default=0.25, metavar="SHARE", help="of the slots' memory (default: 0.25)"
-    )
-    plan.add_argument("--t1", type=float, default=0.6, help="scores up to it ask for HIGH (default: 0.6)")
-    plan.add_argument("--t2", type=float, default=0.9, help="up to it for LOW, above for nothing (default: 0.9)")
-    plan.add_argument(
-        "--policy",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="lru (default), lfu, lhu, fld, lcu, mix or mix:LRU,LFU,LHU,FLD; replay takes several",
-    )
-    plan.add_argument("--prefetch", type=int, default=0, metavar="DEPTH", help="layers to look ahead (default: 0)")
-    plan.add_argument("--hold", choices=("files", "host"), default="files", help="where experts wait (default: files)")
-    plan.add_argument("--cooperative", action="store_true", help="with --hold host: compute misses there")
-    plan.add_argument("--renormalise", action="store_true", help="after skips, scale gates to the sum that all had")
-    plan.add_argument("--store", type=Path, metavar="DIR", help="LOW copies (default: SRC.offload-CODEC beside SRC)")
-    plan.add_argument("--calibrate", type=Path, metavar="FILE", help="text by which LOW copies are quantised")
-
-
-def size(text: str) -> int:
-    """Bytes: 8GiB, 500MB, 1.5g, 4096.
-
-    Raises: argparse.ArgumentTypeError.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.lower())
-    if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; allowed: 8GiB, 500MB, 4096 and such")
-    return int(float(found[1]) * UNITS[found[2] or ""])
+    add_keeping(parser)
 
 
 def plan_of(arguments: Namespace) -> "Plan":

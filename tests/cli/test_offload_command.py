@@ -13,7 +13,6 @@ import pytest
 
 from moestro.cli import main
 from moestro.cli.arguments import size
-from moestro.cli.offloading import size
 from moestro.offload.trace import read_trace
 from tests.conftest import ROOT
 from tests.offload.models import memory_for, tiny_folder
