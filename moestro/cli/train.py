@@ -3,19 +3,28 @@
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from moestro.cli.arguments import Parser, add_device, add_recipe, device_named
 
 
 def add_arguments(parser: Parser) -> None:
-    """RECIPE, key=value ..., --out, --device"""
+    """RECIPE, key=value ..., --out, --device, --nproc, --max-restarts"""
     add_recipe(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE-SEED)")
     add_device(parser)
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="train with N processes on this host")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --nproc: how often all start again after one was lost (default: 0)",
+    )
 
 
 def run(arguments: Namespace) -> int:
-    """Train a recipe; the same command continues a run that was interrupted.
+    """Train a recipe; the same command continues a run that was interrupted. Under torchrun each process is a rank.
 
     Writes a run folder: recipe.yaml with every default, metrics.jsonl, checkpoints, tokenizer, done.json.
 
@@ -23,21 +32,64 @@ def run(arguments: Namespace) -> int:
       moestro train recipes/hmoe.yaml
       moestro train recipes/hmoe.yaml train.budget.steps=50 optim.lr=1e-3 --out runs/short
       moestro train recipes/peer.yaml 'data.source={kind: text, paths: my/folder}'
+      moestro train recipes/hmoe.yaml --nproc 2
     """
+    from moestro.parallel.ranks import speaks
     from moestro.recipe.build import run_training
-    from moestro.recipe.load import load_recipe
     from moestro.train import TrainingStopped, display_on
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load(arguments)
+    if arguments.nproc != 1:
+        return on_ranks(arguments)
     out = arguments.out or Path("runs") / f"{recipe.name}-{recipe.train.value('seed')}"
     try:
         result = run_training(recipe, out, device_named(arguments.device), display_on(sys.stderr, recipe.name))
     except TrainingStopped as stopped:
-        print(f"moestro: {stopped}", file=sys.stderr)
+        if speaks():
+            print(f"moestro: {stopped}", file=sys.stderr)
         return 0
     figures = result["eval"]
-    print(
-        f"{out}: step {result['step']:,}, {result['tokens']:,} tokens, {result['flops']:.3g} FLOPs; held out: "
-        f"{figures['bpb']:.4f} bits per byte, perplexity {figures['perplexity']:.2f}"
-    )
+    if speaks():
+        print(
+            f"{out}: step {result['step']:,}, {result['tokens']:,} tokens, {result['flops']:.3g} FLOPs; held out: "
+            f"{figures['bpb']:.4f} bits per byte, perplexity {figures['perplexity']:.2f}"
+        )
     return 0
+
+
+def load(arguments: Namespace) -> Any:
+    """The recipe; where it is wrong, one of several ranks says so.
+
+    Raises: RecipeError.
+    """
+    from moestro.parallel.ranks import speaks
+    from moestro.recipe.load import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        recipe.parallel.build()
+    except RecipeError as error:
+        if speaks():
+            raise
+        raise SystemExit(2) from error
+    return recipe
+
+
+def on_ranks(arguments: Namespace) -> int:
+    """The same command on several ranks of this host.
+
+    Raises: ValueError for impossible numbers.
+    """
+    from moestro.parallel.launch import launch
+    from moestro.parallel.ranks import launched
+
+    if arguments.nproc < 1 or arguments.max_restarts < 0:
+        raise ValueError(
+            f"--nproc {arguments.nproc} --max-restarts {arguments.max_restarts}, allowed: at least 1 and at least 0"
+        )
+    if launched():
+        raise ValueError("--nproc starts processes, which torchrun did here already: give one of the two")
+    device = ["--device", arguments.device] if arguments.device else []
+    out = ["--out", str(arguments.out)] if arguments.out else []
+    words = ["train", str(arguments.recipe), *arguments.overrides, *out, *device]
+    return launch(arguments.nproc, words, arguments.max_restarts)

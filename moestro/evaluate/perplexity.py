@@ -9,10 +9,15 @@ from torch import nn
 
 from moestro.data import Batch
 from moestro.evaluate.scoring import exact_dtype, score
+from moestro.parallel.gradients import forget_gathered
+from moestro.parallel.ranks import Ranks
+from moestro.parallel.share import own_share
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], *, precision: str = "fp32") -> dict[str, float]:
-    """Figures of the model on all batches together.
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, precision: str = "fp32", ranks: Ranks | None = None
+) -> dict[str, float]:
+    """Figures of the model on all batches together; of several ranks each reads a share of every batch.
 
     `loss` is mean nats per target token, `perplexity` = exp(loss), `bpb` = nats / (ln 2 * bytes of the targets), and
     `tokens` and `bytes` what was counted. The mode of the model is put back afterwards.
@@ -20,14 +25,17 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, precision: str = "fp
     Raises: ValueError where there is nothing to evaluate.
     """
     device = next(model.parameters()).device
+    ranks = ranks or Ranks.alone(device)
     total = torch.zeros((), dtype=exact_dtype(device), device=device)
     tokens = n_bytes = 0
     with evaluating(model):
         for batch in batches:
-            _, losses = score(model, batch, precision)
+            _, losses = score(model, own_share(batch, ranks), precision)
             total += losses.sum(dtype=total.dtype)
             tokens += int(batch.keep.sum())
             n_bytes += int(batch.n_bytes.sum())
+    total = ranks.summed(total)
+    forget_gathered(model, ranks)
     if not tokens or not n_bytes:
         raise ValueError(f"nothing to evaluate: the batches hold {tokens} target tokens, {n_bytes} bytes")
     loss = float(total) / tokens

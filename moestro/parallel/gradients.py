@@ -20,6 +20,16 @@ def send_after_backward(model: Any, last: bool) -> None:
         model.set_reshard_after_backward(last)
 
 
+def forget_gathered(model: nn.Module, ranks: Ranks) -> None:
+    """Let go of weights that a forward pass without backward has gathered, so that parameters are shards again."""
+    if ranks.several:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     """Sum the gradients of what FSDP leaves alone over the ranks that hold the same: single numbers over all, experts

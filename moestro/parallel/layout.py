@@ -1,6 +1,7 @@
 """Where the part of a tensor that a rank holds lies in the whole tensor."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,12 @@ class Layout:
         return Layout(self.shape[:n], pieces, self.copies)
 
 
+def n_elsewhere(parameters: Iterable[Tensor]) -> int:
+    """Numbers of these parameters of which this rank counts none as its own: of experts that other ranks hold."""
+    held = ((own_layout(parameter), parameter.numel()) for parameter in parameters)
+    return sum(math.prod(layout.shape) - own for layout, own in held if layout is not None)
+
+
 def lay_out(tensor: Tensor, layout: Layout) -> None:
     """Remember where a tensor that is one rank's own lies in the whole."""
     setattr(tensor, ATTRIBUTE, layout)
@@ -61,13 +68,18 @@ def own_layout(tensor: Tensor) -> Layout | None:
     return getattr(tensor, ATTRIBUTE, None)
 
 
+def whole_layout(shape: Sequence[int]) -> Layout:
+    """That of a tensor which every rank has whole."""
+    return Layout(tuple(shape), (Piece((0,) * len(shape), (0,) * len(shape), tuple(shape)),))
+
+
 def layout_of(tensor: Tensor) -> Layout:
     """Where a tensor of any kind lies: of one rank's own, of a DTensor, or whole on every rank."""
     if (own := own_layout(tensor)) is not None:
         return own
     shape = tuple(tensor.shape)
     if not is_sharded(tensor):
-        return Layout(shape, (Piece((0,) * len(shape), (0,) * len(shape), shape),))
+        return whole_layout(shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     size, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
@@ -99,6 +111,16 @@ def whole(tensor: Tensor) -> Tensor:
         total[piece.in_whole] = tensor[piece.in_own]
     dist.all_reduce(total)
     return total if layout.n_copies == 1 else total / layout.n_copies
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor `value`, as it holds `like`; a single number belongs to every part."""
+    if value.ndim == 0:
+        return value
+    own = value.new_zeros(local(like).shape)
+    for piece in layout_of(like).pieces:
+        own[piece.in_own] = value[piece.in_whole]
+    return own
 
 
 @torch.no_grad()

@@ -14,14 +14,17 @@ from moestro.parallel.settings import ParallelSettings
 from moestro.routers import Router
 
 
-def parallelize(model: Any, ranks: Ranks, settings: ParallelSettings, precision: str = "fp32") -> None:
+def parallelize(
+    model: Any, ranks: Ranks, settings: ParallelSettings, precision: str = "fp32", compiled: bool = False
+) -> None:
     """Spread a model, which every rank built alike, over all of them, in place. Alone it stays as it is.
 
     First `distribute_experts` gives each rank its experts and its part of tables. Every other parameter becomes a
     DTensor (FSDP2): those of a block, or of blocks that share parameters, are gathered together before its forward
     pass, with bf16 in bfloat16; those of a router in its own precision, and until the end of backward, because
     objectives read them; embedding, last norm and head with the first block. Gradients are summed, never averaged, in
-    float32. Scalars are whole on every rank: `sum_gradients` sums theirs, and those of experts with copies.
+    float32. Scalars are whole on every rank: `sum_gradients` sums theirs, and those of experts with copies. With
+    `compiled` torch compiles every block by itself.
 
     Raises: ValueError where the model cannot be spread so.
     """
@@ -35,6 +38,9 @@ def parallelize(model: Any, ranks: Ranks, settings: ParallelSettings, precision:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if narrow else None
     shared: dict[str, Any] = {"mesh": ranks.shards, "ignored_params": apart}
     lowered = {**shared, "mp_policy": policy} if policy is not None else shared
+    if compiled:
+        for block in model.decoder_layers():
+            block.compile()
     for router in outermost(model, Router):
         fully_shard(router, **shared, reshard_after_forward=False)
     for blocks in blocks_that_share(model.decoder_layers()):

@@ -1,25 +1,30 @@
 """The processes that train one model together: who they are, how they are grouped, and how one joins them."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from moestro.parallel.settings import ParallelSettings
 
 FAILED = "moestro/failed"
+A_LONG_TIME = timedelta(days=1)
+# what gloo and NCCL say where another rank is gone or silent
+SILENCE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe|socket", re.IGNORECASE)
 COPIES, EXPERTS, SHARDS = "copies", "experts", "shards"
 
 
 class RankLost(RuntimeError):
-    """Another rank ended, or could not be reached in time."""
+    """Another rank ended, could not be reached, or was silent for too long."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Ranks:
 
     `shards` is the mesh of FSDP: (shards), or (copies, shards) where there are copies. `experts` is the mesh of expert
     parallelism, (copies, experts): the ranks along `experts` hold all experts together, those along `copies` the same
-    ones. `files` is a group of its own on the CPU, for what is written while training goes on.
+    ones. `control` is a group on the CPU for what ranks tell each other, `files` another one, for what is written while
+    training goes on; `store` answers each rank without the others.
     """
 
     device: torch.device
@@ -36,7 +42,9 @@ class Ranks:
     world: int = 1
     shards: DeviceMesh | None = None
     experts: DeviceMesh | None = None
+    control: Any = None
     files: Any = None
+    store: Any = None
 
     @classmethod
     def alone(cls, device: str | torch.device = "cpu") -> "Ranks":
@@ -44,7 +52,7 @@ class Ranks:
         return cls(torch.device(device))
 
     @classmethod
-    def grouped(cls, device: torch.device, settings: ParallelSettings) -> "Ranks":
+    def grouped(cls, device: torch.device, settings: ParallelSettings, store: Any = None) -> "Ranks":
         """This process in the initialised process group; every rank must call it.
 
         Raises: ValueError where the settings do not fit the number of ranks.
@@ -59,6 +67,8 @@ class Ranks:
             grid(device, copies, world // copies, SHARDS, timeout),
             grid(device, world // settings.experts, settings.experts, EXPERTS, timeout),
             dist.new_group(backend="gloo", timeout=timeout),
+            dist.new_group(backend="gloo", timeout=timeout),
+            store,
         )
 
     @property
@@ -89,16 +99,40 @@ class Ranks:
         if not self.several:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.files)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def any(self, own: bool) -> bool:
+        """Whether it is so on any rank; every rank must call it. No device is waited for."""
+        if not self.several:
+            return own
+        flag = torch.tensor([int(own)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
+        return bool(flag)
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Make torch's default generators a function of (seed, step, rank), so that what is drawn in a step differs
+        among ranks, and training continues alike after an interruption. Alone, one sequence of draws goes on from step
+        to step, and is kept in checkpoints."""
+        if self.several:
+            torch.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
+
+    @contextmanager
+    def main_first(self, what: str) -> Iterator[None]:
+        """Let the main rank do something before the others, however long it takes: they find what it left in files."""
+        if self.store is not None and not self.main:
+            self.store.wait([what], A_LONG_TIME)
+        yield
+        if self.store is not None and self.main:
+            self.store.set(what, "done")
 
     def first_to_fail(self) -> bool:
         """Whether no other rank has called this: of several failing ranks the first has the cause, and says it."""
-        if not self.several:
+        if self.store is None:
             return True
         try:
-            return dist.distributed_c10d._get_default_store().add(FAILED, 1) == 1
-        except (RuntimeError, ValueError):  # nobody left to ask
+            return self.store.add(FAILED, 1) == 1
+        except RuntimeError:  # nobody is left to ask
             return True
 
 
@@ -122,6 +156,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def speaks() -> bool:
+    """Whether this process is the one that talks to the user: the main rank, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def own_device(device: str | torch.device) -> torch.device:
     """The device of this process: of several CUDA devices of a host, that of its number on the host."""
     device = torch.device(device)
@@ -137,21 +176,68 @@ def joined(device: str | torch.device, settings: ParallelSettings) -> Iterator[R
     """The ranks that torchrun started, or those of a process group that is there already, or this process alone. The
     groups that were made are gone afterwards.
 
-    Raises: ValueError where the settings do not fit the number of ranks; RankLost where others do not come in time.
+    Where ranks fail, the first one raises its error; the others, who only notice, exit with code 1 and no message.
+
+    Raises: ValueError where the settings do not fit the number of ranks; RankLost where another rank ends, or is not
+    heard of for `timeout_s`.
     """
     device = own_device(device)
     if dist.is_available() and dist.is_initialized():
         yield Ranks.grouped(device, settings)
-        return
-    if not launched() or os.environ["WORLD_SIZE"] == "1":
+    elif not launched() or os.environ["WORLD_SIZE"] == "1":
         yield Ranks.alone(device)
-        return
+    else:
+        with Meeting(device, settings) as meeting:
+            yield Ranks.grouped(device, settings, meeting.store)
+
+
+class Meeting:
+    """The process group that the environment describes, while entered; an error that leaves it is told once."""
+
+    def __init__(self, device: torch.device, settings: ParallelSettings) -> None:
+        self.device, self.settings = device, settings
+
+    def __enter__(self) -> Self:
+        self.store = meet(self.device, self.settings)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        first = error is None or Ranks(self.device, store=self.store).first_to_fail()
+        dist.destroy_process_group()
+        if not isinstance(error, Exception) or getattr(error, "of_all_ranks", False):
+            return
+        if not first:
+            raise SystemExit(1) from error
+        if is_silence(error):
+            raise lost(error, self.settings) from error
+
+
+def meet(device: torch.device, settings: ParallelSettings) -> Any:
+    """Initialise the process group that the environment describes; returns its store.
+
+    Raises: RankLost where others do not come in time.
+    """
+    timeout = waiting_time(settings)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=waiting_time(settings))
-    except dist.DistError as error:
-        raise RankLost(f"cannot join the other ranks: {error}") from error
-    try:
-        yield Ranks.grouped(device, settings)
-    finally:
-        dist.destroy_process_group()
+        store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise lost(error, settings) from error
+    return store
+
+
+def is_silence(error: Exception) -> bool:
+    """Whether an error says that another rank was not heard of."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(SILENCE.search(str(error))))
+
+
+def lost(error: Exception, settings: ParallelSettings) -> RankLost:
+    """The error of a rank that did not hear of another one."""
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    return RankLost(
+        f"rank {rank} of {world} lost another rank: it ended, its network is cut, or it was silent for longer than "
+        f"parallel.timeout_s={settings.timeout_s:g}. The same command continues from the last checkpoint "
+        f"({str(error).splitlines()[0][:300]})"
+    )

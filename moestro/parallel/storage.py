@@ -118,7 +118,7 @@ class Writer(dcp.StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if is_coordinator:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True)  # before others write: they wait for the plan
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -219,10 +219,17 @@ def stored_files(folder: Path, file: str) -> list[Path]:
 
 def save_pieces(folder: Path, files: Mapping[str, Mapping[str, Held]], rank: int, group: Any) -> dict[str, str]:
     """Write what all ranks hold; returns {file: SHA-256}, on the main rank alone. Every rank of `group`, which must be
-    on the CPU, calls it with the same names; the main rank returns last, when all files are complete."""
+    on the CPU, calls it with the same names; the main rank returns when all files are complete.
+
+    Raises: OSError where a rank could not write, on every rank.
+    """
     flat = {f"{file}{IN_FILE}{name}": held for file, tensors in files.items() for name, held in tensors.items()}
-    writer = Writer(folder, rank)
-    dcp.save(flat, storage_writer=writer, planner=SavePieces(flatten_state_dict=False), process_group=group)
+    writer, planner = Writer(folder, rank), SavePieces(flatten_state_dict=False)
+    try:
+        dcp.save(flat, storage_writer=writer, planner=planner, process_group=group)  # type: ignore[arg-type]
+    except dcp.CheckpointException as error:
+        failed, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(f"rank {failed}: {cause}") from error
     return writer.hashes
 
 
@@ -239,4 +246,3 @@ def read_pieces(folder: Path, file: str, wanted: Mapping[str, tuple[Layout, tupl
     reader, planner = Reader(folder, file), LoadPieces(flatten_state_dict=False)
     dcp.load(held, storage_reader=reader, planner=planner, no_dist=True)
     return {name: entry.own for name, entry in held.items()}
-

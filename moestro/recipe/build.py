@@ -8,6 +8,7 @@ import torch
 from moestro.data import TokenData, Tokenizer
 from moestro.model import Block, PassedBlock, Transformer
 from moestro.ops.tables import tables_in
+from moestro.parallel.ranks import joined
 from moestro.recipe.adapt import require_same_tokenizer, start_adapted
 from moestro.recipe.bind import built
 from moestro.recipe.load import Decoder, Recipe, load_recipe
@@ -111,22 +112,27 @@ def run_training(
 
     Raises: RecipeError for impossible values, or where the folder belongs to another recipe.
     """
-    settings, objectives, rules = build_training(recipe)
-    data = build_data(recipe)
-    build_model(recipe, vocab_size=1, device="meta")
-    folder = Path(run_dir)
-    require_writable(folder)
-    require_same_recipe(folder, recipe)
-    dataset = data.prepare(progress=show_preparation)
-    if recipe.adapt is not None:
-        require_same_tokenizer(recipe.adapt, dataset.tokenizer)
+    with joined(device, recipe.parallel.build()) as ranks:
+        settings, objectives, rules = build_training(recipe)
+        data = build_data(recipe)
+        build_model(recipe, vocab_size=1, device="meta")
+        folder = Path(run_dir)
+        require_writable(folder)
+        require_same_recipe(folder, recipe)
+        with ranks.main_first("data"):
+            dataset = data.prepare(progress=show_preparation and ranks.main)
+        if recipe.adapt is not None:
+            require_same_tokenizer(recipe.adapt, dataset.tokenizer)
 
-    def claim(claimed: RunFolder) -> None:
-        claim_folder(claimed, recipe, dataset.tokenizer)
+        def claim(claimed: RunFolder) -> None:
+            claim_folder(claimed, recipe, dataset.tokenizer)
 
-    with tables_in(settings.table_folder and folder / settings.table_folder):
-        model = build_model(recipe, dataset.vocab_size, device, from_start=not list_checkpoints(folder / "checkpoints"))
-        return train(model, dataset, settings, objectives, rules, folder, progress, claim)
+        with tables_in(settings.table_folder and folder / settings.table_folder):
+            start = not list_checkpoints(folder / "checkpoints")
+            # spread over ranks, a model need not fit one device
+            place = "cpu" if ranks.several else ranks.device
+            model = build_model(recipe, dataset.vocab_size, place, from_start=start)
+            return train(model, dataset, settings, objectives, rules, folder, progress, claim, ranks)
 
 
 def claim_folder(folder: RunFolder, recipe: Recipe, tokenizer: Tokenizer) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moestro.evaluate.scoring import exact_dtype
 from moestro.experts import ExpertBank
 from moestro.layers import MoELayer
+from moestro.parallel.layout import is_sharded, whole, write_rows
 from moestro.parallel.sums import summed_over_ranks
 from moestro.routers import ScoredRouter, TopAny
 from moestro.routing import Trace
@@ -85,14 +86,20 @@ class AdaptiveExperts(Rule):
     @torch.no_grad()
     def apply(self, step: int) -> None:
         self.step = step
-        for record, seen in self.seen:
-            record += seen
-        self.seen.clear()
+        if self._recording(step):
+            self._gather()
         if self._next_update(step) != step:
             return
         for number, (layer, record) in enumerate(self.records.items()):
-            self._update(layer, summed_over_ranks(record).cpu(), number)
+            self._update(layer, record.cpu(), number)
             record.zero_()
+
+    def _gather(self) -> None:
+        """Add what the step has shown on all ranks to the records, which are the same on each."""
+        for record in self.records.values():
+            own = [seen for of, seen in self.seen if of is record]
+            record += summed_over_ranks(torch.stack(own).sum(0) if own else torch.zeros_like(record))
+        self.seen.clear()
 
     def skip(self, step: int) -> None:
         """Updates are due by the number of the step; this one has shown nothing."""
@@ -129,8 +136,8 @@ class AdaptiveExperts(Rule):
 
     def _place(self, layer: MoELayer, slot: int, row: Tensor) -> None:
         router, select = _parts(layer)
-        router.score.weight[slot] = row.to(router.score.weight)
-        select.thresholds[slot] = 0
+        write_rows(router.score.weight, slot, row[None])
+        write_rows(select.thresholds, slot, 0.0)
         for parameter in (router.score.weight, select.thresholds):
             self.optimizer.reset_rows(parameter, slot)
 
@@ -141,10 +148,10 @@ class AdaptiveExperts(Rule):
             new = _fresh(bank, slot, f"{self.seed} {self.step} {number}")
         else:
             chosen = [int(used.argmax())] if self.new_experts == "copy" else used.nonzero().flatten().tolist()
-            each = [[parameter[rows] for parameter, rows in bank.weights_of(e)] for e in chosen]
+            each = [[whole(parameter)[rows] for parameter, rows in bank.weights_of(e)] for e in chosen]
             new = [torch.stack(alike).mean(0) for alike in zip(*each, strict=True)]
         for (parameter, rows), weights in zip(bank.weights_of(slot), new, strict=True):
-            parameter[rows] = weights
+            write_rows(parameter, rows, weights)
             self.optimizer.reset_rows(parameter, rows)
 
 
@@ -190,7 +197,7 @@ def _fresh(bank: ExpertBank, slot: int, seed: str) -> list[Tensor]:
     devices = {parameter.device for parameter in bank.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(int.from_bytes(seed.encode(), "big") % 2**63)
-        twin = copy.deepcopy(bank)
+        twin = copy.deepcopy(bank, {id(p): nn.Parameter(whole(p)) for p in bank.parameters() if is_sharded(p)})
         index = torch.arange(bank.n_experts)
         index[slot] = -1
         twin.reindex(index)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.experts import MPOLinear
+from moestro.parallel.layout import local, part_of
 from moestro.train.optim import Optimizers
 from moestro.train.rules import Rule
 
@@ -61,7 +62,8 @@ class CentralMask(Rule):
             if self.mode == "skip" and not bool(kept):
                 central.grad = None
                 continue
-            central.grad *= kept / (1 - self.probability) if self.rescale else kept
+            own = local(central.grad)
+            own *= part_of(kept / (1 - self.probability) if self.rescale else kept, central)
 
     def _kept(self, central: Tensor, number: int, step: int) -> Tensor:
         """1 for what is kept and 0 for what is masked, one number or as many as elements."""
@@ -69,5 +71,5 @@ class CentralMask(Rule):
         # raw numbers, which numpy promises to be the same in every version
         random = np.random.Philox(key=np.array([self.seed, 0], np.uint64), counter=counter)
         drawn = random.random_raw(1 if self.granularity == "tensor" else central.numel())
-        kept = torch.from_numpy(drawn * 2.0**-64 >= self.probability).to(central)
+        kept = torch.from_numpy(drawn * 2.0**-64 >= self.probability).to(central.device, central.dtype)
         return kept.view(()) if self.granularity == "tensor" else kept.view_as(central)

@@ -5,6 +5,8 @@ A folder `step-00000123` appears complete or not at all. Nothing is pickled.
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from moestro.formats.writer import write_tensors
 from moestro.ops.whole_files import TEMPORARY
+from moestro.parallel.layout import Layout, whole_layout
+from moestro.parallel.ranks import Ranks
 from moestro.train.durable import (
     publish_folder,
     remove_folder,
@@ -37,20 +41,41 @@ def write_checkpoint(
 
     Raises: CheckpointError where the disk refuses; the unfinished folder is removed.
     """
-    path = checkpoints / f"step-{step:08d}"
-    temporary = checkpoints / (TEMPORARY + path.name)
+    path = checkpoint_of(checkpoints, step)
+    with publishing(path, state) as (folder, hashes):
+        folder.mkdir(parents=True)
+        for name, named in tensors.items():
+            hashes[f"{name}.safetensors"] = write_tensors(folder / f"{name}.safetensors", named)
+    return path
+
+
+@contextmanager
+def publishing(path: Path, state: dict[str, Any]) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Gives a folder that the block makes and fills, and a dict for the SHA-256 of its files; then adds `state`, and it
+    appears as the checkpoint `path`.
+
+    Raises: CheckpointError where the disk refuses; the unfinished folder is removed.
+    """
+    temporary, hashes = unfinished(path), {}
     try:
-        temporary.mkdir(parents=True)
-        files = {f"{name}.safetensors": named for name, named in tensors.items()}
-        hashes = {name: write_tensors(temporary / name, named) for name, named in files.items()}
-        content = {CHECKPOINT.key: CHECKPOINT.version, "step": step, "sha256": hashes, **state}
+        yield temporary, hashes
+        content = {CHECKPOINT.key: CHECKPOINT.version, "step": step_of(path), "sha256": hashes, **state}
         content["checksum"] = sha256_json(content)
         (temporary / STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         publish_folder(temporary, path)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot write checkpoint {path}: {error}.{advice(checkpoints)}") from error
-    return path
+        raise CheckpointError(f"cannot write checkpoint {path}: {error}.{advice(path.parent)}") from error
+
+
+def checkpoint_of(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint after optimizer step `step`."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def unfinished(path: Path) -> Path:
+    """The folder in which a checkpoint is written before it appears."""
+    return path.with_name(TEMPORARY + path.name)
 
 
 def advice(checkpoints: Path) -> str:
@@ -70,20 +95,20 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, ranks: Ranks | None = None) -> dict[str, Any]:
     """The content of `state.json` as today's version has it, once every file of the checkpoint is shown to be what was
-    written.
+    written; of several ranks each looks at some of the files.
 
     Raises: CheckpointError naming the damaged file with its expected and actual hash, and the earlier checkpoint that
     can be used instead; VersionError where a newer moestro wrote it.
     """
     try:
-        return verified_state(path)
+        return verified_state(path, ranks)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {way_out(path)}") from error.__cause__
 
 
-def verified_state(path: Path) -> dict[str, Any]:
+def verified_state(path: Path, ranks: Ranks | None = None) -> dict[str, Any]:
     """As `read_state`, without advice."""
     file = path / STATE
     try:
@@ -94,7 +119,8 @@ def verified_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path.name} is damaged: {file} has no checksum")
     compare_hash(file, state.pop("checksum"), sha256_json(state))
     state = CHECKPOINT.upgraded(state, file)
-    for name, expected in state["sha256"].items():
+    turn = slice(None) if ranks is None else slice(ranks.rank, None, ranks.world)
+    for name, expected in sorted(state["sha256"].items())[turn]:
         if not (path / name).is_file():
             raise CheckpointError(f"checkpoint {path.name} is damaged: {path / name} is missing")
         compare_hash(path / name, expected, sha256(path / name))
@@ -121,11 +147,31 @@ def way_out(path: Path) -> str:
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """Tensors of one safetensors file of a checkpoint, on the CPU."""
-    tensors = load_file(path / f"{name}.safetensors")
+    """Whole tensors of one kind in a checkpoint, on the CPU, whoever wrote it."""
+    single = path / f"{name}.safetensors"
+    if single.exists():
+        tensors = load_file(single)
+    else:
+        wanted = {key: (whole_layout(shape), shape) for key, shape in stored_shapes(path, name).items()}
+        tensors = read_parts(path, name, wanted)
     if name != "model":
         return tensors
     return tensors | added_tensors(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+
+
+def stored_shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """The whole shape of every tensor of one kind in a checkpoint."""
+    from moestro.parallel import storage
+
+    return {key: tuple(shape) for key, (shape, _) in storage.stored_shapes(path, name).items()}
+
+
+def read_parts(path: Path, name: str, wanted: Mapping[str, tuple[Layout, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """This rank's parts of tensors of one kind in a checkpoint, given where each lies and the part's shape."""
+    from moestro.parallel import storage
+
+    dtypes = {key: dtype for key, (_, dtype) in storage.stored_shapes(path, name).items()}
+    return storage.read_pieces(path, name, {key: (*place, dtypes[key]) for key, place in wanted.items()})
 
 
 def added_tensors(path: Path, shapes: Shapes) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ class RunFolder:
     Raises: RunFolderError where another process holds it or it cannot be written.
     """
 
+    main = True
+
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
@@ -72,6 +74,10 @@ class RunFolder:
         self.write_json("done.json", result)
         return result
 
+    def open_metrics(self, size: int) -> "MetricsFile | NoMetrics":
+        """metrics.jsonl, as it was when it had `size` bytes."""
+        return MetricsFile(self.metrics, size)
+
     def add_session(self, session: dict) -> None:
         """Append to the list in environment.json: one entry for every process that worked on the run."""
         file = self.path / "environment.json"
@@ -84,6 +90,33 @@ class RunFolder:
             write_json(self.path / name, value)
         except OSError as error:
             raise unwritable(self.path / name, error) from error
+
+
+class GuestFolder(RunFolder):
+    """The run folder as ranks other than the main one have it: they read what is there and write nothing."""
+
+    main = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def open_metrics(self, size: int) -> "MetricsFile | NoMetrics":
+        return NoMetrics()
+
+    def write_json(self, name: str, value: Any) -> None: ...
+
+
+class NoMetrics:
+    """Takes lines of metrics and keeps none."""
+
+    def write(self, line: dict) -> None: ...
+
+    def sync(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
 
 
 class MetricsFile:

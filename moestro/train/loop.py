@@ -10,8 +10,9 @@ from torch import Tensor
 from moestro.evaluate.perplexity import evaluate
 from moestro.evaluate.scoring import check_precision
 from moestro.model import Transformer
+from moestro.parallel.ranks import Ranks, launched
 from moestro.train.environment import describe_machine
-from moestro.train.folder import RunFolder
+from moestro.train.folder import GuestFolder, RunFolder
 from moestro.train.hardware import peak_flops
 from moestro.train.health import require_finite, to_skip
 from moestro.train.memory import keep_freed_memory
@@ -36,6 +37,7 @@ def train(
     run_dir: Path,
     progress: Display | None = None,
     claim: Callable[[RunFolder], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Train until the budget is used; returns the final metrics, which are also in `run_dir`/done.json.
 
@@ -45,33 +47,52 @@ def train(
     `model` stays as it is. On the CPU, training that was interrupted at any moment ends as if it had not been, to the
     last bit.
 
+    With several `ranks` every one of them calls it, with the same model, and gets the same metrics; each computes its
+    share of every batch. The main rank alone writes to `run_dir`, but for checkpoints, calls `claim` and has a display.
+    A signal to any rank stops all.
+
     Raises: RunFolderError, CheckpointError, NonFiniteLoss; TrainingStopped after SIGTERM or SIGINT, once saved.
     """
-    device = next(model.parameters()).device
-    check_precision(device, settings.precision)
+    ranks = ranks or Ranks.alone(next(model.parameters()).device)
+    check_precision(ranks.device, settings.precision)
     check_names(objectives)
-    with RunFolder(run_dir) as folder, StopSignal() as stop, progress or Silent() as display:
-        if claim is not None:
+    check_shares(settings, ranks)
+    kind, display = (RunFolder, progress or Silent()) if ranks.main else (GuestFolder, Silent())
+    with kind(run_dir) as folder, StopSignal(patient=launched()) as stop, display:
+        if claim is not None and ranks.main:
             claim(folder)
-        state = first_state(model, dataset, settings, objectives, rules)
-        newest = folder.newest_checkpoint
-        if folder.result is not None:
+        newest, result = ranks.told((folder.newest_checkpoint, folder.result))
+        if result is not None:
             if newest is not None:
-                state.require_same(newest)
-            return folder.result
+                first_state(model, dataset, settings, objectives, rules, ranks).require_same(newest)
+            return result
         prepare_tables(model, settings)
+        if ranks.several:
+            from moestro.parallel.parallelize import parallelize
+
+            parallelize(model, ranks, settings.parallel, settings.precision, settings.compile)
         keep_freed_memory()
         torch.manual_seed(settings.seed)
         model.recompute = settings.recompute
+        state = first_state(model, dataset, settings, objectives, rules, ranks)
         for rule in state.rules:
             rule.start(model, state.optimizer)
         if newest is not None:
             state.restore(newest)
             display.message(f"continuing from {newest.name}")
-        folder.add_session({"from_step": state.counters.step, **describe_machine(device)})
+        folder.add_session({"from_step": state.counters.step, "ranks": ranks.world, **describe_machine(ranks.device)})
         with MetricsLog(folder, settings, state.counters, display) as log:
             run(dataset, objectives, state, folder, log, stop)
-        return folder.finish(state.result())
+        return folder.finish(ranks.told(state.result()))
+
+
+def check_shares(settings: TrainSettings, ranks: Ranks) -> None:
+    """Raises: ValueError where micro-batches cannot be divided equally among the ranks."""
+    if settings.micro_batch % ranks.world:
+        raise ValueError(
+            f"train batch_size={settings.batch_size} in accumulate={settings.accumulate} micro-batches cannot be "
+            f"shared by {ranks.world} ranks: {ranks.world * settings.accumulate} must divide it"
+        )
 
 
 def first_state(
@@ -80,11 +101,13 @@ def first_state(
     settings: TrainSettings,
     objectives: ScheduledObjectives,
     rules: Sequence[Rule],
+    ranks: Ranks | None = None,
 ) -> TrainState:
     """A run before its first step; its rules have not started."""
     same = {"data": {"fingerprint": dataset.fingerprint}, "objectives": weights_of(objectives)}
     optimizer = build_optimizer(model, settings.optim)
-    return TrainState(model, optimizer, [QueryNormStatistics(), *rules], settings, same)
+    everyone = ranks or Ranks.alone(next(model.parameters()).device)
+    return TrainState(model, optimizer, [QueryNormStatistics(), *rules], settings, same, ranks=everyone)
 
 
 def run(
@@ -97,17 +120,18 @@ def run(
 ) -> None:
     """The optimizer steps from where `state` is to the end of the budget."""
     model, optimizer, settings, counters = state.model, state.optimizer, state.settings, state.counters
-    peak = peak_flops(next(model.parameters()).device, settings.precision)
-    forward: Any = torch.compile(model) if settings.compile else model
+    ranks, peak = state.ranks, peak_flops(state.ranks.device, settings.precision)
+    forward: Any = torch.compile(model) if settings.compile and not ranks.several else model
     model.train()
     share = counters.share(settings.budget)
     while share < 1:
         batch = dataset.train_batch(counters.step, settings.batch_size, settings.seed)
+        ranks.seed_step(settings.seed, counters.step)
         optimizer.zero_grad(set_to_none=True)
         now = [(name, weight_at(weight, share, counters.step), part) for name, weight, part in objectives]
-        sums = backward(forward, batch, settings, now, state.rules)
+        sums = backward(forward, batch, settings, now, state.rules, ranks)
         grad_norm = finish_gradients(state)
-        measured = measure(sums, grad_norm, batch, now)
+        measured = measure(sums, grad_norm, batch, now, ranks)
 
         # The rate of the middle of the step: neither 0 in the first nor past the schedule's end in the last.
         counters.add(measured)
@@ -120,23 +144,26 @@ def run(
         finished, better = share >= 1, False
         if finished or due(settings.eval_every, counters.step):
             held_out = dataset.val_batches(settings.micro_batch, settings.eval_tokens)
-            figures = evaluate(model, held_out, precision=settings.precision)
+            figures = evaluate(model, held_out, precision=settings.precision, ranks=ranks)
             require_finite({"held-out loss": figures["loss"]}, counters.step, lr)
             better = counters.evaluated(figures) and settings.keep_best
             log.evaluation(figures)
-        saved = None
-        if finished or better or stop.name is not None or due(settings.save_every, counters.step):
+        stopping = ranks.any(stop.name is not None)
+        if finished or better or stopping or due(settings.save_every, counters.step):
             saved = state.save(folder, log.file.sync())
-        if saved is not None and stop.name is not None and not finished:
-            raise TrainingStopped(f"stopped by {stop.name}, saved {saved}; the same command continues from there")
+            if stopping and not finished:
+                state.writer.wait()
+                signal = stop.name or "a signal to another rank"
+                raise TrainingStopped(f"stopped by {signal}, saved {saved}; the same command continues from there")
         log.skip()
+    state.writer.wait()
 
 
 def finish_gradients(state: TrainState) -> Tensor:
     """Let rules change the step's gradients, then clip them; returns their norm before that, on the device."""
     for rule in state.rules:
         rule.gradients(state.counters.step + 1)
-    return clip_gradients(state.model, state.settings.optim.clip)
+    return clip_gradients(state.model, state.settings.optim.clip, state.ranks)
 
 
 def finish_step(state: TrainState, lr: float, skipped: bool) -> None:

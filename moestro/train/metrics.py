@@ -4,7 +4,7 @@ import time
 from typing import Any, Self
 
 from moestro.train.counters import Counters
-from moestro.train.folder import MetricsFile, RunFolder
+from moestro.train.folder import RunFolder
 from moestro.train.progress import Display
 from moestro.train.settings import TrainSettings
 from moestro.train.step import Measured
@@ -17,10 +17,10 @@ class MetricsLog:
     """
 
     def __init__(self, folder: RunFolder, settings: TrainSettings, counters: Counters, display: Display) -> None:
-        self.file = MetricsFile(folder.metrics, counters.metrics_bytes)
+        self.file = folder.open_metrics(counters.metrics_bytes)
         self.counters, self.display = counters, display
         self.budget = settings.budget
-        self.board = open_board(folder, counters.step, display) if settings.tensorboard else None
+        self.board = open_board(folder, counters.step, display) if settings.tensorboard and folder.main else None
 
     def __enter__(self) -> Self:
         self.before = time.perf_counter()

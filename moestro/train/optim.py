@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from moestro.ops.row_gradients import collect_factors, pending_factors, row_gradient
+from moestro.parallel.gradients import common_norm
+from moestro.parallel.layout import is_sharded, local, own_layout, write_rows
+from moestro.parallel.ranks import Ranks
 from moestro.train.row_adamw import RowAdamW
 from moestro.train.settings import OptimSettings, ParameterGroup
 from moestro.train.tables import row_tables
@@ -52,7 +55,7 @@ class Optimizers:
                 continue
             entries = part.state.get(parameter, {})
             for name in MOMENTS & entries.keys():
-                entries[name][rows] = 0
+                write_rows(entries[name], rows, 0.0, own_layout(parameter))
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizers:
@@ -66,7 +69,7 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizers:
     rows = {id(parameter) for parameter in tables}
     shared = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     parts: list[torch.optim.Optimizer] = []
-    if dense := [group for group in (part_of(g, rows, False) for g in groups) if group["params"]]:
+    if dense := [half for g in groups for half in by_kind(part_of(g, rows, False)) if half["params"]]:
         devices = {parameter.device.type for group in dense for parameter in group["params"]}
         parts.append(torch.optim.AdamW(dense, **shared, fused=devices <= FUSED_DEVICES))
     if sparse := [group for group in (part_of(g, rows, True) for g in groups) if group["params"]]:
@@ -81,6 +84,12 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizers:
 def part_of(group: dict, rows: set[int], inside: bool) -> dict:
     """A group with only those parameters that are among `rows` (by id), or only those that are not."""
     return {**group, "params": [parameter for parameter in group["params"] if (id(parameter) in rows) is inside]}
+
+
+def by_kind(group: dict) -> tuple[dict, dict]:
+    """A group's parameters that are sharded over ranks, and the others: one kernel takes tensors of one kind."""
+    kinds = [[p for p in group["params"] if is_sharded(p) is sharded] for sharded in (True, False)]
+    return {**group, "params": kinds[0]}, {**group, "params": kinds[1]}
 
 
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
@@ -124,17 +133,22 @@ def set_learning_rate(optimizer: Optimizers, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
-    """Scale all gradients, rows of sparse ones and factors included, so that their joint 2-norm is at most `clip`;
-    returns the norm before, on the device."""
+def clip_gradients(model: nn.Module, clip: float | None, ranks: Ranks | None = None) -> Tensor:
+    """Scale all gradients, rows of sparse ones and factors included, so that their joint 2-norm, over all ranks, is at
+    most `clip`; returns the norm before, on the device."""
     parameters = list(model.parameters())
     sparse = [p for p in parameters if pending_factors(p) or (p.grad is not None and p.grad.is_sparse)]
-    rows = [gradient for gradient in map(row_gradient, sparse) if gradient is not None]
+    tables = [(p, gradient) for p in sparse if (gradient := row_gradient(p)) is not None]
     dense = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None] + [r.norm() for r in rows])
+    gradients = [local(p.grad) for p in dense if p.grad is not None]
+    if ranks is not None and ranks.several:
+        norm = common_norm(dense, [(p, gradient.norm()) for p, gradient in tables], ranks)
+    else:
+        norm = torch.nn.utils.get_total_norm(gradients + [gradient.norm() for _, gradient in tables])
     if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(dense, clip, norm)
+        scale = (clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
         # torch would copy the values of a sparse gradient; here they are scaled where they lie
-        for gradient in rows:
-            gradient.scale_((clip / (norm + 1e-6)).clamp(max=1.0))
+        for _, gradient in tables:
+            gradient.scale_(scale)
     return norm

@@ -11,14 +11,18 @@ WATCHED = (signal.SIGTERM, signal.SIGINT)
 class TrainingStopped(Exception):
     """A signal ended training early; a checkpoint has been written."""
 
+    of_all_ranks = True
+
 
 class StopSignal:
-    """While entered, remembers SIGTERM and SIGINT instead of dying; a second signal acts as usual.
+    """While entered, remembers SIGTERM and SIGINT instead of dying; a second signal acts as usual, unless it is
+    `patient`: where torchrun started this process it sends on what the terminal has sent, and ends it later on.
 
     Signals reach the main thread only: entered in another thread it watches nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.name: str | None = None
         self.before: dict[signal.Signals, object] = {}
 
@@ -29,7 +33,8 @@ class StopSignal:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-        self._restore()
+        if not self.patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self.before.items():

@@ -2,16 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from moestro.train.checkpoint import CheckpointError, keep_checkpoints, read_state, read_tensors, write_checkpoint
+from moestro.parallel.layout import n_elsewhere
+from moestro.parallel.ranks import Ranks
+from moestro.train.background import BackgroundWriter
+from moestro.train.checkpoint import (
+    CheckpointError,
+    checkpoint_of,
+    keep_checkpoints,
+    read_state,
+    read_tensors,
+    write_checkpoint,
+)
 from moestro.train.counters import Counters
 from moestro.train.folder import RunFolder
 from moestro.train.optim import Optimizers
+from moestro.train.parts import model_parts, optimizer_parts
 from moestro.train.rules import Rule
 from moestro.train.settings import TrainSettings
 from moestro.train.tensors import (
@@ -35,7 +47,8 @@ FREE = frozenset(
 @dataclass
 class TrainState:
     """Model, optimizer, rules and counters of a run. `same` holds what else must be the same when it is continued:
-    {what: {name: value}}, JSON values."""
+    {what: {name: value}}, JSON values. With several ranks every one of them has such a state, and calls `save` and
+    `restore` with the others."""
 
     model: nn.Module
     optimizer: Optimizers
@@ -43,9 +56,14 @@ class TrainState:
     settings: TrainSettings
     same: dict[str, dict[str, Any]]
     counters: Counters = field(default_factory=Counters)
+    ranks: Ranks = field(default_factory=Ranks.alone)
+
+    def __post_init__(self) -> None:
+        self.writer = BackgroundWriter(self.ranks)
 
     def save(self, folder: RunFolder, metrics_bytes: int) -> Path:
-        """Write a checkpoint and remove those that are no longer kept."""
+        """Write a checkpoint and remove those that are no longer kept. With several ranks both happen while training
+        goes on, until `writer.wait()`."""
         self.counters.metrics_bytes = metrics_bytes
         tensors, tied = model_tensors(self.model)
         files = {
@@ -61,9 +79,14 @@ class TrainState:
             "tied": tied,
             **self._fixed(),
         }
-        path = write_checkpoint(folder.checkpoints, self.counters.step, files, state)
         best = self.counters.best_step if self.settings.keep_best else None
-        keep_checkpoints(folder.checkpoints, self.settings.keep_last, best)
+        keep = partial(keep_checkpoints, folder.checkpoints, self.settings.keep_last, best)
+        if self.ranks.several:
+            path = checkpoint_of(folder.checkpoints, self.counters.step)
+            self.writer.write(path, files, state, keep)
+            return path
+        path = write_checkpoint(folder.checkpoints, self.counters.step, files, state)
+        keep()
         return path
 
     def restore(self, path: Path) -> None:
@@ -72,8 +95,12 @@ class TrainState:
         Raises: CheckpointError where it is damaged, or was made with other data, settings, rules or another model.
         """
         state = self.require_same(path)
-        load_model(self.model, read_tensors(path, "model"), state["tied"])
-        load_optimizer(self.model, self.optimizer, read_tensors(path, "optimizer"))
+        if self.ranks.several:
+            load_model(self.model, model_parts(self.model, path), state["tied"])
+            load_optimizer(self.model, self.optimizer, optimizer_parts(self.model, path))
+        else:
+            load_model(self.model, read_tensors(path, "model"), state["tied"])
+            load_optimizer(self.model, self.optimizer, read_tensors(path, "optimizer"))
         tensors = read_tensors(path, "rules")
         for rule, saved in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(join(saved, tensors))
@@ -87,7 +114,7 @@ class TrainState:
 
         Raises: CheckpointError where it is damaged, or was made with other data, settings, objectives or rules.
         """
-        state = read_state(path)
+        state = read_state(path, self.ranks)
         for name, value in self._fixed().items():
             require_equal(path, name, state[name], value)
         return state
@@ -100,7 +127,7 @@ class TrainState:
             "tokens": counters.tokens,
             "flops": counters.flops,
             "flops_computed": counters.flops_computed,
-            "params_total": sum(parameter.numel() for parameter in self.model.parameters()),
+            "params_total": sum(p.numel() for p in self.model.parameters()) + n_elsewhere(self.model.parameters()),
             "params_active": counters.active_params_sum / counters.step,
             "skipped": counters.skipped,
             "eval": counters.last_eval,

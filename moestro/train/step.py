@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from moestro.data import Batch
 from moestro.evaluate.scoring import exact_dtype, score, told
 from moestro.objectives import Objective
+from moestro.parallel.gradients import send_after_backward, sum_gradients
+from moestro.parallel.layout import n_elsewhere
+from moestro.parallel.ranks import Ranks
 from moestro.parallel.sums import n_ranks
 from moestro.routing import Trace
 from moestro.train.rules import Rule
@@ -67,46 +70,54 @@ def backward(
     settings: TrainSettings,
     objectives: WeightedObjectives,
     rules: Sequence[Rule],
+    ranks: Ranks | None = None,
 ) -> Sums:
     """Add to every gradient d(loss)/d(parameter) of the step's loss: nats averaged over all its target tokens, plus
-    the weighted objectives (each the mean over layers and micro-batches). Sums stay on the device."""
+    the weighted objectives (each the mean over layers and micro-batches). Sums stay on the device.
+
+    All ranks have the same batch; each computes its share of it, in as many micro-batches, and gradients are summed
+    over ranks with the last one. The sums that are returned are those of one rank."""
     device = next(model.parameters()).device
-    n_targets = count_targets(batch)
-    size = settings.micro_batch
+    ranks = ranks or Ranks.alone(device)
+    n_targets, n_parts = count_targets(batch), settings.accumulate * ranks.world
+    size = settings.micro_batch // ranks.world
     sums: Sums = {}
-    parts = [batch.rows(start, start + size) for start in range(0, settings.batch_size, size)]
+    own = ranks.own_rows(settings.batch_size)
+    parts = [batch.rows(start, start + size) for start in range(own.start, own.stop, size)]
     foreseen = None
     if len(parts) * n_ranks() > 1 and any(asks_for_step(objective) for _, _, objective in objectives):
         foreseen, costs = step_traffic(model, parts, settings.precision)
         add(sums, device, flops_computed=sum(costs))
-    for part in parts:
+    for number, part in enumerate(parts, 1):
+        send_after_backward(model, number == len(parts))
         # backward may compute forward again
         with told(model, part):
             output, losses = score(model, part, settings.precision)
             loss = losses.sum() / n_targets
             traces = output.traces if foreseen is None else of_step(output.traces, foreseen)
             values = {name: mean_over_layers(name, objective, traces) for name, _, objective in objectives}
-            penalty = sum(weight * values[name] for name, weight, _ in objectives) / settings.accumulate
+            penalty = sum(weight * values[name] for name, weight, _ in objectives) / n_parts
             (loss + penalty).backward()
         for rule in rules:
             for trace in output.traces:
                 rule.observe(trace)
-        add(sums, device, loss=loss, **{f"objective {k}": v / settings.accumulate for k, v in values.items()})
-        add(sums, device, **usage(model, part, output.traces, settings))
+        add(sums, device, loss=loss, **{f"objective {k}": v / n_parts for k, v in values.items()})
+        add(sums, device, **usage(model, part, output.traces, settings.recompute, n_parts))
+    sum_gradients(model.parameters(), ranks)
     return sums
 
 
-def usage(model: Any, batch: Batch, traces: tuple[Trace, ...], settings: TrainSettings) -> dict[str, Any]:
-    """Training FLOPs of one micro-batch, and its share of the step's mean active parameters."""
+def usage(model: Any, batch: Batch, traces: tuple[Trace, ...], recompute: bool, n_parts: int) -> dict[str, Any]:
+    """Training FLOPs of one micro-batch of `n_parts`, and its share of the step's mean active parameters."""
     forward = model.flops(*batch.tokens.shape, traces)
     # Recomputation runs the forward of all but the head a second time; nothing useful comes of it.
     head = 2.0 * batch.tokens.numel() * model.head.weight.numel()
-    again = forward.computed - head if settings.recompute else 0.0
+    again = forward.computed - head if recompute else 0.0
     training = forward.training()
     return {
         "flops": training.useful,
         "flops_computed": training.computed + again,
-        "active_params": model.active_parameters(traces) / settings.accumulate,
+        "active_params": (model.active_parameters(traces) + n_elsewhere(model.parameters())) / n_parts,
     }
 
 
@@ -138,9 +149,12 @@ def add(sums: Sums, device: torch.device, **values: Any) -> None:
         sums[name] = sums[name] + exact if name in sums else exact
 
 
-def measure(sums: Sums, grad_norm: Tensor, batch: Batch, objectives: WeightedObjectives) -> Measured:
-    """The step's sums as numbers, in one transfer: the only time a step waits for the device."""
-    row = torch.stack([*sums.values(), grad_norm.to(next(iter(sums.values())).dtype)])
+def measure(
+    sums: Sums, grad_norm: Tensor, batch: Batch, objectives: WeightedObjectives, ranks: Ranks | None = None
+) -> Measured:
+    """The step's sums over all ranks as numbers, in one transfer: the only time a step waits for the device."""
+    own = torch.stack(list(sums.values()))
+    row = torch.cat([own if ranks is None else ranks.summed(own), grad_norm.to(own.dtype)[None]])
     numbers = dict(zip([*sums, "grad_norm"], row.tolist(), strict=True))
     values = {name: numbers.pop(f"objective {name}") for name, _, _ in objectives}
     total = numbers["loss"] + sum(weight * values[name] for name, weight, _ in objectives)

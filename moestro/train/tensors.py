@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moestro.parallel.layout import lay_out, own_layout
 from moestro.train.checkpoint import CheckpointError
 from moestro.train.optim import Optimizers
 from moestro.train.row_adamw import RowAdamW
+from moestro.upgrades import Shapes
 
 
 def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -34,11 +36,16 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str
     own, own_tied = model_tensors(model)
     if own_tied != tied:
         raise CheckpointError(f"the checkpoint ties {tied or 'nothing'}, this model ties {own_tied or 'nothing'}")
-    require_same_tensors("model", own, tensors)
+    require_same_shapes("model", shapes_of(own), shapes_of(tensors))
     model.load_state_dict(tensors | {name: tensors[stored] for name, stored in tied.items()})
 
 
-def require_same_tensors(what: str, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """The shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def require_same_shapes(what: str, own: Shapes, stored: Shapes) -> None:
     """Raises: CheckpointError naming the first tensors that differ in name or shape."""
     differing = [
         f"{name}: checkpoint {shape_of(stored, name)}, here {shape_of(own, name)}"
@@ -50,19 +57,23 @@ def require_same_tensors(what: str, own: Mapping[str, Tensor], stored: Mapping[s
         raise CheckpointError(f"the checkpoint is of another {what}: {'; '.join(differing[:3])}{more}")
 
 
-def shape_of(tensors: Mapping[str, Tensor], name: str) -> str:
+def shape_of(shapes: Shapes, name: str) -> str:
     """Shape of a named tensor, or that it is absent."""
-    return str(list(tensors[name].shape)) if name in tensors else "absent"
+    return str(list(shapes[name])) if name in shapes else "absent"
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
-    """The optimizer's state under `<parameter>/<entry>`, for example `head.weight/exp_avg`."""
+    """The optimizer's state under `<parameter>/<entry>`, for example `head.weight/exp_avg`; what is of a parameter that
+    is one rank's own lies as that does."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[id(parameter)]}/{key}": value
-        for parameter, entries in optimizer.state.items()
-        for key, value in entries.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for parameter, entries in optimizer.state.items():
+        layout = own_layout(parameter)
+        for key, value in entries.items():
+            if layout is not None and value.ndim and value.shape == parameter.shape[: value.ndim]:
+                lay_out(value, layout.first_dims(value.ndim))
+            tensors[f"{names[id(parameter)]}/{key}"] = value
+    return tensors
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizers, tensors: dict[str, Tensor]) -> None:
