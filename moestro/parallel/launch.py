@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 def launch(n_ranks: int, words: Sequence[str], max_restarts: int = 0) -> int:
     """Run `python -m moestro WORDS` on `n_ranks` ranks of this host; returns the exit code. After a rank is lost all
-    are started anew, up to `max_restarts` times, and continue from the last checkpoint. What the ranks print, they print
-    themselves.
+    are started anew, up to `max_restarts` times, and continue from the last checkpoint. The ranks print for themselves.
 
     Each rank gets its share of the processor's cores, unless OMP_NUM_THREADS is set.
     """

@@ -1,5 +1,6 @@
 """A model over several ranks: the one place that decides how each of its parts is spread."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,8 @@ def parallelize(
     """
     if not ranks.several:
         return
+    # nothing here changes a block's output in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     distribute_experts(model, ranks, settings)
     apart = {parameter for parameter in model.parameters() if is_apart(parameter)}
     for parameter in apart:
