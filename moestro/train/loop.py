@@ -153,10 +153,15 @@ def run(
             saved = state.save(folder, log.file.sync())
             if stopping and not finished:
                 state.writer.wait()
-                signal = stop.name or "a signal to another rank"
-                raise TrainingStopped(f"stopped by {signal}, saved {saved}; the same command continues from there")
+                raise stopped(stop, saved)
         log.skip()
     state.writer.wait()
+
+
+def stopped(stop: StopSignal, saved: Path) -> TrainingStopped:
+    """What ends a run that a signal to one of its ranks has stopped."""
+    signal = stop.name or "a signal to another rank"
+    return TrainingStopped(f"stopped by {signal}, saved {saved}; the same command continues from there")
 
 
 def finish_gradients(state: TrainState) -> Tensor:
