@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 from moestro.parallel.settings import ParallelSettings
 
 FAILED = "moestro/failed"
+# Seconds in which a store that can be reached answers; its client waits without end where the network is cut.
+ANSWER_S = 5.0
 A_LONG_TIME = timedelta(days=1)
 # what gloo and NCCL say where another rank is gone or silent
 SILENCE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe|socket", re.IGNORECASE)
@@ -127,13 +130,15 @@ class Ranks:
             self.store.set(what, "done")
 
     def first_to_fail(self) -> bool:
-        """Whether no other rank has called this: of several failing ranks the first has the cause, and says it."""
+        """Whether no other rank has called this: of several failing ranks the first has the cause, and says it. Where
+        the store does not answer, this rank is cut off, and says so."""
+        count: list[int] = []
         if self.store is None:
             return True
-        try:
-            return self.store.add(FAILED, 1) == 1
-        except RuntimeError:  # nobody is left to ask
-            return True
+        asking = Thread(target=lambda: count.append(self.store.add(FAILED, 1)), daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        return not count or count[0] == 1
 
 
 def waiting_time(settings: ParallelSettings) -> timedelta:
