@@ -21,9 +21,7 @@ def compare(rank: int, systems: list[str], settings: ParallelSettings, **more: o
     with joined("cpu", settings) as ranks:
         for system in systems:
             own = one_step(system, ranks, settings, **more)  # type: ignore[arg-type]
-            # as many micro-batches in all: what a loss is a mean of must be the same
-            accumulate = int(more.get("accumulate", 1)) * ranks.world  # type: ignore[call-overload]
-            alone = one_step(system, Ranks.alone(), settings, **{**more, "accumulate": accumulate})  # type: ignore[arg-type]
+            alone = one_step(system, Ranks.alone(), settings, **more)  # type: ignore[arg-type]
             assert own.keys() == alone.keys()
             for name, value in alone.items():
                 difference = float((own[name].double() - value.double()).abs().max())
