@@ -13,9 +13,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--format",
         choices=("moestro", "stock"),
-        default="moestro",
-        help="moestro (default): any model, with the code that loads it; stock: Llama, Mixtral or Qwen2-MoE, where one "
-        "of them computes the same",
+        help="moestro: models of ours, with the code that loads them; stock: Llama, Mixtral or Qwen2-MoE, where one of "
+        "them computes the same, or what a pretrained model came as (default: moestro, for pretrained models stock)",
     )
     parser.add_argument(
         "--dtype",

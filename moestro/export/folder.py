@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ LEFTOVERS = {"__pycache__", ".DS_Store", ".cache"}
 
 @dataclass(frozen=True)
 class Choices:
-    """How a run is exported. `layout`: our own with its code, or a stock architecture. `dtype` of the weights by name,
-    None: as the checkpoint keeps them. Files of up to `shard_bytes`. `checkpoint`: newest or best. `unfinished` allows
-    a run in the middle of training, `force` replaces an earlier export. `licence` of the weights, for the card."""
+    """How a run is exported. `layout`: our own with its code (moestro), or a stock architecture (stock); None: ours for
+    models of ours, stock for pretrained ones. `dtype` of the weights by name, None: as the checkpoint keeps them. Files
+    of up to `shard_bytes`. `checkpoint`: newest or best. `unfinished` allows a run in the middle of training, `force`
+    replaces an earlier export. `licence` of the weights, for the card."""
 
-    layout: str = "moestro"
+    layout: str | None = None
     dtype: str | None = None
     shard_bytes: int = 5_000_000_000
     checkpoint: str = "newest"
@@ -67,6 +68,7 @@ def export_run(run: str | Path, out: str | Path, choices: Choices = Choices()) -
     if not (run / "recipe.yaml").is_file():
         raise ExportError(f"{run} is not the folder of a run: it holds no recipe.yaml")
     recipe = load_recipe(run / "recipe.yaml")
+    choices = replace(choices, layout=choices.layout or LAYOUTS[isinstance(recipe.model, Pretrained)])
     checkpoint = None if untrained(recipe, run) else CHECKPOINTS[choices.checkpoint](run)
     result = RunFolder(run).result
     if checkpoint and result is None and not choices.unfinished:
@@ -77,7 +79,7 @@ def export_run(run: str | Path, out: str | Path, choices: Choices = Choices()) -
     contents = _contents(recipe, run, checkpoint, choices)
     facts = Facts(
         run.resolve().name, contents.step, result is not None, contents.n_parameters, result or {},
-        choices.licence, choices.layout, choices.dtype or "as trained", contents.causal,
+        choices.licence, str(choices.layout), choices.dtype or "as trained", contents.causal,
     )  # fmt: skip
     files = files_of(contents.tensors, choices.shard_bytes)
     job = {"moestro": __version__, "weights": contents.weights, **asdict(choices)}
@@ -97,7 +99,7 @@ def _contents(recipe: Recipe, run: Path, checkpoint: Path | None, choices: Choic
     dtype = None if choices.dtype is None else DTYPES[choices.dtype]
     # only pretrained models have weights before there is a checkpoint
     if checkpoint is not None and not isinstance(recipe.model, Pretrained):
-        return OwnContents(recipe, run, checkpoint, choices.layout, dtype)
+        return OwnContents(recipe, run, checkpoint, str(choices.layout), dtype)
     if choices.layout != "stock":
         raise ExportError(f"{run} is of a pretrained model, which needs no code of ours: --format stock writes it as "
                           "the architecture that it came as")  # fmt: skip

@@ -126,8 +126,10 @@ def test_what_no_stock_architecture_has_is_said(tmp_path: Path, text_file: Path,
     run = trained(source, tmp_path / "run", text_file, ffn)
     with pytest.raises(ExportError, match="layer 1 is no longer the OlmoeSparseMoeBlock"):
         export_run(run, tmp_path / "out", STOCK)
-    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 1
-    assert "--format stock" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    # stock goes without saying, and ours is no layout of a pretrained model
+    for said, message in ([], "is no longer the OlmoeSparseMoeBlock"), (["--format", "moestro"], "--format stock"):
+        assert main(["export", str(run), "--out", str(tmp_path / "out"), *said]) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_tensor_without_a_name_in_the_folder_is_an_error(tmp_path: Path) -> None:
