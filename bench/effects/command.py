@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,12 @@ def collect(work: Work, effects: Sequence[Effect]) -> dict[str, Any]:
     for job in work.jobs:
         runs.setdefault(job.size, {}).setdefault(job.seed, {})[job.arm] = job.summary
     rows = [effect.row(corpus, runs[corpus]) for effect in effects for corpus in study.corpora]
-    commits = {run["commit"] for seeds in runs.values() for arms in seeds.values() for run in arms.values()}
+    # of measuring, and of training where that was earlier
+    measured = {str(run["commit"]) for seeds in runs.values() for arms in seeds.values() for run in arms.values()}
+    commits = measured.union(*(trained_at(job.folder, job.summary or {}) for job in work.jobs))
     return {
         "script": f"bench/effects/{study.name}.py",
-        "commit": ", ".join(sorted(str(commit) for commit in commits)),
+        "commit": ", ".join(sorted(commits)),
         "machine": machine(threads=1),
         "seeds": list(study.seeds),
         "corpora": {
@@ -83,13 +85,21 @@ def collect(work: Work, effects: Sequence[Effect]) -> dict[str, Any]:
                 "seed": job.seed,
                 "bpb": run["final"]["bpb"],
                 "held_out_tokens": run["final"]["tokens"],
-                "commit": str(run["commit"])[:12],
+                "commit": [commit[:12] for commit in trained_at(job.folder, run)],
                 **{key: run[key] for key in ("step", "tokens", "flops", "params_total", "params_active")},
             }
             for job in work.jobs
             if (run := job.summary) is not None
         ],
     }
+
+
+def trained_at(folder: Path, run: Mapping[str, Any]) -> list[str]:
+    """The commits at which a run was trained, in their order; where its folder does not say, that of its summary."""
+    file = folder / "environment.json"
+    if not file.exists():
+        return [str(run["commit"])]
+    return list(dict.fromkeys(str(session["commit"]) for session in json.loads(file.read_text(encoding="utf-8"))))
 
 
 def described(study: Study) -> dict[str, Any]:

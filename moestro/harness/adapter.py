@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from lm_eval.models import huggingface
 
+from moestro.model.causality import looking_ahead
+
 # it warns of every model that is open already, and of every cut context, which are counted here
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 # the decorator that registers it hides its type
@@ -20,11 +22,10 @@ class ScoredModel(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, max_length: int | None = None) -> None:
-        causal = getattr(getattr(model, "model", None), "causal", True)
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=batch_size if causal else 1,
+            batch_size=1 if looking_ahead(model) else batch_size,
             max_length=max_length,
             softmax_dtype=torch.promote_types(model.dtype, torch.float32),
         )

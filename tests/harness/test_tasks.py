@@ -11,6 +11,7 @@ from moestro.harness import ScoredModel, evaluate_tasks, resolve_tasks, tasks_ta
 from moestro.harness.catalogue import TASKS
 from moestro.harness.reading import articles, choice_rows, read_rows, subjects
 from moestro.recipe.syntax import RecipeError
+from tests.export.conftest import hosted
 from tests.reference.multiple_choice import bits_per_byte, chosen, chosen_context, log_probability, nats
 from tests.stock_models import byte_tokenizer, tiny_llama
 
@@ -232,3 +233,8 @@ def test_every_task_reads_the_real_data(shared_data: Path, tmp_path: Path) -> No
     scored = ScoredModel(tiny_llama(context=1024), byte_tokenizer(tmp_path))
     found = evaluate_tasks(scored, names, shared_data, limit=2)
     assert sorted(found["tasks"]) == names and all(each["n"] == 2 for each in found["tasks"].values())
+
+
+def test_what_looks_at_later_tokens_is_scored_alone(tmp_path: Path) -> None:
+    for name, size in (("hmoe", 3), ("expert_choice", 1), ("mixture_of_depths", 1)):
+        assert ScoredModel(hosted(name), byte_tokenizer(tmp_path), batch_size=3).batch_size == size
