@@ -134,7 +134,7 @@ def test_annotations_are_not_postponed(path: Path) -> None:
 def test_the_package_imports_only_its_core_dependencies(path: Path) -> None:
     roots = {module.split(".")[0] for module in at_import(parsed(path))}
     # kernels are functions of their module; `ops.triton_ffn`, which imports these modules when called, is not one
-    kernels = {"triton"} if path.name.startswith("triton_ffn_") else set()
+    kernels = {"triton"} if path.name.startswith(("triton_ffn_", "triton_peer_")) else set()
     package = path.relative_to(ROOT / "moestro").parts[0]
     assert roots <= CORE | kernels | STANDS_ON.get(package, set()) | set(sys.stdlib_module_names)
 

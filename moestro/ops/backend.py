@@ -43,8 +43,9 @@ def active() -> str:
       so; everything else runs as `fused`.
     - `fused`, the default elsewhere: custom autograd in plain torch, on every device.
     - `reference`: the definition, plain autograd.
-    - `triton`: kernels for feed-forward experts (`ops.triton_ffn`); operations without such kernels run as `fused`.
-      It is not the default on CUDA tensors, because its speed has not been measured on a GPU yet.
+    - `triton`: kernels for feed-forward experts (`ops.triton_ffn`), for experts of one neuron, values and product keys
+      (`ops.triton_peer`); operations without such kernels run as `fused`. It is not the default on CUDA tensors,
+      because its speed has not been measured on a GPU yet.
     """
     return _forced or ("native" if native.available() else "fused")
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.ops import backend, reference
+from moestro.ops import backend, reference, triton_peer
 from moestro.ops.native import product_key as native_product_key
 
 
@@ -20,14 +20,16 @@ def product_key_topk(
     sides sorted, pair (p, r), counted from one, can be among the k best only if p*r <= k: at k = 16 that leaves 50
     of 256 candidates.
 
-    Equal scores: the definition and native kernels put the better left key first, then the better right one, equal keys
-    in their order; plain torch, `fused`, keeps no order among equals.
+    Equal scores: the definition, native and Triton's kernels put the better left key first, then the better right one,
+    equal keys in their order; plain torch, `fused`, keeps no order among equals.
 
     Raises: ValueError where k > n: then the k best of a side do not exist; for k < 1; for shapes that do not fit.
     """
     _check(query.shape, keys.shape, k)
     if backend.active() == "reference":
         return reference.product_key_topk(query, keys, k)
+    if backend.active() == "triton":
+        return triton_peer.product_key_topk(query, keys, k)
     if backend.runs_native(query, keys):
         return native_product_key.product_key_topk(query, keys, k)  # type: ignore[call-arg]
     t, h, _ = query.shape

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moestro.ops import backend, reference, table_rows
+from moestro.ops import backend, reference, table_rows, triton_peer
 from moestro.ops.activations import activation as find
 from moestro.ops.native import table_rows as native_table_rows
 from moestro.ops.precision import compute_dtype, without_autocast
@@ -33,18 +33,20 @@ def singleton_experts(
     With `sparse_gradients` the gradients of the tables are coalesced `torch.sparse_coo` tensors: the u ids met,
     ascending, and their [u, d] values. Nothing of size e * d is then allocated, not even a table in autocast's dtype:
     arithmetic runs in the dtype of the tables (in float32 where they are narrower: rows are widened as they are read),
-    on an x rounded, and to an output rounded, as without it. Native kernels (`backend.runs_native`) never copy a table:
-    they read it in its own dtype and compute in float32. Tables whose factors are collected (`ops.row_gradients`) get
+    on an x rounded, and to an output rounded, as without it. Native and Triton's kernels never copy a table: they read
+    it in its own dtype and compute in float32. Tables whose factors are collected (`ops.row_gradients`) get
     those instead of a gradient.
     """
     outside = compute_dtype(x)
     native = backend.runs_native(x, weight, up, down)
-    inside, stored = _dtypes(native, up, outside, sparse_gradients)
+    inside, stored = _dtypes(native or backend.active() == "triton", up, outside, sparse_gradients)
     x, weight, up, down = x.to(outside).to(inside), weight.to(inside), up.to(stored), down.to(stored)
     gate = None if gate is None else gate.to(stored)
     with without_autocast(x):
         if backend.active() == "reference":
             y = reference.singleton_experts(x, ids, weight, up, down, activation, sparse_gradients, gate)
+        elif backend.active() == "triton":
+            y = triton_peer.singleton_experts(x, ids, weight, up, down, activation, sparse_gradients, gate)
         else:
             y = _fused(x, ids, weight, up, down, activation, sparse_gradients, gate, _rows(native))  # type: ignore
     return y.to(outside)
@@ -62,11 +64,13 @@ def value_rows(
     """
     outside = compute_dtype(values)
     native = backend.runs_native(weight, values)
-    inside, stored = _dtypes(native, values, outside, sparse_gradients)
+    inside, stored = _dtypes(native or backend.active() == "triton", values, outside, sparse_gradients)
     weight, values = weight.to(inside), values.to(stored)
     with without_autocast(values):
         if backend.active() == "reference":
             y = reference.value_rows(ids, weight, values, sparse_gradients)
+        elif backend.active() == "triton":
+            y = triton_peer.value_rows(ids, weight, values, sparse_gradients)
         else:
             y = _fused_values(ids, weight, values, sparse_gradients, _rows(native))  # type: ignore
     return y.to(outside)
@@ -77,9 +81,9 @@ def _rows(native: bool) -> ModuleType:
     return native_table_rows if native else table_rows
 
 
-def _dtypes(native: bool, table: Tensor, outside: torch.dtype, sparse: bool) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the arithmetic and that in which tables are read."""
-    if native:
+def _dtypes(widens: bool, table: Tensor, outside: torch.dtype, sparse: bool) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of the arithmetic and that in which tables are read; kernels that widen what they read copy none."""
+    if widens:
         return torch.float32, table.dtype
     return (torch.promote_types(table.dtype, torch.float32), table.dtype) if sparse else (outside, outside)
 

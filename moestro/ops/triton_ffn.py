@@ -37,7 +37,7 @@ def expert_ffn(
     where Triton is missing.
     """
     find(activation)
-    _check_dtype(x)
+    require_dtype(x)
     options = backend.triton_options()
     padded = [(width + 7) // 8 * 8 for width in widths]
     capacity = len(token) * max(padded)
@@ -67,7 +67,7 @@ def few_rows_ffn(
     Raises: as `expert_ffn`.
     """
     find(activation)
-    _check_dtype(x)
+    require_dtype(x)
     return _few_rows(x, token, expert, weight, _layout(widths, x.device), w_in, w_out, max(widths), activation)
 
 
@@ -173,7 +173,7 @@ def _few_rows(
     x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor,
     widest: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    _check_device(x)
+    require_device(x)
     from moestro.ops import triton_ffn_few as kernels
 
     x, weight, w_in, w_out = (v.contiguous() for v in (x, weight, w_in, w_out))
@@ -193,18 +193,19 @@ def _gates(w_in: Tensor, w_out: Tensor) -> int:
 
 def _blocks(x: Tensor, token: Tensor, offsets: Tensor, widest: int):
     """Tile sizes for these shapes."""
-    _check_device(x)
+    require_device(x)
     from moestro.ops.triton_ffn_tuning import blocks_for
 
     return blocks_for(len(token), len(offsets) - 1, x.shape[1], widest, x.dtype, x.device)
 
 
-def _check_dtype(x: Tensor) -> None:
+def require_dtype(x: Tensor) -> None:
+    """Raises: ValueError for a dtype that the kernels do not read."""
     if x.dtype not in DTYPES:
         raise ValueError(f"backend 'triton' on {x.dtype}, allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
 
 
-def _check_device(x: Tensor) -> None:
+def require_device(x: Tensor) -> None:
     """The first question to Triton.
 
     Raises: ImportError where Triton is missing; ValueError where its kernels cannot run on the device of `x`.

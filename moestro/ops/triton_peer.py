@@ -1,0 +1,191 @@
+"""PEER in Triton: `ops.singleton_experts`, `ops.value_rows` and `ops.product_key_topk` on the kernels of
+`triton_peer_*`, with their gradients. Nothing of [tokens, heads, k, d] or [tokens, heads, 2, n] is ever written, no sum
+is atomic: two runs agree to the bit.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moestro.ops.activations import activation as find
+from moestro.ops.row_gradients import TableGradients
+from moestro.ops.table_rows import Segments
+from moestro.ops.triton_ffn import require_device, require_dtype
+
+
+class TritonSegments(Segments):
+    """Sums of segments by the kernel, long ones in parts; a table's gradient is written once and never zeroed."""
+
+    def _sums(self, source: Tensor, token: Tensor, coefficient: Tensor) -> Tensor:
+        from moestro.ops.triton_peer_rows import segment_sums
+
+        return segment_sums(self.order, self.starts, source.contiguous(), token, coefficient.contiguous())
+
+
+def singleton_experts(
+    x: Float[Tensor, "t d"],
+    ids: Int[Tensor, "t k"],
+    weight: Float[Tensor, "t k"],
+    up: Float[Tensor, "e d"],
+    down: Float[Tensor, "e d"],
+    activation: str,
+    sparse_gradients: bool = False,
+    gate: Float[Tensor, "e d"] | None = None,
+) -> Float[Tensor, "t d"]:
+    """`ops.singleton_experts` on CUDA tensors, or on CPU tensors under Triton's interpreter: one kernel forward, one
+    for the gradients of x and the gates, and two for those of each table. Sums are in float32; saves x and one or,
+    gated, two float32 numbers a row.
+
+    Raises: ValueError for an unknown activation, and for a dtype or device that the kernels cannot take; ImportError
+    where Triton is missing.
+    """
+    find(activation)
+    _require(x, weight, up, down)
+    return _experts(x, ids, weight, gate, up, down, activation, sparse_gradients)  # type: ignore[call-arg]
+
+
+def value_rows(
+    ids: Int[Tensor, "t k"],
+    weight: Float[Tensor, "t k"],
+    values: Float[Tensor, "e d"],
+    sparse_gradients: bool = False,
+) -> Float[Tensor, "t d"]:
+    """`ops.value_rows`, as `singleton_experts`.
+
+    Raises: as `singleton_experts`.
+    """
+    _require(weight, values)
+    return _values(ids, weight, values, sparse_gradients)  # type: ignore[call-arg]
+
+
+def product_key_topk(
+    query: Float[Tensor, "t h c"], keys: Float[Tensor, "2 g n half"], k: int
+) -> tuple[Float[Tensor, "t h k"], Int[Tensor, "t h k"]]:
+    """`ops.product_key_topk` in two kernels: the k best keys of each side, scores of a tile of keys in registers; then
+    the k best pairs of the staircase. Computed in float32 (three TF32 products each on tensor cores); equal scores are
+    in the order of the definition. The gradient goes through the chosen scores only.
+
+    Raises: as `singleton_experts`.
+    """
+    _require(query, keys)
+    scores, ids = _topk(query.float(), keys.float(), k)  # type: ignore[call-arg]
+    return scores.to(query.dtype), ids
+
+
+def _require(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        require_dtype(tensor)
+        require_device(tensor)
+
+
+@torch.compiler.disable
+def _experts(
+    x: Tensor, ids: Tensor, weight: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str, sparse: bool
+) -> Tensor:
+    return _Experts.apply(x, ids, weight, gate, up, down, activation, sparse)  # type: ignore[return-value]
+
+
+@torch.compiler.disable
+def _values(ids: Tensor, weight: Tensor, values: Tensor, sparse: bool) -> Tensor:
+    return _Values.apply(ids, weight, values, sparse)  # type: ignore[return-value]
+
+
+@torch.compiler.disable
+def _topk(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _TopK.apply(query, keys, k)  # type: ignore[return-value]
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ids, weight, gate, up, down, activation, sparse):  # type: ignore[override]
+        from moestro.ops import triton_peer_rows as kernels
+
+        x, ids, weight = x.contiguous(), ids.contiguous(), weight.contiguous()
+        tables = tuple(table.contiguous() for table in (gate, up, down) if table is not None)
+        y, hidden = kernels.forward(x, ids, weight, tables, activation)
+        ctx.save_for_backward(x, ids, weight, *hidden, *tables)
+        ctx.activation, ctx.sparse = activation, sparse
+        ctx.gradients = TableGradients({place: t for place, t in ((3, gate), (4, up), (5, down)) if t is not None})
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        from moestro.ops import triton_peer_rows as kernels
+
+        x, ids, weight, z, linear, *tables = ctx.saved_tensors
+        dy, hidden = dy.contiguous(), kernels.Hidden(z, linear)
+        slopes = kernels.backward(dy, ids, weight, tuple(tables), hidden, ctx.activation)
+        if len(tables) == 3:
+            factors = {3: (x, slopes.z), 4: (x, slopes.linear), 5: (dy, slopes.coefficient)}
+        else:
+            factors = {4: (x, slopes.z), 5: (dy, slopes.coefficient)}
+        gradients = _table_gradients(ctx, ids, len(tables[-1]), factors)
+        return slopes.x, None, slopes.weight, *[None] * (3 - len(tables)), *gradients, None, None
+
+
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight, values, sparse):  # type: ignore[override]
+        from moestro.ops import triton_peer_rows as kernels
+
+        ids, weight, values = ids.contiguous(), weight.contiguous(), values.contiguous()
+        ctx.save_for_backward(ids, weight, values)
+        ctx.sparse, ctx.gradients = sparse, TableGradients({2: values})
+        return kernels.forward(weight, ids, weight, (values,), "none")[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        from moestro.ops import triton_peer_rows as kernels
+
+        ids, weight, values = ctx.saved_tensors
+        dy = dy.contiguous()
+        slopes = kernels.backward(dy, ids, weight, (values,), kernels.Hidden(weight, weight), "none")
+        return None, slopes.weight, *_table_gradients(ctx, ids, len(values), {2: (dy, weight)}), None
+
+
+def _table_gradients(ctx, ids: Tensor, n_rows: int, factors: dict[int, tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+    """Of the tables at these places, as `ops.singleton` has them."""
+    return ctx.gradients.of(
+        ctx.needs_input_grad,
+        lambda: TritonSegments(ids.flatten(), n_rows, ctx.sparse),
+        lambda order: order // max(1, ids.shape[1]),
+        factors,
+    )
+
+
+class _TopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, keys, k):  # type: ignore[override]
+        from moestro.ops.triton_peer_keys import best_pairs
+
+        query, keys = query.contiguous(), keys.contiguous()
+        scores, ids = best_pairs(query, keys, k)
+        ctx.save_for_backward(query, keys, ids)
+        ctx.mark_non_differentiable(ids)
+        return scores, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):  # type: ignore[override]
+        query, keys, ids = ctx.saved_tensors
+        (t, h, k), (_, g, n, half) = ids.shape, keys.shape
+        first = torch.arange(h, device=ids.device)[None, :, None] * n if g > 1 else 0
+        sides = [(side + first).reshape(t * h, k) for side in (ids // n, ids % n)]
+        grad, halves = grad.reshape(t * h, k).contiguous(), query.view(t * h, 2, half)
+        dquery, dkeys = [], []
+        for side, rows in enumerate(sides):
+            dquery.append(_reading(rows, grad, keys[side].reshape(g * n, half)))
+            segments = TritonSegments(rows.flatten(), g * n, sparse=False)
+            source = halves[:, side].contiguous()
+            dkeys.append(segments.table_gradient(source, segments.order // k, grad.flatten()).view(g, n, half))
+        return torch.stack(dquery, dim=1).view_as(query), torch.stack(dkeys), None
+
+
+def _reading(ids: Tensor, weight: Tensor, values: Tensor) -> Tensor:
+    """sum_k weight_tk * values[ids_tk], without a gradient."""
+    from moestro.ops import triton_peer_rows as kernels
+
+    return kernels.forward(weight, ids, weight, (values,), "none")[0]

@@ -1,0 +1,140 @@
+"""Triton kernels of product-key retrieval: the k best keys of a side, and the k best pairs of both sides' best.
+
+A score and its place travel as one int64 whose order is that of falling scores, equal ones by rising place: the
+float32's bits, made monotonic, above the place counted from the end.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from moestro.ops.triton_ffn_plan import interpreted, launch
+
+_LOWEST = tl.constexpr(-(2**63))
+_PLACES = tl.constexpr(2**32 - 1)
+
+
+class Sizes(NamedTuple):
+    """Queries and keys of a tile, numbers of a key multiplied at a time, and queries of a program that pairs."""
+
+    queries: int
+    keys: int
+    inner: int
+    paired: int
+
+
+def sizes(half: int, k: int) -> Sizes:
+    """Sizes by rule."""
+    most = triton.next_power_of_2(max(2, k))
+    if interpreted():
+        return Sizes(16, max(16, most), 16, 8)
+    return Sizes(16, max(128 if k <= 32 else 64, most), min(64, max(16, triton.next_power_of_2(half))), 4)
+
+
+def best_pairs(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and ids [t, h, k] of the k best pairs; float32 `query` [t, h, 2 half] and `keys` [2, g, n, half]."""
+    (t, h, _), (_, g, n, half) = query.shape, keys.shape
+    size, rows, most = sizes(half, k), t * h, triton.next_power_of_2(max(2, k))
+    scores, ids = query.new_empty(t, h, k), query.new_empty(t, h, k, dtype=torch.int64)
+    if not rows:
+        return scores, ids
+    best, place = query.new_empty(rows, 2, k), query.new_empty(rows, 2, k, dtype=torch.int32)
+    blocks = triton.cdiv(rows // g, size.queries)
+    launch(
+        _side_kernel, blocks * g * 2, query, keys, best, place, rows // g, n, g, k, half,
+        KP=most, BT=size.queries, BN=size.keys, BH=size.inner,
+    )  # fmt: skip
+    steps = _staircase(k, query.device)
+    launch(
+        _pair_kernel, triton.cdiv(rows, size.paired), best, place, steps, scores, ids, rows, n, k, steps.shape[1],
+        KP=most, BT=size.paired, BS=max(most, triton.next_power_of_2(steps.shape[1])),
+    )  # fmt: skip
+    return scores, ids
+
+
+@lru_cache(maxsize=64)
+def _staircase(k: int, device: torch.device) -> Tensor:
+    """The pairs (p, r), counted from 0, that can be among the k best: (p + 1)(r + 1) <= k; int32 [2, pairs]."""
+    pairs = [(p, r) for p in range(k) for r in range(k) if (p + 1) * (r + 1) <= k]
+    with torch.inference_mode(False):
+        return torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous()
+
+
+@triton.jit
+@no_type_check
+def _packed(score, place, n):
+    """Scores with their places, as integers of the same order."""
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return (ordered << 32) | (n - 1 - place).to(tl.int64)
+
+
+@triton.jit
+@no_type_check
+def _score_of(packed):
+    ordered = (packed >> 32).to(tl.int32)
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def _side_kernel(query, keys, best, place, rows, n, g, k, half: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
+                 BN: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0)
+    side = program % 2
+    head = (program // 2) % g
+    r = (program // (2 * g)).to(tl.int64) * BT + tl.arange(0, BT)
+    row = r * g + head
+    found = tl.full((BT, KP), _LOWEST, tl.int64)
+    for first in range(0, n, BN):
+        i = first + tl.arange(0, BN)
+        key = (side * g + head).to(tl.int64) * n + i
+        score = tl.zeros((BT, BN), tl.float32)
+        for start in tl.static_range(0, half, BH):
+            c = start + tl.arange(0, BH)
+            q = tl.load(
+                query + (row * 2 + side)[:, None] * half + c[None, :],
+                mask=(r < rows)[:, None] & (c < half)[None, :], other=0.0,
+            )  # fmt: skip
+            b = tl.load(keys + key[None, :] * half + c[:, None], mask=(i < n)[None, :] & (c < half)[:, None], other=0.0)
+            score = tl.dot(q, b, score, input_precision="tf32x3")
+        packed = tl.where((i < n)[None, :], _packed(score, i[None, :], n), _LOWEST)
+        # most tiles have no key that is better than the worst one found
+        if tl.max((tl.max(packed, axis=1) > tl.min(found, axis=1)).to(tl.int32), axis=0) > 0:
+            both = tl.join(found, tl.topk(packed, KP))
+            found = tl.topk(tl.reshape(both, (BT, 2 * KP)), KP)
+    j = tl.arange(0, KP)
+    found = tl.sort(found, descending=True)
+    at = (row * 2 + side)[:, None] * k + j[None, :]
+    there = (r < rows)[:, None] & (j < k)[None, :]
+    tl.store(best + at, _score_of(found), mask=there)
+    tl.store(place + at, (n - 1 - (found & _PLACES)).to(tl.int32), mask=there)
+
+
+@triton.jit
+@no_type_check
+def _pair_kernel(best, place, steps, scores, ids, rows, n, k, n_steps, KP: tl.constexpr, BT: tl.constexpr,
+                 BS: tl.constexpr):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    s = tl.arange(0, BS)
+    there = (r < rows)[:, None] & (s < n_steps)[None, :]
+    p = tl.load(steps + s, mask=s < n_steps, other=0)
+    q = tl.load(steps + n_steps + s, mask=s < n_steps, other=0)
+    left = tl.load(best + (r * 2 * k)[:, None] + p[None, :], mask=there, other=0.0)
+    right = tl.load(best + (r * 2 * k + k)[:, None] + q[None, :], mask=there, other=0.0)
+    packed = tl.where((s < n_steps)[None, :], _packed(left + right, s[None, :], n_steps), _LOWEST)
+    found = tl.sort(tl.topk(packed, KP), descending=True)
+    j = tl.arange(0, KP)
+    there = (r < rows)[:, None] & (j < k)[None, :]
+    step = n_steps - 1 - (found & _PLACES)
+    p = tl.load(steps + step, mask=there, other=0)
+    q = tl.load(steps + n_steps + step, mask=there, other=0)
+    i = tl.load(place + (r * 2 * k)[:, None] + p, mask=there, other=0).to(tl.int64)
+    i = i * n + tl.load(place + (r * 2 * k + k)[:, None] + q, mask=there, other=0)
+    at = r[:, None] * k + j[None, :]
+    tl.store(scores + at, _score_of(found), mask=there)
+    tl.store(ids + at, i, mask=there)

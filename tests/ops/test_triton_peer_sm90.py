@@ -1,0 +1,83 @@
+"""PEER's Triton kernels compile for an H100 or H200 where there is none, in every dtype and at the sizes they run with."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="no triton: pip install 'moestro[triton]'"),
+]
+
+COMPILE = r"""
+import json
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from moestro.ops import triton_peer_keys as keys, triton_peer_rows as rows
+
+d, half, k, dtype, mode, activation = json.loads('ARGUMENTS')
+size, held = rows.sizes(d), keys.sizes(half, k)
+data = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
+most = triton.next_power_of_2(max(2, k))
+numbers = ("ids", "order", "starts", "ends", "token", "segment", "after", "parts", "slot", "busiest")
+types = dict.fromkeys(numbers, "*i64") | dict.fromkeys(("place", "steps"), "*i32")
+wide = ("query", "keys", "best", "scores", "z", "linear", "dz", "dlinear", "coefficient", "partial", "weight", "dweight")
+types |= dict.fromkeys(wide, "*fp32") | dict.fromkeys(("k", "n", "g", "rows", "n_steps"), "i32")
+pairs = sum((p + 1) * (r + 1) <= k for p in range(k) for r in range(k))
+shapes = {"d": d, "half": half, "KP": most, "PART": 256, "MODE": mode, "ACT": activation}
+of_rows = shapes | {"BR": size.rows, "BD": size.columns}
+of_keys = shapes | {"BT": held.queries, "BN": held.keys, "BH": held.inner}
+of_pairs = shapes | {"BT": held.paired, "BS": max(most, triton.next_power_of_2(pairs))}
+kernels = [
+    (rows._forward_kernel, of_rows, size.warps), (rows._backward_kernel, of_rows, size.warps),
+    (rows._parts_kernel, of_rows, size.warps), (rows._whole_kernel, of_rows, size.warps),
+    (keys._side_kernel, of_keys, 4), (keys._pair_kernel, of_pairs, 4),
+]
+for kernel, known, warps in kernels:
+    names = kernel.arg_names
+    used = {name: known[name] for name in names if name in known}
+    signature = {name: "constexpr" if name in used else types.get(name, data) for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    ptx = made.asm["ptx"]
+    print(json.dumps({
+        "kernel": kernel.__name__, "shared": made.metadata.shared, "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        "binary": len(made.asm["cubin"]), "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4", ptx)),
+        "products": len(re.findall(r"(?:mma\.sync|wgmma)", ptx)),
+    }))
+"""
+# d, half, k, dtype of the tables, kind of row, activation
+CASES = {
+    "the paper's, bfloat16": (768, 128, 16, "bfloat16", 1, "gelu"),
+    "wide and gated, float16": (2048, 64, 8, "float16", 2, "silu"),
+    "odd, float32": (1000, 24, 5, "float32", 1, "relu"),
+    "tiny values": (13, 3, 1, "bfloat16", 0, "none"),
+}
+# what one block may use, in bytes: 227 KiB
+SHARED_MEMORY = 232_448
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile_for_sm90(case, tmp_path):
+    code = COMPILE.replace("ARGUMENTS", json.dumps(CASES[case]))
+    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = str(Path(__file__).resolve().parents[2])
+    environment = clean | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = {kernel["kernel"]: kernel for kernel in map(json.loads, done.stdout.splitlines())}
+    assert len(made) == 6 and all(kernel["binary"] for kernel in made.values())
+    assert not any(kernel["atomics"] for kernel in made.values())
+    assert max(kernel["shared"] for kernel in made.values()) <= SHARED_MEMORY
+    # rows are fetched in pieces of 16 bytes where their width lets them be, and keys meet queries on tensor cores
+    if CASES[case][0] % 8 == 0:
+        assert made["_forward_kernel"]["wide_loads"] and made["_backward_kernel"]["wide_loads"]
+    assert made["_side_kernel"]["products"]
