@@ -13,6 +13,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from moestro.ops.triton_ffn_plan import interpreted, launch
+from moestro.ops.triton_peer_rows import power_of_two
 
 _LOWEST = tl.constexpr(-(2**63))
 _PLACES = tl.constexpr(2**32 - 1)
@@ -29,16 +30,16 @@ class Sizes(NamedTuple):
 
 def sizes(half: int, k: int) -> Sizes:
     """Sizes by rule."""
-    most = triton.next_power_of_2(max(2, k))
+    most = power_of_two(max(2, k))
     if interpreted():
         return Sizes(16, max(16, most), 16, 8)
-    return Sizes(16, max(128 if k <= 32 else 64, most), min(64, max(16, triton.next_power_of_2(half))), 4)
+    return Sizes(16, max(128 if k <= 32 else 64, most), min(64, max(16, power_of_two(half))), 4)
 
 
 def best_pairs(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores and ids [t, h, k] of the k best pairs; float32 `query` [t, h, 2 half] and `keys` [2, g, n, half]."""
     (t, h, _), (_, g, n, half) = query.shape, keys.shape
-    size, rows, most = sizes(half, k), t * h, triton.next_power_of_2(max(2, k))
+    size, rows, most = sizes(half, k), t * h, power_of_two(max(2, k))
     scores, ids = query.new_empty(t, h, k), query.new_empty(t, h, k, dtype=torch.int64)
     if not rows:
         return scores, ids
@@ -51,7 +52,7 @@ def best_pairs(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     steps = _staircase(k, query.device)
     launch(
         _pair_kernel, triton.cdiv(rows, size.paired), best, place, steps, scores, ids, rows, n, k, steps.shape[1],
-        KP=most, BT=size.paired, BS=max(most, triton.next_power_of_2(steps.shape[1])),
+        KP=most, BT=size.paired, BS=max(most, power_of_two(steps.shape[1])),
     )  # fmt: skip
     return scores, ids
 

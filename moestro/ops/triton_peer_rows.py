@@ -35,9 +35,14 @@ class Sizes(NamedTuple):
         return {"BR": self.rows, "BD": self.columns, "num_warps": self.warps}
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def sizes(d: int) -> Sizes:
     """Sizes by rule for rows of d numbers: a program has them whole, in registers."""
-    columns = max(16, triton.next_power_of_2(d))
+    columns = max(16, power_of_two(d))
     if interpreted():
         return Sizes(4, columns, 4)
     return Sizes(max(1, min(8, _HELD // columns)), columns, 4 if columns <= 1024 else 8)

@@ -1,4 +1,4 @@
-"""PEER's Triton kernels compile for an H100 or H200 where there is none, in every dtype and at the sizes they run with."""
+"""PEER's Triton kernels compile for an H100 or H200 where there is none, in every dtype, at the sizes they run with."""
 
 import json
 import os
@@ -25,16 +25,17 @@ from moestro.ops import triton_peer_keys as keys, triton_peer_rows as rows
 d, half, k, dtype, mode, activation = json.loads('ARGUMENTS')
 size, held = rows.sizes(d), keys.sizes(half, k)
 data = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
-most = triton.next_power_of_2(max(2, k))
+most = rows.power_of_two(max(2, k))
 numbers = ("ids", "order", "starts", "ends", "token", "segment", "after", "parts", "slot", "busiest")
 types = dict.fromkeys(numbers, "*i64") | dict.fromkeys(("place", "steps"), "*i32")
-wide = ("query", "keys", "best", "scores", "z", "linear", "dz", "dlinear", "coefficient", "partial", "weight", "dweight")
+wide = ("query", "keys", "best", "scores", "z", "linear", "dz", "dlinear", "coefficient", "partial", "weight")
+wide += ("dweight",)
 types |= dict.fromkeys(wide, "*fp32") | dict.fromkeys(("k", "n", "g", "rows", "n_steps"), "i32")
 pairs = sum((p + 1) * (r + 1) <= k for p in range(k) for r in range(k))
 shapes = {"d": d, "half": half, "KP": most, "PART": 256, "MODE": mode, "ACT": activation}
 of_rows = shapes | {"BR": size.rows, "BD": size.columns}
 of_keys = shapes | {"BT": held.queries, "BN": held.keys, "BH": held.inner}
-of_pairs = shapes | {"BT": held.paired, "BS": max(most, triton.next_power_of_2(pairs))}
+of_pairs = shapes | {"BT": held.paired, "BS": max(most, rows.power_of_two(pairs))}
 kernels = [
     (rows._forward_kernel, of_rows, size.warps), (rows._backward_kernel, of_rows, size.warps),
     (rows._parts_kernel, of_rows, size.warps), (rows._whole_kernel, of_rows, size.warps),
