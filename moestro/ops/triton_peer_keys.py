@@ -44,14 +44,14 @@ def best_pairs(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not rows:
         return scores, ids
     best, place = query.new_empty(rows, 2, k), query.new_empty(rows, 2, k, dtype=torch.int32)
-    blocks = triton.cdiv(rows // g, size.queries)
+    blocks = -(-(rows // g) // size.queries)
     launch(
         _side_kernel, blocks * g * 2, query, keys, best, place, rows // g, n, g, k, half,
         KP=most, BT=size.queries, BN=size.keys, BH=size.inner,
     )  # fmt: skip
     steps = _staircase(k, query.device)
     launch(
-        _pair_kernel, triton.cdiv(rows, size.paired), best, place, steps, scores, ids, rows, n, k, steps.shape[1],
+        _pair_kernel, -(-rows // size.paired), best, place, steps, scores, ids, rows, n, k, steps.shape[1],
         KP=most, BT=size.paired, BS=max(most, power_of_two(steps.shape[1])),
     )  # fmt: skip
     return scores, ids
