@@ -64,7 +64,7 @@ class LowRankBank(ExpertBank):
         return self.up.mT @ self.down
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        fresh = (index < 0)[:, None, None]
+        fresh = (index < 0)[:, None, None].to(self.down.device)
         down, up = self._fresh_down(len(index)).to(self.down), self._fresh_up(len(index)).to(self.up)
         self.down = nn.Parameter(torch.where(fresh, down, self.down.detach()[index.clamp(min=0)]))
         self.up = nn.Parameter(torch.where(fresh, up, self.up.detach()[index.clamp(min=0)]))

@@ -34,7 +34,7 @@ class MixedBank(ExpertBank):
     def _banks(self) -> list[ExpertBank]:
         return list(self.banks)  # type: ignore[arg-type]
 
-    def _ranges(self) -> Iterator[tuple[ExpertBank, int, int]]:
+    def ranges(self) -> Iterator[tuple[ExpertBank, int, int]]:
         """Every bank with its first expert and the one after its last."""
         first = 0
         for bank in self._banks():
@@ -43,7 +43,7 @@ class MixedBank(ExpertBank):
 
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
         parts = []
-        for bank, first, end in self._ranges():
+        for bank, first, end in self.ranges():
             bounds = offsets[first : end + 1]
             parts.append(bank.run(z[int(bounds[0]) : int(bounds[-1])], bounds - bounds[0]))
         return torch.cat(parts)
@@ -54,16 +54,16 @@ class MixedBank(ExpertBank):
         routing = routing.grouped()
         rows = routing.offsets.tolist()
         parts = [
-            (bank, _part(routing, first, end, slice(rows[first], rows[end]))) for bank, first, end in self._ranges()
+            (bank, _part(routing, first, end, slice(rows[first], rows[end]))) for bank, first, end in self.ranges()
         ]
         return reduce(torch.add, [bank(x, part) for bank, part in parts])
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
-        return next(bank.weights_of(expert - first) for bank, first, end in self._ranges() if expert < end)
+        return next(bank.weights_of(expert - first) for bank, first, end in self.ranges() if expert < end)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Raises: ValueError where experts would change banks, or stand in another order than their banks."""
-        ranges = list(self._ranges())
+        ranges = list(self.ranges())
         kind = [number for number, (_, first, end) in enumerate(ranges) for _ in range(first, end)]
         want = [kind[e] if e >= 0 else kind[min(j, len(kind) - 1)] for j, e in enumerate(index.tolist())]
         if want != sorted(want):

@@ -30,7 +30,7 @@ class StackedExperts(ExpertBank):
         for name, old in [*self._parameters.items()]:
             if old is not None:
                 rows = old.detach()[kept]
-                fresh = (index < 0).view(-1, *[1] * (rows.ndim - 1))
+                fresh = (index < 0).view(-1, *[1] * (rows.ndim - 1)).to(rows.device)
                 self._parameters[name] = nn.Parameter(torch.where(fresh, self._fresh(name, rows), rows))
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:

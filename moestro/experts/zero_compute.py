@@ -67,7 +67,7 @@ class ConstantBank(ExpertBank):
         return tuple((parameter, slice(expert, expert + 1)) for parameter in (self.weight, self.vector))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        kept = (index >= 0)[:, None]
+        kept = (index >= 0)[:, None].to(self.vector.device)
         weight, vector = (old.detach()[index.clamp(min=0)] for old in (self.weight, self.vector))
         fresh = torch.randn_like(weight) * weight.shape[-1] ** -0.5
         self.weight = nn.Parameter(torch.where(kept[..., None], weight, fresh))
