@@ -62,10 +62,7 @@ def _spread(
     try:
         if isinstance(bank, TableBank) and bank.row_parameters():
             return RowParallel(bank, Network()) if settings.tables == "rows" else ColumnParallel(bank)
-        copies = (
-            ranks.experts.get_group(COPIES) if ranks.experts is not None and settings.experts < ranks.world else None
-        )
-        if network is None:
+        if network is None or ranks.experts is None:
             raise ValueError(f"{type(bank).__name__} trains by rows, and is no table that can be spread over ranks")
         copies = ranks.experts.get_group(COPIES) if settings.experts < ranks.world else None
         if isinstance(bank, TableBank):

@@ -1,7 +1,9 @@
 """What a recipe can set about several ranks."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from moestro.parallel.placement import Strategy
 
 SHARDINGS = ("full", "hybrid", "none")
 
@@ -27,7 +29,7 @@ class ParallelSettings:
     replicas: int = 1
     reshard: bool = True
     experts: int = 1
-    placement: Any = None
+    placement: Strategy | None = None
     tables: Literal["rows", "columns"] = "rows"
     timeout_s: float = 600.0
 

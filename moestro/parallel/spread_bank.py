@@ -44,6 +44,10 @@ class SpreadBank(ExpertBank):
         """The bank in one process, its weights on the device meta: names, shapes and sizes of all experts."""
         return self._whole[0]
 
+    def blank(self) -> ExpertBank:
+        """The bank in one process, here and with weights that are not set."""
+        return copy.deepcopy(self.whole).to_empty(device=next(self.parameters()).device)
+
     @property
     def own(self) -> ExpertBank:
         """The bank of this rank's part."""

@@ -73,6 +73,7 @@ from moestro.objectives import (
     RouterZLoss,
     WeightedBalance,
 )
+from moestro.parallel.placement import Blocks, EqualCount, EverySize, Exact, Greedy
 from moestro.recipe.pretrained import pretrained_tokenizer
 from moestro.recipe.shared_banks import shared_bank, shared_generator
 from moestro.routers import (
@@ -109,6 +110,7 @@ from moestro.train.adaptive_experts import AdaptiveExperts
 from moestro.train.central_mask import CentralMask
 from moestro.train.expert_dropout import ExpertDropout
 from moestro.train.gate_sparsity import GateSparsity
+from moestro.train.move_experts import MoveExperts
 from moestro.train.rules import BiasBalance
 from moestro.train.schedules import WSD, Constant, Cosine
 from moestro.train.steer_threshold import SteerThreshold
@@ -253,7 +255,15 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
         "central_mask": CentralMask,
         "expert_dropout": ExpertDropout,
         "gate_sparsity": GateSparsity,
+        "move_experts": MoveExperts,
         "steer_threshold": SteerThreshold,
+    },
+    "placement": {
+        "equal_count": EqualCount,
+        "greedy": Greedy,
+        "exact": Exact,
+        "blocks": Blocks,
+        "every_size": EverySize,
     },
     "schedule": {"constant": Constant, "cosine": Cosine, "wsd": WSD},
 }

@@ -79,11 +79,14 @@ def same_as_alone(rank: int, model: Model) -> None:
     y = model(part)
     close(y, alone(x)[rows], **FLOAT64)
     (y * factor[rows]).sum().backward()
+    assert x.grad is not None
     close(part.grad, x.grad[rows], **FLOAT64)
     whole = dict(alone.named_parameters())
     assert [name for name, _ in model.named_parameters()] == list(whole)
     for name, parameter in model.named_parameters():
-        want, layout = whole[name].grad.to_dense(), own_layout(parameter)
+        (gradient, layout) = whole[name].grad, own_layout(parameter)
+        assert gradient is not None
+        want = gradient.to_dense()
         have = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
         if layout is None or layout.copies is not None:
             dist.all_reduce(have, group=None if layout is None else layout.copies)

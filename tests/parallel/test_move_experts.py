@@ -175,7 +175,9 @@ def slices(rank: int) -> None:
     """Both passes of a stratified layer meet one bank."""
     torch.manual_seed(0)
     bank = ExpertParallel(FFNBank(D, WIDTHS), EqualCount()(WIDTHS, WIDTHS, 2), Network())
-    moe = StratifiedLayer(D, [2, 4], lambda n: ScoredRouter(LinearScore(D, n, init_std=1.0), TopK(2)), [bank])
+    moe = StratifiedLayer(
+        D, [2, 4], lambda n_experts: ScoredRouter(LinearScore(D, n_experts, init_std=1.0), TopK(2)), [bank]
+    )
     rule = MoveExperts(every=5)
     rule.start(moe, Optimizers([]))
     _, traces = moe(torch.randn(5 + rank, D))
