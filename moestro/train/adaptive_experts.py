@@ -10,6 +10,7 @@ from moestro.evaluate.scoring import exact_dtype
 from moestro.experts import ExpertBank
 from moestro.layers import MoELayer
 from moestro.parallel.layout import is_sharded, whole, write_rows
+from moestro.parallel.spread_bank import SpreadBank
 from moestro.parallel.sums import summed_over_ranks
 from moestro.routers import ScoredRouter, TopAny
 from moestro.routing import Trace
@@ -197,8 +198,15 @@ def _fresh(bank: ExpertBank, slot: int, seed: str) -> list[Tensor]:
     devices = {parameter.device for parameter in bank.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(int.from_bytes(seed.encode(), "big") % 2**63)
-        twin = copy.deepcopy(bank, {id(p): nn.Parameter(whole(p)) for p in bank.parameters() if is_sharded(p)})
+        twin = _twin(bank)
         index = torch.arange(bank.n_experts)
         index[slot] = -1
         twin.reindex(index)
     return [parameter[rows] for parameter, rows in twin.weights_of(slot)]
+
+
+def _twin(bank: ExpertBank) -> ExpertBank:
+    """A bank of the same sizes, whole and in this process alone."""
+    if isinstance(bank, SpreadBank):
+        return bank.blank()
+    return copy.deepcopy(bank, {id(p): nn.Parameter(whole(p)) for p in bank.parameters() if is_sharded(p)})

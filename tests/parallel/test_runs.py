@@ -49,7 +49,7 @@ def go(
         )
         state = {str(i): rule.state_dict() for i, rule in enumerate(made)}
         buffers = dict(model.named_buffers())
-        parameters = {name: whole(value.detach()) for name, value in model.named_parameters()}
+        parameters = {name: whole(value).detach() for name, value in model.named_parameters()}
         torch.save({"rules": state, "buffers": buffers, "parameters": parameters}, run / f"of-rank-{ranks.rank}.pt")
         return result
 

@@ -1,5 +1,6 @@
 """Tables of one-neuron experts over ranks, by rows and by columns: the numbers of one process, to the optimizer's."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def batch(number: int) -> Tensor:
     return torch.randn(14, D, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
 
 
-def compare(rank: int, n_ranks: int, kind: str, way: str, skipped: str, fused: bool) -> None:
+def compare(rank: int, n_ranks: int, kind: str, way: str, skipped: Any, fused: Any) -> None:
     alone = Steps(peer(kind), skipped, fused, Ranks.alone())
     ours = Steps(spread(peer(kind), way), skipped, fused, Ranks(torch.device("cpu"), rank, n_ranks))
     for number, shares in enumerate(SHARES[n_ranks]):
@@ -111,13 +112,12 @@ def same_tables(ours: Steps, alone: Steps) -> None:
 
 
 def every_case(rank: int, n_ranks: int) -> None:
-    for way in ("rows", "columns"):
-        for kind in BANKS:
-            for skipped, fused in (("keep", False), ("decay", True)):
-                try:
-                    compare(rank, n_ranks, kind, way, skipped, fused)
-                except Exception as error:
-                    raise AssertionError(f"{kind} by {way}, skipped rows {skipped}, fused {fused}") from error
+    plain = [("singleton", "keep", False), ("singleton", "decay", False)]
+    for way, case in product(("rows", "columns"), [*plain, *((kind, "keep", True) for kind in BANKS)]):
+        try:
+            compare(rank, n_ranks, case[0], way, *case[1:])
+        except Exception as error:
+            raise AssertionError(f"{case} by {way}") from error
 
 
 @pytest.mark.parametrize("n_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
