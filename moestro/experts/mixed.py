@@ -1,6 +1,6 @@
 """`MixedBank`: banks of different kinds as one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 
 import torch
@@ -49,14 +49,19 @@ class MixedBank(ExpertBank):
         return torch.cat(parts)
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
+        return self.begin(x, routing)() if isinstance(routing, SparseRouting) else super().forward(x, routing)
+
+    def begin(self, x: Float[Tensor, "t d"], routing: Routing) -> Callable[[], Float[Tensor, "t d"]]:
+        """All banks begin before one finishes, and the last finish first: in most mixtures those that send nothing."""
         if not isinstance(routing, SparseRouting):
-            return super().forward(x, routing)
+            return super().begin(x, routing)
         routing = routing.grouped()
         rows = routing.offsets.tolist()
-        parts = [
-            (bank, _part(routing, first, end, slice(rows[first], rows[end]))) for bank, first, end in self.ranges()
+        begun = [
+            bank.begin(x, _part(routing, first, end, slice(rows[first], rows[end])))
+            for bank, first, end in self.ranges()
         ]
-        return reduce(torch.add, [bank(x, part) for bank, part in parts])
+        return lambda: reduce(torch.add, [finish() for finish in reversed(begun)][::-1])
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
         return next(bank.weights_of(expert - first) for bank, first, end in self.ranges() if expert < end)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moestro.cost import Cost
+from moestro.cost import Cost, Kept
 from moestro.experts import ExpertBank
 from moestro.parallel.exchange import Arrival
 from moestro.parallel.layout import Layout, lay_out
@@ -106,6 +106,9 @@ class SpreadBank(ExpertBank):
         if isinstance(each, Tensor) and isinstance(routing, SparseRouting):
             return Cost.exact(each[routing.expert].sum())
         return super().flops(routing)
+
+    def kept_per_token(self, rows_per_token: float, d_model: int) -> Kept:
+        return self.whole.kept_per_token(rows_per_token, d_model)
 
     def _here(self, value: Tensor | float) -> Tensor | float:
         return value.to(next(self.parameters()).device) if isinstance(value, Tensor) else value

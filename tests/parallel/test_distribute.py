@@ -17,9 +17,11 @@ from moestro.parallel.exchange import Network, TwoLevelNetwork
 from moestro.parallel.expert_parallel import ExpertParallel, SentTokens
 from moestro.parallel.layout import own_layout
 from moestro.parallel.placement import EqualCount, Placement
+from moestro.parallel.ranks import joined
 from moestro.parallel.row_tables import ColumnParallel, RowParallel
 from moestro.parallel.traffic import Traffic
 from moestro.routing import Routing
+from tests.parallel.models import SYSTEMS, one_step
 from tests.parallel.processes import in_ranks
 from tests.tolerances import FLOAT64
 
@@ -109,6 +111,7 @@ def two_ranks(rank: int) -> None:
     assert kinds(distributed(1, tables="columns"))[-2:] == [ColumnParallel, FFNBank]
     same_as_alone(rank, distributed(2, tables="columns", placement=EqualCount()))
     counted(rank)
+    fully_sharded()
     refused()
 
 
@@ -135,6 +138,16 @@ def counted(rank: int) -> None:
         dist.all_gather([torch.zeros(2), torch.zeros(2)], torch.zeros(2))
         dist.barrier()
     assert traffic.sent == {"allreduce": 24, "broadcast": 8, "allgather": 8, "barrier": 0}
+
+
+def fully_sharded() -> None:
+    """FSDP's messages are counted, too: weights gathered twice, gradients scattered once, each to or from one rank."""
+    with joined("cpu", ParallelSettings(sharding="full")) as ranks:
+        with Traffic() as traffic:
+            one_step("dense", ranks, ParallelSettings(sharding="full"))
+        half = sum(parameter.numel() for parameter in SYSTEMS["dense"]()[0].parameters()) * 4 / 2
+        assert half <= traffic.sent["reduce_scatter"] <= 1.2 * half
+        assert half <= traffic.sent["allgather"] <= 2.4 * half
 
 
 def refused() -> None:
