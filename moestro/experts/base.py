@@ -48,6 +48,10 @@ class ExpertBank(nn.Module):
         """Parameters whose gradients are sparse: rows of experts, for an optimizer that updates rows."""
         return ()
 
+    def n_parameters(self) -> int:
+        """How many numbers all its parameters hold."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def own_parameters(self) -> Float[Tensor, "e"] | float:
         """Parameters that serve one expert alone, for every expert, or one number where all are equal."""
         return self.row_flops() / 2

@@ -23,7 +23,7 @@ def idle_parameters(traces: Sequence[Trace]) -> Float[Tensor, ""] | float:
             met.setdefault(bank.owner()[0], []).append((trace, bank))
     idle: Tensor | float = 0.0
     for owner, meetings in met.items():
-        idle = idle + sum(p.numel() for p in owner.parameters()) - _touched(owner, meetings)
+        idle = idle + owner.n_parameters() - _touched(owner, meetings)
     return idle
 
 

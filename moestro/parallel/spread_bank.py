@@ -92,6 +92,9 @@ class SpreadBank(ExpertBank):
         """Raises: ValueError, for experts are renumbered before they are spread over ranks."""
         raise ValueError("experts that are spread over ranks cannot be reindexed")
 
+    def n_parameters(self) -> int:
+        return self.whole.n_parameters()
+
     def own_parameters(self) -> Float[Tensor, "e"] | float:
         return self._here(self.whole.own_parameters())
 

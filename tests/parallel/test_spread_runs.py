@@ -87,6 +87,7 @@ def test_a_run_with_spread_experts_is_that_of_one_process(on_one: Path, on_two: 
     assert spread_of(on_two) == {"banks": ["ExpertParallel", "RowParallel"], "placements": [[1, 0, 1, 0, 0]]}
     require_close(on_two, on_one)
     one, two = (json.loads((run / "done.json").read_text()) for run in (on_one, on_two))
+    assert one["params_active"] == pytest.approx(two["params_active"], rel=1e-9)
     assert one["params_total"] == two["params_total"] and one["flops"] == pytest.approx(two["flops"], rel=1e-9)
 
 
