@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moestro.offload.codecs import Codec, Plain
+from moestro.offload.codecs import Codec, Grouped, Plain
+from moestro.offload.packed import packed
 
 # Every tensor begins at a multiple of this, as torch's own do.
 ALIGNMENT = 64
@@ -42,6 +44,17 @@ class Part:
     codec: Codec
     fields: tuple[Field, ...]
 
+    def of(self, buffer: Tensor) -> dict[str, Tensor]:
+        """What is stored of it, in a blob's bytes."""
+        return {field.name: field.of(buffer) for field in self.fields}
+
+    def standing(self, buffer: Tensor, dtype: torch.dtype) -> Any:
+        """The tensor, or what stands for it in products."""
+        fields, decode = self.of(buffer), self.codec.decode
+        if not isinstance(self.codec, Grouped):
+            return decode(fields, self.shape, dtype)
+        return packed(fields, self.codec.bits, lambda: decode(fields, self.shape, dtype))
+
 
 @dataclass(frozen=True)
 class Blob:
@@ -53,12 +66,11 @@ class Blob:
 
     def read(self, buffer: Tensor) -> dict[str, Tensor]:
         """The expert's tensors out of its bytes [size]; views of them where they are kept as they are."""
-        return {
-            part.name: part.codec.decode(
-                {field.name: field.of(buffer) for field in part.fields}, part.shape, self.dtype
-            )
-            for part in self.parts
-        }
+        return {part.name: part.codec.decode(part.of(buffer), part.shape, self.dtype) for part in self.parts}
+
+    def standing(self, buffer: Tensor) -> dict[str, Any]:
+        """As `read`, but matrices that products need not decode stand as they are (`offload.packed`)."""
+        return {part.name: part.standing(buffer, self.dtype) for part in self.parts}
 
     def write(
         self, buffer: Tensor, tensors: Mapping[str, Tensor], importance: Mapping[str, Tensor] | None = None

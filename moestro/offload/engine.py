@@ -26,8 +26,8 @@ class Engine:
 
     Every expert in turn, ascending, is put into a stand-in of the model's own module as its only one, whose own loop
     (`compute`) then does what it does in memory: with every expert in HIGH the output is the same to the last bit.
-    Experts that are skipped contribute nothing; with `renormalise` the gates of those computed are scaled to the sum
-    that all had.
+    `standing` lets matrices in few bits be multiplied as they are stored. Experts that are skipped contribute nothing;
+    with `renormalise` the gates of those computed are scaled to the sum that all had.
     """
 
     def __init__(
@@ -39,10 +39,11 @@ class Engine:
         thresholds: Thresholds,
         predictor: Predictor | None = None,
         renormalise: bool = False,
+        standing: bool = False,
     ) -> None:
         self.index = {layer: i for i, layer in enumerate(layers)}
         self.loader, self.memory, self.compute, self.thresholds = loader, memory, compute, thresholds
-        self.predictor, self.renormalise = predictor, renormalise
+        self.predictor, self.renormalise, self.standing = predictor, renormalise, standing
         self.recorder: Recorder | None = None
         self.watcher: Watcher | None = None
         # layers ahead that a trace tells of
@@ -80,10 +81,10 @@ class Engine:
     def _expert(self, index: int, alone: Any, served: Served, rows: Tensor, gates: Tensor) -> Tensor:
         key, device = (index, served.expert), rows.device
         if served.in_place:
-            tensors = self.memory.lying(key, served.precision)
+            tensors = self.memory.lying(key, served.precision, self.standing)
             rows, gates = rows.cpu(), gates.cpu()
         else:
-            tensors = self.memory.tensors(key, served.precision, served.scratch)
+            tensors = self.memory.tensors(key, served.precision, served.scratch, self.standing)
         alone.__dict__.update({name: tensor[None] for name, tensor in tensors.items()})
         if self.watcher is not None:
             self.watcher(index, served.expert, alone, rows)

@@ -35,6 +35,11 @@ class Host(Protocol):
     @property
     def tables(self) -> Mapping[str, Tables]: ...
 
+    @property
+    def standing(self) -> bool:
+        """Whether `compute` multiplies by matrices as they are stored (`F.linear` alone)."""
+        ...
+
     def load(self, device: torch.device) -> Any:
         """The model without its experts' tensors."""
         ...
@@ -64,6 +69,11 @@ class StockHost:
         self.path, self.compute = self.checkpoint.path, eager_experts
         self.experts, self.layers = experts_in(self.checkpoint), self.checkpoint.moe_layers
         self.top_k, self.tables = self.checkpoint.top_k, {}
+
+    @property
+    def standing(self) -> bool:
+        experts = self.checkpoint.family.experts
+        return not (isinstance(experts, Fused) and experts.transposed)
 
     def load(self, device: torch.device) -> Any:
         from moestro.hf.expertless import load_without_experts

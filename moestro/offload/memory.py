@@ -101,21 +101,25 @@ class SlotMemory:
         """The copy is not needed any more."""
         self._free[precision].append(self._buffers.pop((key, precision)))
 
-    def tensors(self, key: Key, precision: Precision, scratch: bool = False) -> dict[str, Tensor]:
-        """An expert's tensors out of its slot, once its job is done."""
+    def tensors(
+        self, key: Key, precision: Precision, scratch: bool = False, standing: bool = False
+    ) -> dict[str, Tensor]:
+        """An expert's tensors out of its slot, once its job is done; `standing`: matrices in few bits as they are."""
         if scratch and self._scratch is None:
             raise ValueError("nothing lies in the scratch slot")
         buffer = self._scratch if scratch and self._scratch is not None else self._buffers[key, precision]
         if buffer.data_ptr() in self._arrivals:
             torch.cuda.current_stream(self.device).wait_event(self._arrivals[buffer.data_ptr()])
-        return self.tiers[precision][key[0]][key[1]].blob.read(buffer)
+        blob = self.tiers[precision][key[0]][key[1]].blob
+        return blob.standing(buffer) if standing else blob.read(buffer)
 
-    def lying(self, key: Key, precision: Precision) -> dict[str, Tensor]:
-        """An expert's tensors where they lie in host memory.
+    def lying(self, key: Key, precision: Precision, standing: bool = False) -> dict[str, Tensor]:
+        """An expert's tensors where they lie in host memory, as `tensors` gives them.
 
         Raises: ValueError where they lie in files.
         """
         buffer = self.source.lying(key, precision)
         if buffer is None:
             raise ValueError("experts that lie in files cannot be computed there: hold them in host memory")
-        return self.tiers[precision][key[0]][key[1]].blob.read(buffer)
+        blob = self.tiers[precision][key[0]][key[1]].blob
+        return blob.standing(buffer) if standing else blob.read(buffer)

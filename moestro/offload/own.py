@@ -32,6 +32,9 @@ class OwnHost:
     order in which they are added.
     """
 
+    # w_out is kept transposed
+    standing = False
+
     def __init__(self, folder: OwnFolder) -> None:
         self.folder, self.path = folder, folder.path
         decoder: Any = self._built(torch.device("meta")).decoder

@@ -93,7 +93,9 @@ class Session:
         cache = SlotCache(self.capacity, plan.policy, len(high), records)
         self.loader = Loader(cache, self.memory, self.transport, plan.depth, plan.cooperative)
         layers, compute, scored = self.host.layers, self.host.compute, plan.thresholds
-        self.engine = Engine(layers, self.loader, self.memory, compute, scored, gates, plan.renormalise)
+        self.engine = Engine(
+            layers, self.loader, self.memory, compute, scored, gates, plan.renormalise, self.host.standing
+        )
 
     def _low(
         self, high: Experts, store: Path | None, calibration: Calibration | None, progress: Callable[[str], None]

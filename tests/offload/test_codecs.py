@@ -1,5 +1,7 @@
 """Few bits: what is stored is read, errors are what they should be, calibration helps where it says."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,11 @@ from torch import Tensor
 from moestro.offload.blobs import ALIGNMENT, laid_out
 from moestro.offload.calibration import Calibration
 from moestro.offload.codecs import CODECS, Codec, Grouped, Plain, codec_named, relative_error
+from moestro.offload.packed import MANY, Packed
+from moestro.offload.scorer import Thresholds
+from moestro.offload.session import Plan, Session
+from moestro.ops import native
+from tests.offload.models import tiny_folder
 
 
 def there_and_back(codec: Codec, matrix: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -127,3 +134,41 @@ def test_calibration_mixes_rare_experts_with_their_layer() -> None:
     assert torch.allclose(rare["gate_up_proj"], mean) and set(rare) == {"gate_up_proj"}
     assert found.importance((1, 0)) == {}
     assert found.fewest([(0, 0), (0, 1)]) == 2 and found.fewest([(0, 7)]) == 0
+
+
+@pytest.mark.skipif(native.library().handle is None, reason=f"native kernels {native.status()}")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe", "gpt_oss"])
+def test_matrices_in_few_bits_are_multiplied_as_they_are_stored(tmp_path, family, monkeypatch):
+    """Where the family multiplies by linear maps, codes are read as they are: the logits of decoded matrices."""
+    folder = tiny_folder(tmp_path / "src", family)
+    plan = Plan(1 << 40, CODECS["int8"], 0.4, Thresholds(0.0, 1.0))
+    products, product = [], Packed.product
+    monkeypatch.setattr(Packed, "product", lambda self, x: products.append(len(x)) or product(self, x))
+    for length in (1, 3):
+        ids = torch.arange(length)[None]
+        with Session(folder, plan, store=tmp_path / "low") as session, session.running():
+            have = session.model(ids).logits
+            assert session.counts.asked_low > 0
+            assert bool(products) == (family != "gpt_oss")
+            session.engine.standing = False
+            products.clear()
+            torch.testing.assert_close(have, session.model(ids).logits, rtol=1e-4, atol=1e-4)
+            assert not products
+
+
+def test_what_stands_for_a_matrix_is_decoded_where_that_is_needed() -> None:
+    codec, matrix = CODECS["int4"], drawn(24, 64)
+    fields = codec.encode(matrix)
+    decoded = codec.decode(fields, (24, 64), torch.float32)
+    stands: Any = Packed(fields, 4, lambda: decoded)
+    assert stands[None] is stands[0] is stands[torch.tensor(0)] is stands
+    with pytest.raises(IndexError, match="expert 1 of one"):
+        stands[1]
+    bias = drawn(24)
+    for rows in (1, MANY, MANY + 1):
+        x = drawn(rows, 64)
+        want = torch.nn.functional.linear(x, decoded, bias)
+        torch.testing.assert_close(torch.nn.functional.linear(x, stands, bias), want, rtol=1e-5, atol=1e-4)
+    x = drawn(3, 64).double()
+    assert torch.equal(torch.nn.functional.linear(x, stands.decode().double()), x @ decoded.double().T)
+    assert torch.equal(torch.matmul(drawn(3, 24), stands), drawn(3, 24) @ decoded)
