@@ -13,7 +13,9 @@ from moestro.formats.shards import header
 from moestro.train.checkpoint import verified_state
 
 # what a clock, or the number of processes that it took, decides; checksums and sizes of what contains such entries
-CLOCK = {"time", "seconds", "created", "finished", "tokens_per_s", "metrics_bytes", "checksum", "peak_host_bytes"}
+CLOCK = {"time", "seconds", "created", "finished", "tokens_per_s", "peak_host_bytes"} | {
+    *("metrics_bytes", "metrics_sha256", "checksum", "done.json", "metrics.jsonl")
+}
 SESSIONS = {"lock", "environment.json"}
 
 

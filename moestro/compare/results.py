@@ -15,6 +15,7 @@ from moestro.compare.match import Match, Size
 from moestro.compare.plan import Comparison
 from moestro.compare.verdict import cells, winner
 from moestro.data import Dataset, zlib_bpb
+from moestro.ops.whole_files import require_intact
 from moestro.train.environment import describe_machine
 from moestro.upgrades import COMPARISON
 
@@ -119,6 +120,7 @@ def describe_run(job: Job, failure: str | None) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     """The step lines and the evaluation lines of a run."""
+    require_intact(path.parent, path.name)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "flops" in line], [line for line in lines if "eval" in line]
 

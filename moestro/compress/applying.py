@@ -24,6 +24,7 @@ from moestro.formats import Checkpoint
 from moestro.formats.complete import COUNTS_BY_LAYER
 from moestro.formats.shards import INDEX, SINGLE, Shards, read_json
 from moestro.formats.writer import Outgoing
+from moestro.ops.whole_files import HASHES, require_intact
 from moestro.train.durable import sha256_json, write_json, write_text
 from moestro.train.folder_job import FolderJob
 
@@ -31,6 +32,8 @@ from moestro.train.folder_job import FolderJob
 RECORD, PLAN = "compression.json", "compression_plan.json"
 # The request that a plan came from, where there was one.
 REQUESTED = "compression_request.json"
+# What the report adds to, or may be changed by hand, and so has no hash.
+EDITED = ("README.md", "generation_config.json")
 MODELING = "modeling_compressed.py"
 # Weights in other formats, which would no longer be those of this model.
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".safetensors", ".ot"}
@@ -52,11 +55,13 @@ def apply_plan(
     the same bytes; interrupted, the same call continues after the last finished file; finished, it changes nothing.
     A plan that changes nothing copies every file. `plan_path` says where the plan's tensors lie, if it has any.
 
-    Raises: PlanError where plan, source, destination and layout do not fit; FormatError for a damaged source.
+    Raises: PlanError where plan, source, destination and layout do not fit; FormatError or DamagedFile for a damaged
+    source.
     """
     checkpoint = Checkpoint(source)
     found = fingerprint(checkpoint)
     require_source(plan, found, checkpoint.path)
+    require_intact(checkpoint.path)
     plan = uniform(plan, limits_of(checkpoint)) if output.uniform else plan
     check_plan(plan, checkpoint, output)
     job = {"plan": sha256_json(plan_text(plan)), **asdict(output)}
@@ -79,6 +84,7 @@ def apply_plan(
             folder.path / RECORD, {**job, "moestro": moestro.__version__, "files": dict(sorted(folder.done.items()))}
         )
         _require_whole(folder.path, rewriting, output)
+        folder.record_hashes(but=EDITED)
         return folder.publish()
 
 
@@ -155,7 +161,7 @@ def _others(source: Path) -> Iterator[Path]:
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
         hidden = any(part.startswith(".") for part in inside.parts)
-        own = inside.as_posix() in ("config.json", INDEX, RECORD, PLAN, REQUESTED)
+        own = inside.as_posix() in ("config.json", INDEX, RECORD, PLAN, REQUESTED, HASHES)
         if path.is_file() and not hidden and not own and path.suffix not in OTHER_WEIGHTS:
             if not path.name.endswith(".index.json"):
                 yield path

@@ -16,7 +16,7 @@ from moestro.data import Tokenizer, load_tokenizer
 from moestro.formats import Checkpoint
 from moestro.layers.moe import MoELayer
 from moestro.model import Transformer
-from moestro.ops.whole_files import TEMPORARY, holding
+from moestro.ops.whole_files import TEMPORARY, holding, record_hashes
 from moestro.recipe.build import build_model
 from moestro.recipe.evaluation import CHECKPOINTS
 from moestro.recipe.load import Recipe, load_recipe
@@ -159,6 +159,7 @@ def write_run(source: RunSource, model: nn.Module, recipe: Recipe, folder: Path)
     recipe.write(folder / "recipe.yaml")
     total = sum(parameter.numel() for parameter in model.parameters())
     write_json(folder / "done.json", {"compressed": True, "params_total": total})
+    record_hashes(folder, ["recipe.yaml", "done.json"])
 
 
 def open_source(path: Path) -> Checkpoint | RunSource:

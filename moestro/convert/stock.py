@@ -20,6 +20,7 @@ from moestro.formats import DENSE_FAMILIES, FAMILIES, Checkpoint, DenseFamily, F
 from moestro.formats.shards import INDEX, SINGLE
 from moestro.formats.writer import Outgoing, of_file, of_tensor
 from moestro.hf import skeleton
+from moestro.ops.whole_files import HASHES
 from moestro.train.durable import write_json
 from moestro.train.folder_job import FolderJob
 
@@ -74,10 +75,12 @@ def upcycle_folder(source: str | Path, out: str | Path, method: Upcycle, seed: i
     with FolderJob(folder, {"conversion": uuid4().hex}) as job:
         write_shards(job, list(tensors(checkpoint, family, dense, method, seed)))
         for path in sorted(Path(source).iterdir()):
-            if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".bin")):
+            other = path.name.endswith((".safetensors", ".index.json", ".bin")) or path.name == HASHES
+            if path.is_file() and not other:
                 job.copy(path.name, path)
         write_json(job.path / "config.json", config)
         layers = verified(job.path, checkpoint, dense)
+        job.record_hashes(but=("README.md", "generation_config.json"))
         job.publish()
     return {"family": target.model_type, "layers": layers, "n_experts": method.n_experts}
 

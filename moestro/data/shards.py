@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from moestro.data.cache import file_sha256
 from moestro.data.corpus import Corpus
 from moestro.data.sources import Document
 from moestro.data.tokenizers import Tokenizer
+from moestro.ops.whole_files import sha256 as file_hash
+from moestro.ops.whole_files import sha256_json
 from moestro.upgrades import SHARDS
 
 SPLITS = ("train", "val")
@@ -87,6 +88,7 @@ def write_shards(folder: Path, key: str, corpus: Corpus, tokenizer: Tokenizer) -
         "eos_id": tokenizer.eos_id,
         "splits": {split: asdict(part) for split, part in splits.items()},
     }
+    meta["checksum"] = sha256_json(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
@@ -101,6 +103,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise _damaged(path, f"it is not valid JSON ({error})") from error
     if not isinstance(meta, dict):
         raise _damaged(path, "it is no JSON object")
+    # those of earlier releases have none
+    checksum = meta.pop("checksum", None)
+    if checksum is not None and checksum != sha256_json(meta):
+        raise _damaged(path, "its checksum is that of other content")
     return SHARDS.upgraded(meta, path)
 
 
@@ -246,7 +252,7 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
         raise _damaged(path, "it is missing")
     if (found := path.stat().st_size) != size:
         raise _damaged(path, f"it has {found} bytes, meta.json says {size}")
-    if (hashed := file_sha256(path)) != sha256:
+    if (hashed := file_hash(path)) != sha256:
         raise _damaged(path, f"its SHA-256 is {hashed[:12]}..., meta.json says {sha256[:12]}...")
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from moestro.data.cache import digest, file_sha256
+from moestro.data.cache import digest
 from moestro.data.files import find_files, need_extra, read_lines, suffix
+from moestro.ops.whole_files import sha256
 
 WIKITEXT_HEADING = r" = [^=].* = $"
 
@@ -63,7 +64,7 @@ class FileSource:
         return {}
 
     def fingerprint(self) -> str:
-        content = [(key, file_sha256(path)) for path, key in self.files().items()]
+        content = [(key, sha256(path)) for path, key in self.files().items()]
         return digest(type(self).__name__, self.settings(), content)
 
     def documents(self) -> Iterator[Document]:

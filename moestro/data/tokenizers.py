@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moestro.data.cache import appearing, digest
 from moestro.data.corpus import Corpus
-from moestro.ops.whole_files import write_bytes
+from moestro.ops.whole_files import forget_hashes, record_hashes, require_intact, write_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -197,10 +197,14 @@ class BPETokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> ByteTokenizer | FileTokenizer:
-    """The tokenizer that `save` wrote into a folder."""
+    """The tokenizer that `save` wrote into a folder.
+
+    Raises: FileNotFoundError where there is none; DamagedFile where it is another than what was written.
+    """
     config = Path(folder) / "tokenizer_config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{config}: no such file; this folder holds no saved tokenizer")
+    require_intact(Path(folder), "tokenizer.json", config.name)
     return ByteTokenizer() if _json(config).get("moestro") == "bytes" else FileTokenizer(folder)
 
 
@@ -278,6 +282,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _write(folder: Path, content: bytes, eos: str, kind: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    forget_hashes(folder)
     write_bytes(folder / "tokenizer.json", content)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "moestro": kind}
     write_bytes(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    record_hashes(folder, ["tokenizer.json", "tokenizer_config.json"])

@@ -27,6 +27,8 @@ from moestro.train.folder_job import FolderJob
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("moestro", "stock")
+# What may be changed by hand, and so has no hash.
+EDITED = ("README.md", "generation_config.json")
 # What others leave in a folder that they read.
 LEFTOVERS = {"__pycache__", ".DS_Store", ".cache"}
 
@@ -135,6 +137,7 @@ def _write(
             write_json(folder.path / INDEX, index_of(files))
         contents.companions(folder.path, facts)
         contents.verify(folder.path)
+        folder.record_hashes(but=EDITED)
         beside = sorted(path.name for path in folder.path.iterdir() if path.name not in folder.done)
         said = {"step": facts.step, "files": dict(sorted(folder.done.items())), "beside": beside}
         write_json(folder.path / RECORD, {**job, **said})

@@ -15,6 +15,7 @@ from moestro.export.configuration import MoestroConfig
 from moestro.export.construction import construction
 from moestro.export.modeling import MoestroForCausalLM, stays_wide
 from moestro.export.tokenizers import fast_tokenizer
+from moestro.ops.whole_files import require_intact
 from moestro.recipe.build import build_model
 from moestro.recipe.evaluation import CHECKPOINTS, untrained
 from moestro.recipe.load import Recipe, load_recipe
@@ -43,12 +44,14 @@ def open_model(
     `trust_remote_code`; exported folders need none here.
 
     Raises: FileNotFoundError where there is no folder, RecipeError where it holds neither; CheckpointError where a run
-    has no intact checkpoint; VersionError where a newer moestro wrote the folder; OSError and ValueError as
+    has no intact checkpoint; VersionError where a newer moestro wrote the folder; DamagedFile where a file is
+    not what its hash in hashes.json says; OSError and ValueError as
     transformers has them.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
+    require_intact(folder)
     if (folder / "recipe.yaml").is_file():
         return open_run(folder, device, dtype, checkpoint)
     if not (folder / "config.json").is_file():

@@ -1,14 +1,24 @@
-"""Files that are whole or absent, also after a crash or a power cut, and folders that one process holds at a time."""
+"""Files that are whole or absent, also after a crash or a power cut, and known again by their hashes; folders that one
+process holds at a time."""
 
 import errno
 import fcntl
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # what is not finished yet, whatever becomes of it
 TEMPORARY = ".writing-"
+# the hashes of the files beside it
+HASHES = "hashes.json"
+
+
+class DamagedFile(ValueError):
+    """A file is not what was written; the message says which and what to do."""
 
 
 def sync_file(path: Path) -> None:
@@ -69,3 +79,69 @@ def holding(folder: Path, refusal: Exception) -> Iterator[Path]:
         yield folder
     finally:
         os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hexadecimal SHA-256 of a value's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def record_hashes(folder: Path, names: Iterable[str], known: Mapping[str, str] | None = None) -> None:
+    """Write down the hashes of these files of a folder, beside them; of those in `known` without reading them.
+
+    Where such files are written again, `forget_hashes` comes first: a process that is killed in between leaves files
+    without hashes, which are believed, and not files with other hashes, which are not.
+    """
+    found = {**(known or {}), **{name: sha256(folder / name) for name in names if name not in (known or {})}}
+    said = {"sha256": dict(sorted(found.items())), "checksum": sha256_json(found)}
+    write_bytes(folder / HASHES, (json.dumps(said, indent=1) + "\n").encode())
+
+
+def forget_hashes(folder: Path) -> None:
+    """Before files that have hashes are written again."""
+    (folder / HASHES).unlink(missing_ok=True)
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """{file: SHA-256} as `record_hashes` wrote it down, empty where it did not.
+
+    Raises: DamagedFile where that is not what it wrote.
+    """
+    file = folder / HASHES
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if said["checksum"] == sha256_json(said["sha256"]):
+            return said["sha256"]
+        why = "its checksum is that of other content"
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise DamagedFile(
+        f"{file} is damaged ({why}): restore it, or remove it where the files beside it are to be trusted"
+    )
+
+
+def require_intact(folder: Path, *names: str) -> None:
+    """See whether files are what was written: these, as far as a hash of them was written down, or all that have one.
+
+    Raises: DamagedFile naming file, expected and actual hash, and what to do.
+    """
+    hashes = recorded_hashes(folder)
+    for name in names or hashes:
+        if name not in hashes:
+            continue
+        file = folder / name
+        if not file.is_file():
+            raise DamagedFile(f"{file} is missing, {HASHES} beside it lists it: restore it")
+        if (found := sha256(file)) != hashes[name]:
+            raise DamagedFile(
+                f"{file} is damaged: it has sha256 {found}, {HASHES} beside it says {hashes[name]}. Restore it; where "
+                f"the change is meant, remove {folder / HASHES}"
+            )

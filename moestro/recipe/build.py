@@ -8,6 +8,7 @@ import torch
 from moestro.data import TokenData, Tokenizer
 from moestro.model import Block, PassedBlock, Transformer
 from moestro.ops.tables import tables_in
+from moestro.ops.whole_files import forget_hashes, record_hashes
 from moestro.parallel.ranks import joined
 from moestro.recipe.adapt import require_same_tokenizer, start_adapted
 from moestro.recipe.bind import built
@@ -146,7 +147,9 @@ def claim_folder(folder: RunFolder, recipe: Recipe, tokenizer: Tokenizer) -> Non
         return
     try:
         tokenizer.save(folder.path / "tokenizer")
+        forget_hashes(folder.path)
         recipe.write(folder.path / "recipe.yaml")
+        record_hashes(folder.path, ["recipe.yaml"])
     except OSError as error:
         raise unwritable(folder.path, error) from error
 

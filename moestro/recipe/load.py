@@ -8,6 +8,7 @@ from typing import Any
 
 from moestro.data import TokenData
 from moestro.model import Attention, Depths
+from moestro.ops.whole_files import require_intact
 from moestro.parallel.settings import ParallelSettings
 from moestro.recipe.adapt import Adapt
 from moestro.recipe.bind import Binder, Part, describe
@@ -202,8 +203,10 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe at `path` with `a.b.c=value` overrides, every key and type checked.
 
-    Raises: RecipeError naming what is wrong, what is allowed and where.
+    Raises: RecipeError naming what is wrong, what is allowed and where; DamagedFile for that of a run that is not what
+    the run wrote.
     """
+    require_intact(Path(path).parent, Path(path).name)
     tree, origin = read_tree(Path(path), overrides)
     return check_recipe(Recipe(tree, origin))
 

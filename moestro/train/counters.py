@@ -9,8 +9,8 @@ from moestro.train.step import Measured
 @dataclass
 class Counters:
     """Everything that accumulates over a run. FLOPs are of training (3 x forward); `seconds` is time spent in optimizer
-    steps; `metrics_bytes` the size of metrics.jsonl at the last checkpoint; `skipped` the steps that were not finite
-    and changed nothing, of which the last `skipped_in_a_row` followed one another."""
+    steps; `metrics_bytes` and `metrics_sha256` are those of metrics.jsonl at the last checkpoint; `skipped` counts the
+    steps that were not finite and changed nothing, of which the last `skipped_in_a_row` followed one another."""
 
     step: int = 0
     tokens: int = 0
@@ -22,6 +22,7 @@ class Counters:
     last_eval: dict[str, float] | None = None
     seconds: float = 0.0
     metrics_bytes: int = 0
+    metrics_sha256: str = ""
     skipped: int = 0
     skipped_in_a_row: int = 0
 

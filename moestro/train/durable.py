@@ -1,13 +1,12 @@
 """Texts and folders that are either complete or absent, also after a crash or a power cut, and their hashes."""
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from moestro.ops.whole_files import TEMPORARY, sync_file, write_bytes
+from moestro.ops.whole_files import TEMPORARY, sha256, sha256_json, sync_file, write_bytes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,12 +53,6 @@ def remove_temporary(folder: Path) -> None:
             path.unlink()
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_json(value: Any) -> str:
-    """Hexadecimal SHA-256 of a value's JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+__all__ = [
+    "empty", "publish_folder", "remove_folder", "remove_temporary", "sha256", "sha256_json", "write_json", "write_text",
+]  # fmt: skip

@@ -2,12 +2,14 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
+from moestro.ops.whole_files import forget_hashes, record_hashes, recorded_hashes, require_intact
 from moestro.train.checkpoint import clear_unfinished, list_checkpoints
 from moestro.train.durable import remove_temporary, write_json
 
@@ -20,7 +22,8 @@ class RunFolder:
     """`run_dir` and what lies in it:
 
     lock, environment.json, metrics.jsonl, tensorboard/, checkpoints/step-00000123/, done.json (the final metrics; it is
-    there when training is over). Entered, it holds the lock until it is left or the process ends in whatever way.
+    there when training is over), hashes.json (of files that no checkpoint knows). Entered, it holds the lock until it
+    is left or the process ends in whatever way.
 
     Raises: RunFolderError where another process holds it or it cannot be written.
     """
@@ -67,21 +70,35 @@ class RunFolder:
     def result(self) -> dict | None:
         """The final metrics of a finished run, None while it is not finished."""
         file = self.path / "done.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if not file.exists():
+            return None
+        require_intact(self.path, file.name)
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def finish(self, result: dict) -> dict:
         """Record the final metrics, which marks the run as finished."""
+        if not self.main:
+            return result
+        hashes = recorded_hashes(self.path)
+        forget_hashes(self.path)
         self.write_json("done.json", result)
+        there = [name for name in ("done.json", self.metrics.name) if (self.path / name).is_file()]
+        record_hashes(self.path, [*hashes, *there])
         return result
 
-    def open_metrics(self, size: int) -> "MetricsFile | NoMetrics":
-        """metrics.jsonl, as it was when it had `size` bytes."""
-        return MetricsFile(self.metrics, size)
+    def open_metrics(self, size: int, sha256: str = "") -> "MetricsFile | NoMetrics":
+        """metrics.jsonl, as it was when it had `size` bytes and, where it is known, this hash."""
+        return MetricsFile(self.metrics, size, sha256)
 
     def add_session(self, session: dict) -> None:
         """Append to the list in environment.json: one entry for every process that worked on the run."""
         file = self.path / "environment.json"
-        sessions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        try:
+            sessions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        except ValueError as error:
+            raise RunFolderError(
+                f"{file} is damaged ({error}): restore it, or remove it; it only says where the run was trained"
+            ) from error
         self.write_json("environment.json", [*sessions, session])
 
     def write_json(self, name: str, value: Any) -> None:
@@ -102,7 +119,7 @@ class GuestFolder(RunFolder):
 
     def __exit__(self, *exception: object) -> None: ...
 
-    def open_metrics(self, size: int) -> "MetricsFile | NoMetrics":
+    def open_metrics(self, size: int, sha256: str = "") -> "MetricsFile | NoMetrics":
         return NoMetrics()
 
     def write_json(self, name: str, value: Any) -> None: ...
@@ -110,6 +127,8 @@ class GuestFolder(RunFolder):
 
 class NoMetrics:
     """Takes lines of metrics and keeps none."""
+
+    sha256 = ""
 
     def write(self, line: dict) -> None: ...
 
@@ -123,10 +142,11 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a line, cut back to `size` bytes when opened, so that what a killed process wrote
     after its last checkpoint goes and the file becomes that of an uninterrupted run.
 
-    Raises: RunFolderError where the file is shorter than its checkpoint says, or cannot be written.
+    Raises: RunFolderError where the file is shorter than its checkpoint says, is another up to there by its `sha256`
+    (where that is known), or cannot be written.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, sha256: str = "") -> None:
         self.path = path
         try:
             self.file: FileIO = path.open("ab", buffering=0)
@@ -139,13 +159,25 @@ class MetricsFile:
             # Devices such as /dev/full have no size to cut.
             if actual > size:
                 self.file.truncate(size)
+            self.hash = hashlib.sha256(path.read_bytes() if size else b"")
         except OSError as error:
             raise unwritable(path, error) from error
+        if sha256 and self.sha256 != sha256:
+            raise RunFolderError(
+                f"{path} is damaged: its first {size} bytes have sha256 {self.sha256}, its checkpoint says {sha256}. "
+                "Restore the file, or train again in another folder"
+            )
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of all lines so far."""
+        return self.hash.hexdigest()
 
     def write(self, line: dict) -> None:
         """Append one object."""
         try:
             left = json.dumps(line, allow_nan=False).encode() + b"\n"
+            self.hash.update(left)
             while left:
                 left = left[self.file.write(left) :]
         except OSError as error:

@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 from moestro.formats.writer import Outgoing, file_pieces, write_file
-from moestro.ops.whole_files import TEMPORARY, holding, sync_file
+from moestro.ops.whole_files import TEMPORARY, holding, record_hashes, sync_file
 from moestro.train.durable import publish_folder, remove_temporary, write_json
 
 JOB, DONE = "job.json", "done.json"
@@ -86,6 +86,12 @@ class FolderJob:
         sync_file(self.path)
         self.done[name] = {"bytes": (self.path / name).stat().st_size, "sha256": digest}
         write_json(self.control / DONE, self.done)
+
+    def record_hashes(self, but: Collection[str] = ()) -> None:
+        """Write down the hashes of all files but those that readers are to edit."""
+        names = [file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()]
+        known = {name: said["sha256"] for name, said in self.done.items() if name not in but}
+        record_hashes(self.path, [name for name in names if name not in but], known)
 
     def publish(self) -> Path:
         """Give the folder its own name, in one step."""

@@ -150,7 +150,7 @@ def run(
             log.evaluation(figures)
         stopping = ranks.any(stop.name is not None)
         if finished or better or stopping or due(settings.save_every, counters.step):
-            saved = state.save(folder, log.file.sync())
+            saved = state.save(folder, log.sync())
             if stopping and not finished:
                 state.writer.wait()
                 raise stopped(stop, saved)

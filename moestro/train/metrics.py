@@ -17,7 +17,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: RunFolder, settings: TrainSettings, counters: Counters, display: Display) -> None:
-        self.file = folder.open_metrics(counters.metrics_bytes)
+        self.file = folder.open_metrics(counters.metrics_bytes, counters.metrics_sha256)
         self.counters, self.display = counters, display
         self.budget = settings.budget
         self.board = open_board(folder, counters.step, display) if settings.tensorboard and folder.main else None
@@ -30,6 +30,12 @@ class MetricsLog:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+    def sync(self) -> int:
+        """Force all lines to the disk and note their hash; returns the file's size in bytes."""
+        size = self.file.sync()
+        self.counters.metrics_sha256 = self.file.sha256
+        return size
 
     def step(self, measured: Measured, lr: float, peak: float | None, broken: str) -> None:
         """The line of one optimizer step; `broken` says what of it was not finite, where it was skipped for that."""

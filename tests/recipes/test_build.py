@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moestro.experts import SingletonBank
+from moestro.ops.whole_files import DamagedFile
 from moestro.recipe.build import build_data, build_model, build_training, first_difference, run_training
 from moestro.recipe.load import load_recipe
 from moestro.recipe.syntax import RecipeError, dump_yaml
@@ -141,7 +142,7 @@ def test_a_recipe_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moestro.train.durable.sync_file", killed)
+    monkeypatch.setattr("moestro.ops.whole_files.sync_file", killed)
     with pytest.raises(KeyboardInterrupt):
         recipe.write(file)
     assert not file.exists()
@@ -173,6 +174,7 @@ def test_a_partial_recipe_in_a_run_folder_is_continued(tmp_path: Path, quick: li
     with pytest.raises(TrainingStopped):
         run_training(recipe, tmp_path, progress=display, show_preparation=False)  # type: ignore[arg-type]
     (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe.tree))
+    (tmp_path / "hashes.json").unlink()
     assert run_training(recipe, tmp_path, show_preparation=False)["step"] == 4
 
 
@@ -224,5 +226,10 @@ def test_a_recipe_edited_in_its_run_folder_is_caught(tmp_path: Path, quick: list
         run_training(load_recipe(FOLDER / "hmoe.yaml", quick), tmp_path, progress=display, show_preparation=False)
     file = tmp_path / "recipe.yaml"
     file.write_text(file.read_text().replace("lr: 0.002", "lr: 0.003"))
+    with pytest.raises(
+        DamagedFile, match=r"recipe\.yaml is damaged: it has sha256 .*where the change is meant, remove"
+    ):
+        load_recipe(file)
+    (tmp_path / "hashes.json").unlink()
     with pytest.raises(CheckpointError, match="was written with other settings: optim.lr was 0.002, now 0.003"):
         run_training(load_recipe(file), tmp_path, show_preparation=False)

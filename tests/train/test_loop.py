@@ -37,7 +37,7 @@ def test_a_run_learns_and_leaves_its_folder(tmp_path):
     model, settings = tiny_model(), tiny_settings(steps=60, optim=OptimSettings(lr=0.02), eval_every=20, save_every=30)
     result = train(model, Counting(), settings, [], [], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "lock", "environment.json", "metrics.jsonl", "checkpoints", "done.json",
+        "lock", "environment.json", "metrics.jsonl", "checkpoints", "done.json", "hashes.json",
     }  # fmt: skip
     evaluations = [line["eval"] for line in lines_of(tmp_path) if "eval" in line]
     steps = [line for line in lines_of(tmp_path) if "eval" not in line]
