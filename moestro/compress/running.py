@@ -49,15 +49,20 @@ def compressed(request: Request, destination: Path, progress: Progress = lambda 
     """
     require_outside(request.source, destination)
     wanted = wanted_by(request)
-    with holding(destination.with_name(f"{TEMPORARY}{destination.name}.plan"), FolderInUse(destination)) as kept:
-        if read_control(kept / REQUEST) != wanted and destination.exists():
+    kept = destination.with_name(f"{TEMPORARY}{destination.name}.plan")
+    try:
+        with holding(kept, FolderInUse(destination)):
+            if read_control(kept / REQUEST) != wanted and destination.exists():
+                shutil.rmtree(kept)
+                return _finished(request, destination, wanted)
+            path = _planned(request, kept, wanted)
+            folder = applied_to(request.source, read_plan(path), destination, request.output, path, progress)
+            write_json(folder / REQUESTED, wanted)
             shutil.rmtree(kept)
-            return _finished(request, destination, wanted)
-        path = _planned(request, kept, wanted)
-        folder = applied_to(request.source, read_plan(path), destination, request.output, path, progress)
-        write_json(folder / REQUESTED, wanted)
-        shutil.rmtree(kept)
-        return folder
+            return folder
+    except OSError as error:
+        raise PlanError(f"cannot make {destination}: {error}. Free space or choose another folder; the same command "
+                        "continues") from error  # fmt: skip
 
 
 def _planned(request: Request, kept: Path, wanted: dict[str, Any]) -> Path:

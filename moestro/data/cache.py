@@ -39,6 +39,12 @@ def appearing(folder: Path) -> Iterator[Path]:
         except OSError:
             if not folder.is_dir():
                 raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # a write that the system refused: it does not say where
+        what = f"cannot write {folder}: {error.strerror}. Free space, or choose another folder ($MOESTRO_CACHE)"
+        raise OSError(error.errno, what) from error
     finally:
         shutil.rmtree(filling, ignore_errors=True)
         os.close(handle)

@@ -70,10 +70,8 @@ class RunFolder:
     def result(self) -> dict | None:
         """The final metrics of a finished run, None while it is not finished."""
         file = self.path / "done.json"
-        if not file.exists():
-            return None
         require_intact(self.path, file.name)
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def finish(self, result: dict) -> dict:
         """Record the final metrics, which marks the run as finished."""
@@ -205,7 +203,8 @@ def require_writable(path: Path) -> None:
     if not there.is_dir():
         raise unwritable(path, OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(there, os.W_OK | os.X_OK):
-        raise unwritable(path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
+        why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise unwritable(path, OSError(why, os.strerror(why)))
 
 
 def unwritable(path: Path, error: OSError) -> RunFolderError:

@@ -117,7 +117,7 @@ def test_the_source_stays_as_it_is_and_companions_go_along(tmp_path):
     apply_plan(folder, plan_for(folder, range(6)), tmp_path / "dst")
     assert content(folder) == before
     names = set(content(tmp_path / "dst"))
-    assert names == (set(before) - {"pytorch_model.bin"}) | {RECORD, "compression_plan.json"}
+    assert names == (set(before) - {"pytorch_model.bin"}) | {RECORD, "compression_plan.json", "hashes.json"}
     for inside in (folder, folder / "below"):
         with pytest.raises(PlanError, match="lies in the source"):
             apply_plan(folder, plan_for(folder, range(6)), inside)
