@@ -26,7 +26,7 @@ from moestro.formats.shards import INDEX, SINGLE, Shards, read_json
 from moestro.formats.writer import Outgoing
 from moestro.ops.whole_files import HASHES, require_intact
 from moestro.train.durable import sha256_json, write_json, write_text
-from moestro.train.folder_job import FolderJob
+from moestro.train.folder_job import FolderJob, clear_finished
 
 # What a compressed folder says of how it was made, and the plan it was made by.
 RECORD, PLAN = "compression.json", "compression_plan.json"
@@ -66,6 +66,7 @@ def apply_plan(
     check_plan(plan, checkpoint, output)
     job = {"plan": sha256_json(plan_text(plan)), **asdict(output)}
     if (there := _there(source, destination, job)) is not None:
+        clear_finished(destination)
         return there
     rewriting = Rewriting(checkpoint, plan, output.layout, output.densify, _tensors(plan, plan_path))
     files = _named(rewriting.files())
@@ -101,6 +102,7 @@ def _there(source: Path, destination: Path, job: dict[str, Any]) -> Path | None:
     whole = all(
         (destination / name).is_file() and (destination / name).stat().st_size == file["bytes"]
         for name, file in said.get("files", {}).items()
+        if name not in EDITED
     )
     if whole and {key: said.get(key) for key in job} == job:
         return destination

@@ -24,7 +24,7 @@ from moestro.recipe.build import build_model, build_training, claim_folder
 from moestro.recipe.load import Recipe, check_recipe
 from moestro.recipe.resolve import Origin, copy_tree, merge
 from moestro.train.folder import RunFolder, require_writable
-from moestro.train.folder_job import FolderJob
+from moestro.train.folder_job import FolderJob, clear_finished
 from moestro.train.start import write_start
 
 # Files of a converted run besides those of every run: the figures, the dense recipe, where its units lie.
@@ -185,6 +185,7 @@ def require_new(out: Path) -> None:
     """Raises: ConversionError where there is something at `out`; RunFolderError where it cannot be written."""
     require_writable(out)
     if out.exists() and any(out.iterdir()):
+        clear_finished(out)
         raise ConversionError(f"{out} is not empty: choose another folder")
 
 

@@ -23,7 +23,7 @@ from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.pretrained import Pretrained
 from moestro.train.durable import write_json
 from moestro.train.folder import RunFolder
-from moestro.train.folder_job import FolderJob
+from moestro.train.folder_job import FolderJob, clear_finished
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("moestro", "stock")
@@ -93,6 +93,8 @@ def export_run(run: str | Path, out: str | Path, choices: Choices = Choices()) -
         except (OSError, SafetensorError) as error:
             raise ExportError(f"cannot write {out}: {error}. Free space or choose another folder; the same command "
                               "continues") from error  # fmt: skip
+    else:
+        clear_finished(out)
     nbytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
     return Exported(there or out, contents.architecture, contents.n_parameters, nbytes)
 

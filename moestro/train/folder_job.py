@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from moestro.formats.writer import Outgoing, file_pieces, write_file
-from moestro.ops.whole_files import TEMPORARY, holding, record_hashes, sync_file
+from moestro.ops.whole_files import TEMPORARY, holding, lock_folder, record_hashes, sync_file
 from moestro.train.durable import publish_folder, remove_temporary, write_json
 
 JOB, DONE = "job.json", "done.json"
@@ -98,6 +98,15 @@ class FolderJob:
         publish_folder(self.path, self.destination)
         shutil.rmtree(self.control)
         return self.destination
+
+
+def clear_finished(destination: Path) -> None:
+    """Remove what a process that was killed just after it gave the folder its name left beside it."""
+    control = destination.with_name(TEMPORARY + destination.name + ".job")
+    with suppress(FileNotFoundError):
+        if (handle := lock_folder(control)) is not None:
+            shutil.rmtree(control)
+            os.close(handle)
 
 
 def read_control(path: Path) -> Any:

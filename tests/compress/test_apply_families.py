@@ -47,7 +47,11 @@ def test_a_plan_that_changes_nothing_copies_bytes(tmp_path, family):
     files = {path.name for path in (tmp_path / "src").iterdir()}
     for name in files:
         assert (tmp_path / "dst" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
-    assert {path.name for path in (tmp_path / "dst").iterdir()} == files | {RECORD, "compression_plan.json"}
+    assert {path.name for path in (tmp_path / "dst").iterdir()} == files | {
+        RECORD,
+        "compression_plan.json",
+        "hashes.json",
+    }
 
 
 @pytest.mark.parametrize("family", FEWER)

@@ -105,6 +105,23 @@ def test_a_second_process_on_a_folder_is_refused(verb, commands, tmp_path, capsy
     assert main(commands(verb, tmp_path / "out")) == 0
 
 
+@pytest.mark.parametrize("verb", ["compress", pytest.param("export", marks=pytest.mark.slow)])
+def test_what_a_kill_just_after_the_end_left_is_cleared(verb, commands, tmp_path, monkeypatch):
+    """Found by bench.reliability.kills: the folder has its name, what was kept beside it has not gone yet."""
+    source, out = commands.work / "moe", tmp_path / "out"
+    words = commands("export", out)
+    if verb == "compress":
+        assert main(["export", str(source), "--out", str(tmp_path / "stock"), "--format", "stock"]) == 0
+        words = ["compress", str(tmp_path / "stock"), str(out), "--method", "width", "--ratio", "0.25"]
+    before = set(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr("moestro.train.folder_job.shutil.rmtree", lambda *arguments, **keywords: None)
+        assert main(words) == 0
+    assert (tmp_path / f"{TEMPORARY}out.job").is_dir()
+    assert main(words) == 0
+    assert set(tmp_path.iterdir()) == before | {out}
+
+
 def test_clocks_that_jump_change_nothing_that_is_learned(commands, tmp_path, monkeypatch):
     """Back by a day after every look, and forward: hashes and figures are those of a run under a clock that goes."""
     assert main(commands("train", tmp_path / "plain")) == 0
