@@ -107,6 +107,23 @@ def calibrate(
     return collected
 
 
+def sampled_inputs(model: nn.Module, batches: Iterable[Batch], name: str, ask: Ask) -> Tensor:
+    """The inputs [n d] of one mixture layer, of the tokens that `calibrate` samples, in the model as it is now: with
+    experts of earlier layers left out, those that these leave.
+
+    Raises: ValueError where no tokens are asked for.
+    """
+    layer: MoELayer = model.moe_layers()[name]  # type: ignore[operator]
+    seen = Observed(layer.router.n_experts)
+    with evaluating(model):
+        for number, batch in enumerate(batches):
+            (x,) = (t.x for t in score(model, batch, "fp32")[0].traces if t.layer is layer)
+            seen.sample(x, ask.sample, ask.seed, number)
+    if seen.inputs is None or not len(seen.inputs):
+        raise ValueError(f"{name}: no tokens were sampled (sample={ask.sample})")
+    return seen.inputs
+
+
 def _add(collected: Collected, layers: dict[str, MoELayer], traces: tuple[Trace, ...], number: int) -> None:
     """One batch's traces."""
     ask, names = collected.ask, {id(layer): name for name, layer in layers.items()}

@@ -20,7 +20,7 @@ from moestro.compress.merging import warnings as unlike
 from moestro.compress.methods import Request, checked, option, versions
 from moestro.compress.moe_i2 import Settings, moe_i2
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Quantisation, TensorFile
-from moestro.compress.pruning import Subject, by_damage, by_scores, with_skipping
+from moestro.compress.pruning import Subject, by_damage, by_scores, layer_by_layer, with_skipping
 from moestro.compress.search import Genetic
 from moestro.compress.source import RunSource, open_source
 from moestro.compress.text import batches_of
@@ -74,7 +74,10 @@ class Method:
 
 
 def _recon(asked: Asked) -> list[LayerPlan]:
-    return by_damage(asked.subject, asked.counts, asked.options["enumerable"], asked.genetic())
+    how = asked.counts, asked.options["enumerable"], asked.genetic()
+    if asked.options["progressive"]:
+        return layer_by_layer(asked.subject, asked.batches, *how)
+    return by_damage(asked.subject, *how)
 
 
 def _moe_i2(asked: Asked) -> list[LayerPlan]:
@@ -121,7 +124,7 @@ def _scored(criterion: str) -> Method:
 
 METHODS: dict[str, Method] = {
     **{criterion: _scored(criterion) for criterion in ("frequency", "gate-sum", "man", "reap", "random")},
-    "recon": Method(_recon, SEARCH),
+    "recon": Method(_recon, {**SEARCH, "progressive": False}),
     "moe-i2": Method(
         _moe_i2,
         {

@@ -1,19 +1,21 @@
 """Methods that remove experts: from what calibration collected to the plan of every layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from moestro.compress.applied import layer_number
-from moestro.compress.calibration import Collected
+from moestro.compress.calibration import Collected, sampled_inputs
 from moestro.compress.criteria import CRITERIA, highest, random_scores, removed, skip_threshold
 from moestro.compress.damage import Damage
 from moestro.compress.masking import without
 from moestro.compress.observed import Observed
 from moestro.compress.plan import LayerPlan
-from moestro.compress.search import Choice, Found, Genetic, least_damage
+from moestro.compress.search import Choice, Found, Genetic, Subset, least_damage
+from moestro.data import Batch
 from moestro.layers.moe import MoELayer
 from moestro.routers import BiasedRouter, ScoredRouter, TopK
 
@@ -127,12 +129,24 @@ def searched(
     Raises: ValueError where they cannot, and no `genetic` search is given.
     """
     found = {}
-    for name, layer in subject.layers.items():
-        choice = Choice(layer.router.n_experts, counts[name], groups_of(layer) if counts[name] else 1)
+    for name in subject.layers:
         damage = subject.damage(name) if counts[name] else lambda subset: 0.0
-        seed = 1_000_003 * subject.seed + layer_number(name)
-        found[name] = least_damage(damage, choice, n_best, seed, enumerable, genetic)
+        found[name] = _found(subject, name, counts[name], damage, n_best, enumerable, genetic)
     return found
+
+
+def _found(
+    subject: Subject,
+    name: str,
+    count: int,
+    damage: Callable[[Subset], float],
+    n_best: int,
+    enumerable: int,
+    genetic: Genetic | None,
+) -> Found:
+    layer = subject.layers[name]
+    choice = Choice(layer.router.n_experts, count, groups_of(layer) if count else 1)
+    return least_damage(damage, choice, n_best, 1_000_003 * subject.seed + layer_number(name), enumerable, genetic)
 
 
 def by_damage(
@@ -142,6 +156,34 @@ def by_damage(
     found = searched(subject, counts, 1, enumerable, genetic)
     alone = {name: {"damage alone": subject.damage(name).of_each()} if counts[name] else None for name in found}
     return [plan_of(subject, name, search.subsets[0], alone[name]) for name, search in found.items()]
+
+
+def layer_by_layer(
+    subject: Subject,
+    batches: Sequence[Batch],
+    counts: Mapping[str, int],
+    enumerable: int = 5000,
+    genetic: Genetic | None = None,
+) -> list[LayerPlan]:
+    """NAEE, progressively: as `by_damage`, but the inputs of each layer are those that the layers before it leave once
+    their experts are gone, and its damage is what its own removal does to its output on these. A pass over the batches
+    for every layer.
+
+    Raises: as `searched`.
+    """
+    gone: dict[str, Subset] = {}
+    alone: dict[str, dict[str, list[float]]] = {}
+    with ExitStack() as removed_before:
+        for name, layer in subject.layers.items():
+            if not counts[name]:
+                gone[name] = ()
+                continue
+            inputs = sampled_inputs(subject.model, batches, name, subject.collected.ask)
+            damage = Damage(layer, inputs.to(next(layer.parameters()).device))
+            gone[name] = _found(subject, name, counts[name], damage, 1, enumerable, genetic).subsets[0]
+            alone[name] = {"damage alone": damage.of_each()}
+            removed_before.enter_context(without(layer, gone[name]))
+    return [plan_of(subject, name, subset, alone.get(name)) for name, subset in gone.items()]
 
 
 def with_skipping(subject: Subject, plans: Sequence[LayerPlan]) -> list[LayerPlan]:

@@ -1,10 +1,14 @@
 """MoE-I2 as a whole, and the methods that remove experts by score or damage."""
 
+from contextlib import ExitStack
+from itertools import combinations
+
 import pytest
 import torch
 
 from moestro.compress.applied import applied
 from moestro.compress.calibration import Ask, calibrate
+from moestro.compress.criteria import removed
 from moestro.compress.masking import without
 from moestro.compress.moe_i2 import Settings, counts_of, importance, moe_i2
 from moestro.compress.plan import LayerPlan
@@ -14,6 +18,7 @@ from moestro.compress.pruning import (
     by_damage,
     by_scores,
     groups_of,
+    layer_by_layer,
     most_removed,
     searched,
     uniform,
@@ -93,6 +98,32 @@ def test_block_choices_are_no_worse_than_the_layers_own():
         return sum(float((a - b).square().sum()) for a, b in zip(states[:half], states[half:], strict=True))
 
     assert error(refined) <= error(alone) * (1 + 1e-9)
+
+
+def test_layer_by_layer_each_set_is_the_best_on_what_the_layers_before_leave():
+    """Every set of every layer, its output written out on the inputs of the pruned model."""
+    given, batches = subject("mmm"), text(3)
+    counts = dict.fromkeys(given.layers, 2)
+    plans = layer_by_layer(given, batches, counts)
+    assert plans[0].keep == by_damage(given, counts)[0].keep
+    gone: dict[str, tuple[int, ...]] = {}
+    for plan, (name, layer) in zip(plans, given.layers.items(), strict=True):
+        inputs = []
+        with ExitStack() as stack, torch.no_grad():
+            for before, experts in gone.items():
+                stack.enter_context(without(given.layers[before], experts))
+            for batch in batches:
+                traces = given.model(batch.tokens, documents=batch.documents, keep=batch.keep).traces
+                inputs += [trace.x for trace in traces if trace.layer is layer]
+            x = torch.cat(inputs)
+            whole, errors = layer(x)[0], {}
+            for subset in combinations(range(E), 2):
+                with without(layer, subset):
+                    errors[subset] = float((layer(x)[0] - whole).norm())
+        best = min(errors, key=errors.__getitem__)
+        assert removed(plan.keep, E) == best
+        gone[name] = best
+    assert all(bool(layer.router.available.all()) for layer in given.layers.values())
 
 
 def test_a_planted_dead_expert_goes_first_whatever_the_method():
