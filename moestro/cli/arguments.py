@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from moestro.cli.values import file_path, number, whole
 from moestro.recipe.syntax import nearest
 
 if TYPE_CHECKING:
@@ -36,15 +37,18 @@ class Help(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """Of one verb; `description` is the docstring of its `run`. Raises `UsageError` in place of printing its usage and
-    exiting."""
+    exiting; checks numbers and paths as it reads them."""
 
     def __init__(self, prog: str = "moestro", description: str | None = None) -> None:
         # 3.14 colours help by default
         super().__init__(prog, description=description, formatter_class=Help, allow_abbrev=False)
+        for kind, read in ((int, whole), (float, number), (Path, file_path)):
+            self.register("type", kind, read)
 
     def error(self, message: str) -> NoReturn:
         # Python 3.11 counts what may be given any number of times, none included, as required
-        raise UsageError(f"{message.replace(', key=value', '')} ({self.prog} --help)")
+        message = message.replace(", key=value", "").replace("ignored explicit argument", "takes no value, got")
+        raise UsageError(f"{message} ({self.prog} --help)")
 
 
 def add_recipe(parser: Parser) -> None:
@@ -158,7 +162,7 @@ def positive(text: str) -> int:
 
     Raises: argparse.ArgumentTypeError.
     """
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isascii() or not text.isdecimal() or not 0 < whole(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
@@ -214,7 +218,9 @@ def size(text: str) -> int:
 
     Raises: argparse.ArgumentTypeError.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.lower())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.lower(), re.ASCII)
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; allowed: 8GiB, 500MB, 4096 and such")
-    return int(float(found[1]) * UNITS[found[2] or ""])
+    if (value := float(found[1]) * UNITS[found[2] or ""]) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than any memory has; allowed: 8GiB, 500MB, 4096 and such")
+    return int(value)

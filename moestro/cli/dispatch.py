@@ -28,6 +28,14 @@ from moestro.recipe.syntax import RecipeError, unknown
 
 # What can go wrong without a mistake in this package; anything else keeps its traceback.
 FAILURES = (RuntimeError, ValueError, OSError, ImportError, ArithmeticError, MemoryError)
+# What the system says of a file, and what is needed there.
+OF_FILES: dict[type[OSError], str] = {
+    FileNotFoundError: "no such file or folder",
+    IsADirectoryError: "is a folder, a file is needed",
+    NotADirectoryError: "lies below a file, a folder is needed",
+    FileExistsError: "exists, choose another name",
+    PermissionError: "may not be read or written by this user",
+}
 
 
 class Verb(Protocol):
@@ -89,13 +97,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _told(error: Exception) -> str:
-    """What an error says, in one line; where it is none of this package's own, how to learn more."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    """What an error says; where it is none of this package's own, how to learn more."""
+    message = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)!r}: {OF_FILES.get(type(error), error.strerror)}"
     own = type(error).__module__.split(".")[0] == "moestro"
     return message if own else f"{message} ({type(error).__name__}; add --traceback to see where)"
 
 
 def _dispatch(words: list[str]) -> int:
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UsageError(f"{word!r} is not valid UTF-8: give words, names and paths in UTF-8")
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0 if words else 2

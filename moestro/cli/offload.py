@@ -26,6 +26,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "what",
         nargs="+",
+        type=Path,
         metavar="SRC",
         help="a run folder, or a model's folder in Hugging Face's format; or replay TRACE, or profile TRACE",
     )
@@ -69,20 +70,21 @@ def run(arguments: Namespace) -> int:
       moestro offload replay routing.jsonl --memory 4GiB --policy lru --policy lfu
       moestro offload profile routing.jsonl
     """
-    kind, *rest = arguments.what
+    folder, *rest = arguments.what
+    kind = str(folder)
     if kind in ("replay", "profile"):
         if len(rest) != 1:
             raise UsageError(f"moestro offload {kind} TRACE takes one trace, got {len(rest)}")
-        return (_replay if kind == "replay" else _profile)(arguments, Path(rest[0]))
+        return (_replay if kind == "replay" else _profile)(arguments, rest[0])
     if rest:
         raise UsageError(
-            f"unexpected {rest[0]!r}: moestro offload SRC takes one folder (or replay TRACE, profile TRACE)"
+            f"unexpected {str(rest[0])!r}: moestro offload SRC takes one folder (or replay TRACE, profile TRACE)"
         )
     if arguments.memory is None:
         raise UsageError("say how much fast memory there is: --memory 8GiB")
     if not (arguments.prompt or arguments.eval or arguments.bench):
         raise UsageError("nothing to do: give --prompt TEXT, --eval FILE or --bench")
-    return _generate(arguments, Path(kind))
+    return _generate(arguments, folder)
 
 
 def _generate(arguments: Namespace, folder: Path) -> int:
@@ -198,7 +200,10 @@ def _replay(arguments: Namespace, path: Path) -> int:
     everything = sum(map(sum, trace.header.high))
     memory = arguments.memory or everything // 4
     thresholds = Thresholds() if arguments.exact else Thresholds(arguments.t1, arguments.t2)
-    capacity = budget(trace.header, memory, 0.0 if thresholds.exact else arguments.low_share)
+    try:
+        capacity = budget(trace.header, memory, 0.0 if thresholds.exact else arguments.low_share)
+    except ValueError as error:
+        raise UsageError(f"--memory {memory:,} bytes, --low-share {arguments.low_share}: {error}") from error
     setting = Setting(capacity, thresholds=thresholds, depth=arguments.prefetch, cooperative=arguments.cooperative)
     policies = policies_of(arguments, ["lru", "lfu", "lhu", "fld", "mix", "lcu"])
     report = replay_report(trace, setting, policies, arguments.tune)

@@ -5,11 +5,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# characters of an error; of a longer one the middle is left out
+LONGEST = 1000
+
 
 def failed(message: str, code: int) -> int:
-    """Print an error; returns the exit code."""
-    print(f"moestro: error: {message}", file=sys.stderr)
+    """Print an error in one line; returns the exit code."""
+    print(f"moestro: error: {one_line(message)}", file=sys.stderr)
     return code
+
+
+def one_line(message: str) -> str:
+    """A message that may quote anything: what a terminal would obey is written out, what is too long is cut."""
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(message.split()))
 
 
 def as_json(path: Path | None, figures: dict[str, Any]) -> bool:

@@ -73,9 +73,10 @@ def sizes(plan: Comparison, budget: float, vocab_size: int) -> list[Size]:
 
 def reference_size(plan: Comparison, d_model: int, vocab_size: int) -> Size:
     """The reference arm at one width."""
-    recipe = plan.recipe(plan.reference, plan.width_settings(plan.reference, d_model))
-    parameters = sum(p.numel() for p in build_model(recipe, vocab_size, device="meta").parameters())
-    return Size(d_model, training_flops(recipe, vocab_size), parameters)
+    with plan.blamed(plan.reference):
+        recipe = plan.recipe(plan.reference, plan.width_settings(plan.reference, d_model))
+        parameters = sum(p.numel() for p in build_model(recipe, vocab_size, device="meta").parameters())
+        return Size(d_model, training_flops(recipe, vocab_size), parameters)
 
 
 def match(plan: Comparison, arm: str, size: Size, vocab_size: int) -> Match:
@@ -85,20 +86,22 @@ def match(plan: Comparison, arm: str, size: Size, vocab_size: int) -> Match:
     """
     settings: dict[str, Any] = plan.width_settings(arm, size.d_model)
     key, multiple = plan.arms[arm].solve, plan.arms[arm].multiple_of
+
+    def cost(changes: dict[str, int]) -> float:
+        with plan.blamed(f"{arm}.solve" if changes else arm):
+            return training_flops(plan.recipe(arm, {**settings, **changes}), vocab_size)
+
     if key is None:
-        flops = training_flops(plan.recipe(arm, settings), vocab_size)
+        flops = cost({})
         return Match(settings, flops, flops / size.token_flops - 1)
 
-    def cost(value: int) -> float:
-        return training_flops(plan.recipe(arm, {**settings, key: value}), vocab_size)
-
-    value = solve(cost, size.token_flops, multiple)
+    value = solve(lambda value: cost({key: value}), size.token_flops, multiple)
     if value is None:
         raise RecipeError(
             f"no value of {key} gives {size.token_flops:.4g} training FLOPs a token: at {multiple} it is "
-            f"{cost(multiple):.4g} ({plan.path}: arms.{arm}.solve)"
+            f"{cost({key: multiple}):.4g} ({plan.path}: arms.{arm}.solve)"
         )
-    flops = cost(value)
+    flops = cost({key: value})
     return Match({**settings, key: value}, flops, flops / size.token_flops - 1)
 
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ class Comparison:
         """The recipe of one arm: its file, then `common`, then the arm's own keys, then `settings`."""
         return load_recipe(self.recipe_path(arm), self.overrides(arm, settings or {}))
 
+    @contextmanager
+    def blamed(self, arm: str) -> Iterator[None]:
+        """Around what is made of an arm's recipe.
+
+        Raises: RecipeError that names the arm.
+        """
+        try:
+            yield
+        except RecipeError as error:
+            raise RecipeError(f"{error} ({self.path}: arms.{arm})") from error
+
     def overrides(self, arm: str, settings: Mapping[str, Any]) -> list[str]:
         """The same keys as `key=value`, in order; a later one of the same key wins."""
         keys = {**flat(self.common), **flat(self.arms[arm].set), **settings}
@@ -128,8 +140,13 @@ def _check(plan: Comparison, top: Place) -> None:
     for key in ("evaluations", "threads"):
         if getattr(plan, key) < 1:
             raise (top / key).error(f"{key}={getattr(plan, key)}, allowed: at least 1")
+    if plan.sizes.d_model_multiple_of < 1:
+        place = top / "sizes" / "d_model_multiple_of"
+        raise place.error(f"d_model_multiple_of={plan.sizes.d_model_multiple_of}, allowed: at least 1")
     _check_shares(plan.sizes.proportional, top / "sizes" / "proportional")
     for name, arm in plan.arms.items():
+        if arm.multiple_of < 1:
+            raise (top / "arms" / name / "multiple_of").error(f"multiple_of={arm.multiple_of}, allowed: at least 1")
         _check_shares(arm.proportional, top / "arms" / name / "proportional")
     _check_same_data(plan, top)
 

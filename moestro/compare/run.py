@@ -52,6 +52,9 @@ def compare(
     """
     plan, out = load_comparison(path, tuple(overrides)), Path(out)
     board = board or Board()
+    for arm in plan.arms:
+        with plan.blamed(arm):
+            build_training(plan.recipe(arm))
     dataset = build_data(plan.recipe(plan.reference)).prepare(progress=True)
     by_budget = {budget: sizes(plan, budget, dataset.vocab_size) for budget in plan.budgets}
     all_sizes = sorted({size.name: size for found in by_budget.values() for size in found}.values(), key=_width)

@@ -18,7 +18,7 @@ from torch import Tensor
 from moestro.compress.applying import MODELING
 from moestro.compress.methods import Request
 from moestro.compress.source import RunSource, open_source
-from moestro.compress.text import held_out_of
+from moestro.compress.text import PERPLEXITY, held_out_of
 from moestro.data import Batch
 from moestro.evaluate.perplexity import perplexity
 from moestro.train.environment import describe_machine
@@ -57,7 +57,7 @@ def held_out(folder: Path, question: Question) -> list[Batch]:
 
     Raises: PlanError, ValueError where there are none.
     """
-    request = Request(folder, "perplexity", 0.0, text=question.text, tokens=question.tokens, seq_len=question.seq_len)
+    request = Request(folder, PERPLEXITY, 0.0, text=question.text, tokens=question.tokens, seq_len=question.seq_len)
     return held_out_of(request)
 
 

@@ -22,6 +22,8 @@ from moestro.recipe.evaluation import opened_run
 # Windows that go through the model together.
 ROWS = 8
 STDLIB = "stdlib"
+# what is asked of held-out text, in the place of a method
+PERPLEXITY = "perplexity"
 
 
 def batches_of(request: Request) -> list[Batch]:
@@ -78,13 +80,20 @@ def _windows(request: Request) -> list[Batch]:
 def source_of(request: Request) -> Source:
     """A file or folder of text, JSON lines or Parquet; "stdlib" is text that every machine has."""
     if request.text is None:
-        raise PlanError(f"{request.method} looks at text: say which (--calib a file or folder, or {STDLIB})")
+        raise PlanError(f"{request.method} looks at text: say which ({_option(request)} a file or folder, or {STDLIB})")
     if request.text == STDLIB:
         return StdlibSource()
     path = Path(request.text).expanduser()
     if not path.exists():
-        raise PlanError(f"--calib {request.text}: no such file or folder, allowed: text, JSON lines, or {STDLIB}")
+        raise PlanError(
+            f"{_option(request)} {request.text}: no such file or folder, allowed: text, JSON lines, or {STDLIB}"
+        )
     return source_for(path)
+
+
+def _option(request: Request) -> str:
+    """The option that names the text."""
+    return "--eval" if request.method == PERPLEXITY else "--calib"
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

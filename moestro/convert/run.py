@@ -94,8 +94,9 @@ def dense_sites(model: Transformer, layers: tuple[int, ...] | None) -> list[Site
 
 
 def calibration(dataset: Dataset, batch_size: int, conversion: Conversion) -> Iterator[Batch]:
-    """The training batches that calibration reads."""
-    for step in range(math.ceil(conversion.tokens / (batch_size * dataset.seq_len))):
+    """The training batches that calibration reads, none of them twice."""
+    tokens = min(conversion.tokens, dataset.n_train_tokens)
+    for step in range(math.ceil(tokens / (batch_size * dataset.seq_len))):
         yield dataset.train_batch(step, batch_size, conversion.seed)
 
 
@@ -112,7 +113,9 @@ def converted_recipe(dense: Recipe, made: list[Converted], conversion: Conversio
             node = {"kind": "taught", "student": student, "teacher": teacher_node(one.site.network)}
         tree["model"]["layers"][index] = node
     tree = merge(tree, conversion.run)
-    if not conversion.taught and any(node["kind"] == "router_target" for node in tree["objectives"]):
+    objectives = tree["objectives"] if isinstance(tree["objectives"], list) else []
+    kinds = [node.get("kind") for node in objectives if isinstance(node, dict)]
+    if not conversion.taught and "router_target" in kinds:
         raise ConversionError("objective router_target learns from the dense layers, which are kept with taught: true")
     return check_recipe(Recipe(tree, Origin(out / "recipe.yaml", tree)))
 

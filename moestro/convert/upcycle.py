@@ -11,6 +11,9 @@ from moestro.convert.network import Network
 from moestro.convert.seen import Seen
 from moestro.convert.split import places
 
+# copies of a network, far more than any memory holds
+MOST_EXPERTS = 2**20
+
 
 class Upcycle:
     """`n_experts` copies of the dense network, `top_k` for every token (Komatsuzaki 2023, sparse upcycling,
@@ -38,6 +41,8 @@ class Upcycle:
         granularity: int = 1,
         gate: Literal["share", "softmax"] = "share",
     ) -> None:
+        if not 1 <= n_experts <= MOST_EXPERTS:
+            raise ValueError(f"n_experts={n_experts}, allowed: 1 to {MOST_EXPERTS}")
         if not 1 <= top_k <= n_experts:
             raise ValueError(f"top_k={top_k}, allowed: 1 to {n_experts}, the number of experts")
         if not 0 <= drop <= 1:

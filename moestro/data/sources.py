@@ -49,6 +49,9 @@ class FileSource:
         self.paths = [paths] if isinstance(paths, str | Path) else list(paths)
         if not self.paths:
             raise ValueError("paths=[]: no file, folder or pattern given")
+        for path in map(str, self.paths):
+            if not path.strip() or "\0" in path:
+                raise ValueError(f"paths={path!r}: no path; give a file, folder or pattern")
 
     @property
     def name(self) -> str:

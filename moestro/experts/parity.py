@@ -54,6 +54,9 @@ def parity(of: Mixture, heads: int, top_k: int, width_multiple_of: int = 1, expe
     Raises: ValueError where the projections alone cost, or weigh, as much as the mixture.
     """
     m, d = of.matrices, of.d_model
+    for name, value in (("width_multiple_of", width_multiple_of), ("experts_multiple_of", experts_multiple_of)):
+        if value < 1:
+            raise ValueError(f"{name}={value}, allowed: at least 1")
     if heads < 1 or d % heads or top_k < 1:
         raise ValueError(f"heads={heads}, top_k={top_k}, allowed: a divisor of d_model={d}, at least 1")
     width = (of.top_k * of.width - 2 * d / m) / top_k

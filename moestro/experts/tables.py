@@ -112,6 +112,9 @@ def output_rows_std(
     Var(y) = G * hidden_moment * std^2, where G is the sum of a token's squared gates at the start and `hidden_moment`
     the second moment of what a row is multiplied by besides its gate. Without `heads` or `top_k`: d_model^-0.5.
     """
+    for name, value in (("heads", heads), ("top_k", top_k)):
+        if value is not None and value < 0:
+            raise ValueError(f"{name}={value}, allowed: at least 1")
     if not heads or not top_k:
         return d_model**-0.5
     return output_std * (heads * squared_gates(gate, top_k, n_experts) * hidden_moment) ** -0.5

@@ -5,25 +5,32 @@ from collections.abc import Sequence
 
 def equal(n_experts: int, total: int, multiple_of: int = 1) -> list[int]:
     """Equal widths: the homogeneous mixture."""
-    return from_ratios([1] * n_experts, total, multiple_of)
+    return from_ratios([1] * _count(n_experts, total), total, multiple_of)
 
 
 def arithmetic(n_experts: int, total: int, multiple_of: int = 1, first: int = 9, step: int = 2) -> list[int]:
     """Widths in proportion to first, first + step, ...; the defaults give the paper's 9, 11, ..., 23 for 8 experts."""
-    return from_ratios([first + step * i for i in range(n_experts)], total, multiple_of)
+    return from_ratios([first + step * i for i in range(_count(n_experts, total))], total, multiple_of)
 
 
 def geometric(n_experts: int, total: int, multiple_of: int = 1, ratio: float = 2.0) -> list[int]:
     """Widths in proportion to 1, ratio, ratio^2, ..."""
-    return from_ratios([ratio**i for i in range(n_experts)], total, multiple_of)
+    return from_ratios([ratio**i for i in range(_count(n_experts, total))], total, multiple_of)
 
 
 def hybrid(n_experts: int, total: int, multiple_of: int = 1) -> list[int]:
     """Half of the experts in proportion to 1, a quarter to 2, a quarter to 4 (8 experts: 1 1 1 1 2 2 4 4)."""
-    if n_experts % 4:
+    if _count(n_experts, total) % 4:
         raise ValueError(f"n_experts={n_experts}, allowed for hybrid widths: a multiple of 4")
     quarter = n_experts // 4
     return from_ratios([1] * (2 * quarter) + [2] * quarter + [4] * quarter, total, multiple_of)
+
+
+def _count(n_experts: int, total: int) -> int:
+    """Raises: ValueError for no experts, or more than there are hidden units."""
+    if not 1 <= n_experts <= max(1, total):
+        raise ValueError(f"n_experts={n_experts}, allowed: 1 to total={total}")
+    return n_experts
 
 
 def pairs(total: int, narrow: Sequence[float] = (0.1, 0.2, 0.4, 0.5), multiple_of: int = 1) -> list[int]:
@@ -74,7 +81,8 @@ def from_ratios(ratios: Sequence[float], total: int, multiple_of: int = 1) -> li
     if multiple_of < 1 or total < 1 or total % multiple_of:
         raise ValueError(f"total={total} is not a positive multiple of multiple_of={multiple_of}")
     units = total // multiple_of
-    shares = [units * ratio / sum(ratios) for ratio in ratios]
+    whole = sum(ratios)
+    shares = [units * ratio / whole for ratio in ratios]
     widths = [int(share) for share in shares]
     by_remainder = sorted(range(len(ratios)), key=lambda i: (widths[i] - shares[i], i))
     for i in by_remainder[: units - sum(widths)]:

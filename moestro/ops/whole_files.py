@@ -31,11 +31,17 @@ def sync_file(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file by `content` in one step."""
+    """Replace a file by `content` in one step; what is no file (/dev/null, a pipe) is written to."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_bytes(content)
-    sync_file(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        sync_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_file(path.parent)
 
 

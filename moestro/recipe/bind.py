@@ -24,6 +24,8 @@ ROUTING_FACTS = frozenset({"heads", "top_k", "gate"})
 # What errors say of a value: `top_k=9 > 8 experts`, `train seed=-1: must not be negative`.
 NAMED = re.compile(r"\b[a-z]\w*(?==)")
 BEGINS_WITH = re.compile(r"(?:[a-z]\w* )*([a-z]\w*)=")
+# How constructors refuse values: their own checks, files, and sizes for which torch has no numbers or no memory.
+REFUSALS = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError)
 NO_DEFAULT = inspect.Parameter.empty
 
 
@@ -62,8 +64,11 @@ class Part:
             return self.make(**keywords)
         except RecipeError:
             raise
-        except (ValueError, OSError) as error:
-            raise self.blamed(str(error)).error(str(error)) from error
+        except REFUSALS as error:
+            message = (str(error) or type(error).__name__).splitlines()[0]
+            if not isinstance(error, ValueError | OSError):
+                message = f"{_largest(keywords)}: too large to compute with ({message})"
+            raise self.blamed(message).error(message) from error
 
     def blamed(self, message: str) -> Place:
         """Where to look for what a message is about: of the keywords that it names as `key=value`, one that the command
@@ -81,6 +86,13 @@ class Part:
         inside = [part._spot(name) for part in self.keywords.values() if isinstance(part, Part)]
         spots = [spot for spot in inside if spot is not None]
         return spots[0] if len(spots) == 1 else None
+
+
+def _largest(keywords: Mapping[str, Any]) -> str:
+    """`d_model=1000000`: the keyword that is most likely to be too large."""
+    numbers = {name: value for name, value in keywords.items() if type(value) is int}
+    name = max(numbers, key=lambda name: abs(numbers[name]), default="")
+    return f"{name}={numbers[name]}" if name else "a size"
 
 
 def _expert_facts(built_so_far: Mapping[str, Any]) -> dict[str, int]:

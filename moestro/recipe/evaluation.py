@@ -141,6 +141,10 @@ def _prepared(text: TokenData, data: str | None) -> Dataset:
         paths = data if data and not data.lstrip().startswith("{") else "..."
         example = f"{{kind: {kind}, paths: {paths}, text_field: {next(iter(error.there), 'text')}}}"
         raise RecipeError(f"{error}, for example --data '{example}'") from error
+    except (OSError, ValueError) as error:
+        if data is None or isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{error} (--data)") from error
 
 
 def _source(data: str) -> Source:

@@ -38,7 +38,7 @@ class PlacedSource:
             yield
         except RecipeError:
             raise
-        except FileNotFoundError as error:
+        except OSError as error:
             raise (place / "paths" if "paths" in self.part.keywords else place).error(str(error)) from error
         except ValueError as error:
             raise place.error(str(error)) from error

@@ -8,17 +8,31 @@ from typing import Any
 
 import yaml
 
+# levels of mappings and lists; the largest whole number, and characters of one that may still be read
+DEEPEST, LARGEST, LONGEST_NUMBER = 64, 2**63 - 1, 64
+
 
 class RecipeError(ValueError):
     """Something a recipe must not say; the message ends with the place where it says so."""
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's core types (so `1e-3` is a number and `no` a word), no anchors, no tags, no key twice."""
+    """YAML 1.2's core types (so `1e-3` is a number and `no` a word), no anchors, no tags, no key twice, numbers of 64
+    bits."""
 
     yaml_implicit_resolvers: dict = {}
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _mistake(f"nested more than {DEEPEST} levels deep", self.peek_event().start_mark)
+        try:
+            return self._composed(parent, index)
+        finally:
+            self.depth -= 1
+
+    def _composed(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if getattr(event, "anchor", None):
             raise yaml.MarkedYAMLError(
@@ -63,8 +77,17 @@ _teach("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF"))
 _teach("null", r"^(?:~|null|Null|NULL|)$", [*"~nN", ""])
 _teach("int", r"^[-+]?[0-9]+(?:_[0-9]+)*$", list("-+0123456789"))
 _teach("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789"))
-RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: _whole(node))
 RecipeLoader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value))
+
+
+def _whole(node: Any) -> int:
+    # Python reads no number of thousands of digits, and tensors have sizes of 64 bits
+    value = int(node.value) if len(node.value) <= LONGEST_NUMBER else LARGEST + 1
+    if abs(value) > LARGEST:
+        shown = node.value if len(node.value) <= 2 * LONGEST_NUMBER else f"{node.value[:LONGEST_NUMBER]}..."
+        raise _mistake(f"{shown} is too large; allowed: whole numbers up to {LARGEST}", node.start_mark)
+    return value
 
 
 def nearest(got: object, allowed: Iterable[object]) -> str:
@@ -89,7 +112,8 @@ def read_yaml(path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(_no_such_file(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    # ValueError: bytes that are no UTF-8, a path with a null byte
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read the recipe: {error} ({path})") from error
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
@@ -109,8 +133,12 @@ def parse_yaml(text: str, where: str) -> Any:
         spot = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown line"
         problem = error.problem or error.context
         raise RecipeError(f"YAML: {problem} ({where}: {spot})") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"YAML: {' '.join(str(error).split())} ({where})") from error
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        raise RecipeError(
+            f"YAML: character #x{ord(text[error.position]):04x} is not allowed ({where}: line {line}, column {column})"
+        ) from error
 
 
 def dump_yaml(tree: dict) -> str:

@@ -29,6 +29,8 @@ class GroupLimit:
 
     def check(self, n_experts: int, top_k: int) -> None:
         """Raises: ValueError where `n_experts` do not make these groups, or the groups do not hold `top_k` experts."""
+        if not 1 <= self.n_groups <= n_experts:
+            raise ValueError(f"n_groups={self.n_groups}, allowed: 1 to {n_experts}, the number of experts")
         if not 1 <= self.top_groups <= self.n_groups or self.best < 1:
             raise ValueError(
                 f"top_groups={self.top_groups}, best={self.best}, allowed: 1 to {self.n_groups} groups, best at least 1"

@@ -121,7 +121,10 @@ def test_ctrl_c_ends_the_line(run: str, capsys: pytest.CaptureFixture, monkeypat
     ("words", "message"),
     [
         (["generate", "RUN", "--prompt", ""], "the prompt is empty; allowed: at least one token"),
-        (["generate", "RUN", "--prompt", "a\udcff"], "the prompt is not valid Unicode text at character 1"),
+        (
+            ["generate", "RUN", "--prompt", "a\udcff"],
+            "'a\\udcff' is not valid UTF-8: give words, ",
+        ),
         (
             ["generate", "RUN", "--prompt", "x" * 65],
             "the prompt has 65 tokens and 1 new ones are asked for, more than the",

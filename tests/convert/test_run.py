@@ -160,7 +160,10 @@ def test_only_the_layers_asked_for_are_converted_and_may_see_what_stands_before_
         (["method={kind: split, widths: {kind: equal, n_experts: 2}, top_k: 3}"], r"top_k=3 > 2 experts"),
         (["method={kind: split, widths: {kind: equal, n_experts: 2, multiple_of: 7}, top_k: 1}"], r"total=48 is not a"),
         (["method={kind: split, widths: {kind: equal, n_experts: 2}, top_k: 1, shared: 48}"], r"shared=48, allowed: f"),
-        (["method={kind: split, widths: {kind: equal, n_experts: 90}, top_k: 1}"], r"48 units for 90 experts, allowed"),
+        (
+            ["method={kind: split, widths: {kind: equal, n_experts: 90}, top_k: 1}"],
+            r"n_experts=90, allowed: 1 to",
+        ),
         (["method={kind: split, widths: {kind: equal_importance, n_experts: 0}, top_k: 1}"], r"n_experts=0 widths"),
         (
             ["layers=[1, 1]", "method={kind: upcycle, n_experts: 2, top_k: 1}"],

@@ -66,7 +66,13 @@ def test_words_that_look_like_something_else_survive_a_round_trip(text: str) -> 
             "(r.yaml: line 1, column 4)",
         ),
         ("a: !!int x", "YAML: tags such as tag:yaml.org,2002:int are not part of recipes (r.yaml: line 1, column 4)"),
-        ("a: 1\x00", "YAML: unacceptable character #x0000: special characters are not allowed in"),
+        ("a: 1\x00", "YAML: character #x0000 is not allowed (r.yaml: line 1, column 5)"),
+        ("[" * 100, "YAML: nested more than 64 levels deep (r.yaml: line 1, column 65)"),
+        ("a: " + "9" * 5000, f"YAML: {'9' * 64}... is too large; allowed: whole numbers up to 9223372036854775807 ("),
+        (
+            "- 9223372036854775808",
+            "YAML: 9223372036854775808 is too large; allowed: whole numbers up to 922337203685",
+        ),
     ],
 )
 def test_bad_yaml_is_refused_with_line_and_column(text: str, message: str) -> None:

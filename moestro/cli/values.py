@@ -1,0 +1,48 @@
+"""What verbs take as numbers and paths: the values of their options, checked as they are read."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+# digits of a whole number of 64 bits; bytes of one name in a path on the usual file systems
+LONGEST_NUMBER, LONGEST_NAME = 19, 255
+
+
+
+def whole(text: str) -> int:
+    """A whole number of 64 bits.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    digits = text.strip().removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > LONGEST_NUMBER or abs(int(digits)) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (of 64 bits)")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def file_path(text: str) -> Path:
+    """A path that a file system may have.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    longest = max((len(os.fsencode(name)) for name in text.split("/")), default=0)
+    if not text.strip() or "\0" in text or longest > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no path; allowed: names of 1 to {LONGEST_NAME} bytes, none of them 0"
+        )
+    return Path(text)
