@@ -33,7 +33,7 @@ SHOWN = 700
 def cases(work: Workspace, n: int, seed: int, verbs: Sequence[str] = ()) -> Iterator[Case]:
     """`n` mutated command lines, verb after verb; half of those of verbs with a recipe mutate the recipe."""
     trees = {
-        **dict.fromkeys(("train", "prepare"), work.recipes()),
+        **dict.fromkeys(("train", "prepare", "plan"), work.recipes()),
         "compare": work.comparisons(),
         "convert": work.conversions(),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import ROOT
-from moestro.cli import main
+from moestro.cli import VERBS, main
 from moestro.recipe.load import load_recipe
 from moestro.recipe.resolve import read_tree
 from moestro.recipe.syntax import dump_yaml
@@ -96,8 +96,10 @@ class Workspace:
         run, stock, text = (str(self.folder / name) for name in ("hmoe", "stock", "text.txt"))
         out, trace = str(self.folder / "made" / f"next-{next(COUNTER)}"), str(self.folder / "trace.jsonl")
         plan = (stock, out, "--method", "reap", "--ratio", "0.25", "--calib", text, "--calib-tokens", "64")
-        return {
+        found = {
             "train": [("RECIPE", "--out", out)],
+            "plan": [("RECIPE",)],
+            "completion": [("bash",)],
             "prepare": [("RECIPE",)],
             "compare": [("RECIPE", "--out", out)],
             "convert": [(str(self.folder / "dense"), "--out", out, "--recipe", "RECIPE")],
@@ -111,6 +113,7 @@ class Workspace:
             "compress": [(*plan, "--seq-len", "16"), (stock, out, "--method", "width", "--ratio", "0.5")],
             "offload": [(stock, *MEMORY, "--prompt", "a", "--tokens", "2"), ("replay", trace, *MEMORY)],
         }  # fmt: skip
+        return {verb: lines for verb, lines in found.items() if verb in VERBS}
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 LONGEST_NUMBER, LONGEST_NAME = 19, 255
 
 
-
 def whole(text: str) -> int:
     """A whole number of 64 bits.
 
