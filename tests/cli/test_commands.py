@@ -302,7 +302,7 @@ def test_a_typo_in_the_data_can_be_corrected(tmp_path: Path, quick: list[str], c
         ("stdlip", "stdlip: no such file or folder (looked from "),
         (
             "{kind: jsnl, paths: x}",
-            "unknown kind 'jsnl'; did you mean 'jsonl'? allowed: hub, jsonl, parquet, stdlib, text (",
+            "unknown kind 'jsnl'; did you mean 'jsonl'? allowed: grouped, hub, jsonl, parquet, stdli",
         ),
         (
             "{kind: jsonl, pths: x}",
