@@ -13,6 +13,7 @@ from moestro.parallel.ranks import joined
 from moestro.recipe.adapt import require_same_tokenizer, start_adapted
 from moestro.recipe.bind import built
 from moestro.recipe.load import Decoder, Recipe, load_recipe
+from moestro.recipe.memory import require_memory
 from moestro.recipe.pretrained import Pretrained, hosted
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.shared_banks import SharedBanks
@@ -111,15 +112,18 @@ def run_training(
     The folder gets the resolved recipe and the tokenizer besides what `train` writes, and nothing before the data is
     there.
 
-    Raises: RecipeError for impossible values, or where the folder belongs to another recipe.
+    Raises: RecipeError for impossible values, where the folder belongs to another recipe, or memory will not do.
     """
     with joined(device, recipe.parallel.build()) as ranks:
         settings, objectives, rules = build_training(recipe)
         data = build_data(recipe)
-        build_model(recipe, vocab_size=1, device="meta")
+        outline = build_model(recipe, data.tokenizer.vocab_size, device="meta")
         folder = Path(run_dir)
         require_writable(folder)
         require_same_recipe(folder, recipe)
+        if not ranks.several:
+            where = Place(recipe.origin, ("train",))
+            require_memory(outline, data.tokenizer.vocab_size, data.seq_len, settings, ranks.device, where)
         with ranks.main_first("data"):
             dataset = data.prepare(progress=show_preparation and ranks.main)
         if recipe.adapt is not None:

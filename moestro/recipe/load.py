@@ -28,6 +28,8 @@ REQUIRED = ("model", "data", "train")
 SECTIONS = ("paper", *REQUIRED, "objectives", "rules", "optim", "parallel", "adapt")
 # What an objective's entry says besides the objective: its weight, and how that changes.
 WEIGHTING = ("weight", "schedule")
+# far above any decoder's: blocks are made one by one, even where nothing is allocated
+MOST_LAYERS = 10_000
 BINDER = Binder(PARTS)
 
 
@@ -116,6 +118,8 @@ class Recipe:
         for name in ("d_model", "n_layers"):
             if getattr(plan, name) < 1:
                 raise (place / name).error(f"{name}={getattr(plan, name)}, allowed: at least 1")
+        if plan.n_layers > MOST_LAYERS:
+            raise (place / "n_layers").error(f"n_layers={plan.n_layers}, allowed: at most {MOST_LAYERS}")
         attention = BINDER.bind(Attention, plan.attention, place / "attention", given=("d_model",))
         layers = {key: self._layer(key, node, plan.n_layers) for key, node in plan.layers.items()}
         shared = {name: self._shared_bank(name, node) for name, node in plan.shared_banks.items()}

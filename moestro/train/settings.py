@@ -99,7 +99,9 @@ class TrainSettings:
     files mapped into memory, in that folder (relative: of the run folder): for tables that are larger than memory.
 
     A step whose loss, objectives or gradient norm is not finite ends the run (`non_finite` stop), or is counted, logged
-    and changes neither weights nor what rules remember (skip), `most_skipped` such steps in a row at most."""
+    and changes neither weights nor what rules remember (skip), `most_skipped` such steps in a row at most.
+
+    A run that is estimated to need more memory than there is does not begin (`check_memory`)."""
 
     budget: Budget
     optim: OptimSettings = field(default_factory=OptimSettings)
@@ -120,6 +122,7 @@ class TrainSettings:
     keep_last: int = 2
     keep_best: bool = True
     tensorboard: bool = True
+    check_memory: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "keep_last", "eval_tokens", "most_skipped"):
