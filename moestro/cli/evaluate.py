@@ -7,7 +7,7 @@ from moestro.cli.arguments import Parser, UsageError, add_dtype, add_run, extra,
 from moestro.cli.terminal import as_json
 
 # what only tasks take, and what they do not
-OF_TASKS = ("dtype", "limit", "seed", "batch_size", "max_length")
+OF_TASKS = ("dtype", "limit", "seed", "batch_size", "max_length", "trust_task_code")
 OF_TEXT = ("tokens", "settings")
 
 
@@ -26,6 +26,11 @@ def add_arguments(parser: Parser) -> None:
     tasks.add_argument("--batch-size", type=positive, metavar="N", help="sequences at a time (default: 8)")
     tasks.add_argument(
         "--max-length", type=positive, metavar="N", help="tokens of context (default: as many as the model has)"
+    )
+    tasks.add_argument(
+        "--trust-task-code",
+        action="store_true",
+        help="let files of tasks run code that they name (else refused)",
     )
     add_dtype(tasks)
 
@@ -58,7 +63,8 @@ def _tasks(arguments: Namespace) -> int:
     if arguments.tasks == "help":
         print("\n".join(task_names()))
         return 0
-    tasks = resolve_tasks([name.strip() for name in arguments.tasks.split(",")])
+    trusted = arguments.trust_task_code
+    tasks = resolve_tasks([name.strip() for name in arguments.tasks.split(",")], trusted)
     if arguments.data is None:
         raise UsageError("--tasks needs --data FOLDER, the folder that the tasks' files lie in")
     from rich.console import Console
@@ -70,7 +76,7 @@ def _tasks(arguments: Namespace) -> int:
     def begun(name: str) -> None:
         print(f"moestro: {name}", file=sys.stderr)
 
-    figures = evaluate_tasks(scored, tasks, arguments.data, arguments.limit, seed, begun)
+    figures = evaluate_tasks(scored, tasks, arguments.data, arguments.limit, seed, begun, trusted)
     figures = {"model": str(arguments.run), **figures}
     if not as_json(arguments.json, figures):
         Console().print(tasks_table(figures))

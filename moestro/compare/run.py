@@ -21,7 +21,7 @@ from moestro.compare.plan import Comparison, load_comparison
 from moestro.compare.report import write_report
 from moestro.compare.results import collect
 from moestro.ops.whole_files import holding
-from moestro.recipe.build import build_data
+from moestro.recipe.build import build_data, build_training
 from moestro.train.durable import write_json
 from moestro.train.folder_job import FolderInUse
 from moestro.train.signals import TrainingStopped

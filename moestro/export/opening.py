@@ -15,6 +15,7 @@ from moestro.export.configuration import MoestroConfig
 from moestro.export.construction import construction
 from moestro.export.modeling import MoestroForCausalLM, stays_wide
 from moestro.export.tokenizers import fast_tokenizer
+from moestro.formats.shards import Shards
 from moestro.ops.whole_files import require_intact
 from moestro.recipe.build import build_model
 from moestro.recipe.evaluation import CHECKPOINTS, untrained
@@ -45,7 +46,8 @@ def open_model(
 
     Raises: FileNotFoundError where there is no folder, RecipeError where it holds neither; CheckpointError where a run
     has no intact checkpoint; VersionError where a newer moestro wrote the folder; DamagedFile where a file is
-    not what its hash in hashes.json says; OSError and ValueError as
+    not what its hash in hashes.json says; FormatError for weights that are damaged or outside of it; OSError and
+    ValueError as
     transformers has them.
     """
     folder = Path(path)
@@ -59,7 +61,10 @@ def open_model(
     said: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if (own := _own_configuration(folder / "config.json")) is not None:
         said["config"] = own
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype, **said)
+    # no pickle, which may run code, and no file outside of the folder
+    Shards(folder)
+    weights: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, **weights, **said)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     return _opened(model, tokenizer, device)
 

@@ -93,6 +93,11 @@ def _entry(path: Path, name: str, field: Any, base: int) -> Entry:
         raise FormatError(f"{path}: the header's entry for {name} is malformed: {field!r}") from error
 
 
+def is_file_name(name: str) -> bool:
+    """Whether what a folder says of a file of its own names one: no path, nothing above."""
+    return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
+
+
 class Shards(Mapping[str, Entry]):
     """Tensor name -> entry, over one file or an index of several.
 
@@ -125,7 +130,7 @@ class Shards(Mapping[str, Entry]):
         if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
             raise FormatError(f"{self.folder / INDEX}: weight_map must map tensor names to file names")
         files = tuple(sorted(set(weights.values())))
-        if outside := [file for file in files if Path(file).name != file]:
+        if outside := [file for file in files if not is_file_name(file)]:
             raise FormatError(f"{self.folder / INDEX}: {outside[0]!r} is not a file name inside the folder")
         return files
 

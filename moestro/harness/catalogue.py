@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from lm_eval.tasks import TaskManager
 
+from moestro.harness.trust import composed, require_no_code
 from moestro.recipe.syntax import RecipeError, unknown
 
 TASKS = Path(__file__).parent / "tasks"
@@ -23,17 +23,19 @@ def task_names() -> list[str]:
     return local_tasks(".").all_tasks
 
 
-def resolve_tasks(names: Sequence[str]) -> list[str]:
+def resolve_tasks(names: Sequence[str], trust_code: bool = False) -> list[str]:
     """Single tasks, each once, in order: names stand for themselves, a tag (`papers`) for its tasks, and a path
-    ending in .yaml for a task file of your own.
+    ending in .yaml for a task file of your own, which may name code of its own only with `trust_code`.
 
-    Raises: RecipeError for a name that is none.
+    Raises: RecipeError for a name that is none, or a file that would run code.
     """
     found: dict[str, None] = {}
     index = local_tasks(".").task_index
     for name in names:
         if name.endswith((".yaml", ".yml")):
             _check_file(Path(name))
+            if not trust_code:
+                require_no_code(Path(name))
             found[name] = None
         elif name not in index:
             raise RecipeError(f"{unknown('task', name, list(index))} (--tasks)")
@@ -44,15 +46,7 @@ def resolve_tasks(names: Sequence[str]) -> list[str]:
 
 
 def _check_file(file: Path) -> None:
-    if not file.is_file():
-        raise RecipeError(f"no such task file: {file} (--tasks)")
-    try:
-        # without the objects that its tags name
-        content = yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file}: not valid YAML: {error} (--tasks)") from error
-    if not isinstance(content, yaml.MappingNode):
-        raise RecipeError(f"{file}: not a mapping of keys to values (--tasks)")
+    content = composed(file)
     keys = {key.value for key, _ in content.value}
     if "task" not in keys or keys.isdisjoint(SOURCES):
         raise RecipeError(f"{file}: no task, or none of {', '.join(SOURCES)} (--tasks)")

@@ -12,6 +12,7 @@ from lm_eval.evaluator import simple_evaluate
 
 from moestro.harness.adapter import ScoredModel
 from moestro.harness.catalogue import local_tasks, resolve_tasks
+from moestro.harness.trust import sandbox_templates
 
 # resamplings of standard errors that have no formula, such as that of LAMBADA's perplexity
 BOOTSTRAPS = 1000
@@ -24,19 +25,21 @@ def evaluate_tasks(
     limit: int | None = None,
     seed: int = 0,
     begun: Callable[[str], None] = lambda name: None,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """{task: {"n": rows, "cut": share of scored texts whose context was cut, "metrics": {name: {"value", "stderr"}}}}
     and what it was made with, as JSON values.
 
     `limit` takes only the first rows of each task. Each task is seeded alone, so that its figures do not depend on the
-    others. `begun` hears of each.
+    others. `begun` hears of each. Files of your own may run code of theirs only with `trust_code`.
 
     Raises: RecipeError for an unknown task; FileNotFoundError, ValueError for files that are missing or malformed.
     """
     # a pool of processes beside torch's threads can hang, and the resampling takes seconds
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    sandbox_templates()
     tasks_of = local_tasks(data)
-    names = resolve_tasks(tasks)
+    names = resolve_tasks(tasks, trust_code)
     figures: dict[str, Any] = {}
     for name in names:
         begun(name)

@@ -16,6 +16,9 @@ from moestro.formats import DENSE_FAMILIES, FAMILIES, Checkpoint, FormatError
 from moestro.formats.complete import COUNTS_BY_LAYER
 from moestro.hf.whole import stored_tensors
 
+# nothing is fetched, and nothing in a folder is run
+OF_FOLDER = {"local_files_only": True, "trust_remote_code": False}
+
 
 def load(
     folder: str | Path,
@@ -62,6 +65,8 @@ def strictly(
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
+            # a pickle may run code when it is read
+            use_safetensors=True,
             output_loading_info=True,
             # told apart from other errors below
             ignore_mismatched_sizes=True,
@@ -130,7 +135,7 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
     """
     checkpoint = checked(folder)
     with usable(checkpoint.path), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path, local_files_only=True))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path, **OF_FOLDER))
     _require_tensors(checkpoint, model)
     return model
 

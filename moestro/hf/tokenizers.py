@@ -23,7 +23,7 @@ def tokenizer_of(folder: str | Path) -> FileTokenizer:
         return FileTokenizer(folder)
     if not any((folder / name).is_file() for name in OTHERS):
         raise FileNotFoundError(f"{folder} holds no tokenizer: none of tokenizer.json, {', '.join(OTHERS)}")
-    made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not getattr(made, "is_fast", False):
         raise ValueError(f"{folder}: {type(made).__name__} cannot be written as a tokenizer.json")
     with tempfile.TemporaryDirectory() as written:

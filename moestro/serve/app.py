@@ -15,9 +15,9 @@ from moestro.serve.answers import Answer
 from moestro.serve.errors import ApiError, Busy
 from moestro.serve.protocol import Asked, ChatRequest, CompletionRequest, parse
 from moestro.serve.service import Service
-from moestro.serve.settings import ServeSettings
+from moestro.serve.settings import LOOPBACK, ServeSettings
 from moestro.serve.ticket import Ticket
-from moestro.serve.transport import LEFT, Counted, EventStream, read_body, whole_answer
+from moestro.serve.transport import LEFT, Counted, EventStream, KnownHost, read_body, whole_answer
 
 ENDPOINTS = frozenset({"/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"})
 
@@ -35,6 +35,8 @@ def build_app(text_model: TextModel, settings: ServeSettings) -> FastAPI:
     # its pages of documentation would be fetched from elsewhere
     app = FastAPI(title="moestro", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.service = service
+    if settings.host in LOOPBACK:
+        app.add_middleware(KnownHost, names=frozenset(LOOPBACK))
     app.add_middleware(Counted, metrics=service.metrics, endpoints=ENDPOINTS)
     app.add_exception_handler(ApiError, _told)
     app.add_exception_handler(HTTPException, _not_found)

@@ -2,8 +2,10 @@
 
 import asyncio
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Request
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -69,6 +71,33 @@ async def whole_answer(request: Request, ticket: Ticket, answer: Answer) -> Resp
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class KnownHost:
+    """Answers only what is sent to one of `names`, and no page of another site. What is served to this machine alone
+    would otherwise be open to every page that a browser on it shows: a page may let its own name stand for 127.0.0.1
+    (DNS rebinding), or send a form."""
+
+    def __init__(self, app: ASGIApp, names: frozenset[str]) -> None:
+        self._app, self._names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            for name in ("host", "origin"):
+                given = headers.get(name)
+                if given is not None and self._host(given) not in self._names:
+                    message = f"{name} {given[:100]!r} is not this machine; allowed: {', '.join(sorted(self._names))}"
+                    return await ApiError(403, message, None, "foreign_host").response()(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+    @staticmethod
+    def _host(given: str) -> str | None:
+        """The name in `http://name:port` or `name:port`; None where there is none."""
+        try:
+            return urlsplit(given if "://" in given else f"//{given}").hostname
+        except ValueError:
+            return None
 
 
 class Counted:

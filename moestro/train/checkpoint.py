@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moestro.formats.shards import is_file_name
 from moestro.formats.writer import write_tensors
 from moestro.ops.whole_files import TEMPORARY
 from moestro.parallel.layout import Layout, whole_layout
@@ -121,6 +122,8 @@ def verified_state(path: Path, ranks: Ranks | None = None) -> dict[str, Any]:
     state = CHECKPOINT.upgraded(state, file)
     turn = slice(None) if ranks is None else slice(ranks.rank, None, ranks.world)
     for name, expected in sorted(state["sha256"].items())[turn]:
+        if not is_file_name(name):
+            raise CheckpointError(f"checkpoint {path.name} is damaged: {file}: {name!r} is not a file name")
         if not (path / name).is_file():
             raise CheckpointError(f"checkpoint {path.name} is damaged: {path / name} is missing")
         compare_hash(path / name, expected, sha256(path / name))

@@ -20,7 +20,8 @@ def refusal(capsys: pytest.CaptureFixture, *words: str) -> str:
     ("words", "needs", "helps"),
     [
         (("dense.yaml", "model.d_model=65536"), "parameters", "model.d_model"),
-        (("hmoe.yaml", "model.ffn.branches.0.widths.total=400000000", "train.batch_size=1", "data.seq_len=8"), "optimizer", "widths"),
+        (("hmoe.yaml", "model.ffn.branches.0.widths.total=400000000", "train.batch_size=1", "data.seq_len=8"),
+         "optimizer", "widths"),
         (("dense.yaml", "train.batch_size=10000000"), "logits", "data.seq_len"),
         (("dense.yaml", "train.batch_size=1000000", "model.n_layers=64"), "activations", "recompute"),
         (("peer_million.yaml", "model.layers.2.branches.0.n_experts=1000000000000",
