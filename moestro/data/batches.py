@@ -38,7 +38,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         held = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: None if tensor is None else change(tensor) for name, tensor in held.items()})
+        return Batch(**{name: change(tensor) for name, tensor in held.items() if tensor is not None})
 
 
 @lru_cache(maxsize=2)

@@ -29,7 +29,9 @@ class TokenFacts:
         keep = self.keep
         if keep is None or x.dim() != 2 or x.shape[:-1] == keep.shape or len(x) != int(keep.sum()):
             return self
-        return TokenFacts(None if self.groups is None else self.groups[keep], torch.ones_like(x[:, 0], dtype=bool))
+        return TokenFacts(
+            None if self.groups is None else self.groups[keep], torch.ones(len(x), dtype=torch.bool, device=x.device)
+        )
 
     def in_sequences(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*c i"]:
         """x in the shape in which the model was called, where that is known: mixtures of experts put the tokens of all
