@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from moestro.cli.arguments import Parser
 from moestro.compare.plan import load_comparison
 from moestro.convert.plan import load_conversion
 from moestro.recipe.load import load_recipe
+from tests.blocks import Block, Reader
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,6 +33,45 @@ OF_PAGES = [words for name in ("evaluate", "serve") for words in commands((ROOT 
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
 def test_python_blocks_run(block):
     exec(compile(block, "README.md", "exec"), {})
+
+
+# The README says that a look needs 20 steps; here it is fewer, over a text that is tokenized at once.
+SCALED = {"train": ["train.budget.steps=3", "train.eval_tokens=1024"]}
+READ_ONLY = {
+    "make demo": "takes minutes and an environment of its own: bench/reliability/newcomer.py does it",
+    "make test": "is this",
+    "moestro compare recipes/compare/first_look.yaml": "what make demo does; tests/compare runs small ones",
+    "moestro eval runs/hmoe-0 --tasks papers --data path/to/data": "needs the data; tests/harness has rows of each",
+    "moestro serve exported/hmoe": "runs until it is stopped: tests/test_tour.py does so",
+}
+
+
+def line_of(command: list[str]) -> str:
+    return " ".join(command)
+
+
+def test_what_is_only_read_stands_there():
+    assert set(READ_ONLY) <= set(map(line_of, COMMANDS))
+    assert {language for language, _ in BLOCKS} == {"sh", "python"}
+
+
+@pytest.mark.slow
+def test_every_other_command_runs_in_order(tmp_path, small_data):
+    pytest.importorskip("compressed_tensors")
+    reader = Reader(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for command in COMMANDS:
+        if line_of(command) not in READ_ONLY:
+            words = [*command, *SCALED.get(command[1], []), *(small_data if command[1] == "train" else [])]
+            reader.follow(Block("sh", "", shlex.join(words)))
+    made = ("runs/hmoe-0/inspect.html", "runs/dense-1/done.json", "runs/narrow/recipe.yaml", "runs/moe/recipe.yaml")
+    assert [path for path in (*made, "exported/hmoe/config.json") if not (tmp_path / path).is_file()] == []
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
+def test_completion_is_switched_on_as_it_says(tmp_path):
+    (line,) = re.findall(r"`(eval \"\$\(moestro completion bash\)\")`", TEXT)
+    assert "_moestro" in Reader(tmp_path).follow(Block("sh", "", f"{line}; complete -p moestro"))
 
 
 def test_there_are_commands_to_check():

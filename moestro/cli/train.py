@@ -13,7 +13,9 @@ def add_arguments(parser: Parser) -> None:
     add_recipe(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE-SEED)")
     add_device(parser)
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="train with N processes on this host")
+    parser.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="train with N processes on this host (default: 1)"
+    )
     parser.add_argument(
         "--max-restarts",
         type=int,
@@ -24,9 +26,10 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Train a recipe; the same command continues a run that was interrupted. Under torchrun each process is a rank.
+    """Train a recipe; the same command continues a run that was interrupted.
 
     Writes a run folder: recipe.yaml with every default, metrics.jsonl, checkpoints, tokenizer, done.json.
+    Under torchrun each process is a rank.
 
     examples:
       moestro train recipes/hmoe.yaml

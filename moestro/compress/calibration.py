@@ -19,6 +19,7 @@ from moestro.evaluate.perplexity import evaluating
 from moestro.evaluate.scoring import score
 from moestro.formats.writer import write_tensors
 from moestro.layers.moe import MoELayer
+from moestro.routers import ProductKeyRouter
 from moestro.routing import Trace
 from moestro.train.durable import publish_folder
 
@@ -80,11 +81,13 @@ def calibrate(
     With `keep`, a folder, the state is written there every `save_every` batches and at the end; started again with the
     same model, text and questions, it continues behind the last batch written, with the same result to the bit.
 
-    Raises: ValueError where the model has no mixture layers, one routes parts of tokens or mixtures of them, the
-    batches are none, or `keep` holds the state of another text, model or question."""
+    Raises: ValueError where the model has no mixture layers, one has product keys or routes parts of tokens or mixtures
+    of them, the batches are none, or `keep` holds the state of another text, model or question."""
     layers: dict[str, MoELayer] = model.moe_layers()  # type: ignore[operator]
     if not layers:
         raise ValueError("the model has no mixture layers to calibrate")
+    if keys := [name for name, layer in layers.items() if isinstance(layer.router, ProductKeyRouter)]:
+        raise ValueError(f"{keys[0]} has experts by product keys, which no text ranks; allowed: method width")
     seen_by = {name: Observed(layer.router.n_experts) for name, layer in layers.items()}
     collected = Collected(ask, seen_by, routers_of(layers))
     done = restore(collected, keep) if keep is not None else None

@@ -101,12 +101,18 @@ class RunSource:
 
     @cached_property
     def mixtures(self) -> dict[int, tuple[str, MoELayer]]:
-        """{block: name and layer} of the blocks with experts."""
+        """{block: name and layer} of the blocks whose router has a row for every expert; others stay as they are."""
         found: dict[int, tuple[str, MoELayer]] = {}
+        others = []
         for name, layer in self.model.moe_layers().items():
+            if not isinstance(layer.router, ScoredRouter | BiasedRouter):
+                others.append(f"{name}: {type(layer.router).__name__}")
+                continue
             if layer_number(name) in found:
                 raise PlanError(f"block {layer_number(name)} has several mixtures, allowed: one ({self.path})")
             found[layer_number(name)] = (name, layer)
+        if others and not found:
+            raise PlanError(f"{others[0]} has no rows of experts; allowed: scored, biased")
         if not found:
             raise PlanError(f"the model of {self.path} has no experts")
         return found
@@ -121,14 +127,8 @@ class RunSource:
         return self.mixtures[layer][1].router.n_experts
 
     def router_tensors(self, layer: int) -> dict[str, str]:
-        """{"weight": its name} of a block's router.
-
-        Raises: PlanError where the router has no row for every expert.
-        """
-        name, moe = self.mixtures[layer]
-        if not isinstance(moe.router, ScoredRouter | BiasedRouter):
-            raise PlanError(f"{name}: {type(moe.router).__name__} has no rows of experts; allowed: scored, biased")
-        return {"weight": f"{name}.router.score.weight"}
+        """{"weight": its name} of a block's router."""
+        return {"weight": f"{self.mixtures[layer][0]}.router.score.weight"}
 
     def read(self, name: str) -> Tensor:
         """One tensor of the checkpoint."""

@@ -18,17 +18,26 @@ from tests.conftest import ROOT
 TINY = ("model.d_model=32", "model.n_layers=2", "train.budget.steps=2", "train.batch_size=2", "data.seq_len=32")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
+def trained(folder, *more):
     (folder / "text.txt").write_text("Experts of different widths share a layer. " * 30)
     data = ("data.source={kind: text, paths: " + str(folder / "text.txt") + "}", "data.tokenizer={kind: bytes}")
     recipe = load_recipe(
         ROOT / "recipes" / "hmoe.yaml",
-        [*TINY, *data, "data.val_source={kind: text, paths: " + str(folder / "text.txt") + "}", "train.eval_tokens=64"],
+        [
+            *TINY,
+            *data,
+            "data.val_source={kind: text, paths: " + str(folder / "text.txt") + "}",
+            "train.eval_tokens=64",
+            *more,
+        ],
     )
     run_training(recipe, folder / "run", show_preparation=False)
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("run"))
 
 
 def request(source, method, ratio, **more):
@@ -76,6 +85,26 @@ def test_a_run_s_experts_become_narrower_by_the_units_that_weigh_least(tmp_path,
                 bank.w_out.matrices()[e].T[lost] = 0
     tokens = torch.arange(40)[None] + 60
     torch.testing.assert_close(small(tokens).logits, old(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_layers_that_a_plan_cannot_name_stay_as_they_are(tmp_path):
+    layer = "model.layers.1={kind: moe, router: {kind: product_key, heads: 2, top_k: 2, d_key: 8}, "
+    run = trained(tmp_path, layer + "branches: [{kind: singleton, n_experts: 64}]}", "objectives=[]")
+    compressed(request(run, "width", 0.25), tmp_path / "dst")
+    assert [layer.layer for layer in read_plan(tmp_path / "dst" / "compression_plan.json").layers] == [0]
+    small, old = opened_run(tmp_path / "dst").model, opened_run(run).model
+    for name, tensor in old.blocks[1].state_dict().items():
+        assert torch.equal(small.blocks[1].state_dict()[name], tensor)
+    assert sum(small.blocks[0].ffn.bank.widths) < sum(old.blocks[0].ffn.bank.widths)
+    with pytest.raises(ValueError, match="blocks.1.ffn has experts by product keys, which no text ranks"):
+        plan_for(request(run, "frequency", 0.25), tmp_path / "plan.json")
+
+
+def test_a_run_of_product_keys_alone_has_nothing_to_name(tmp_path):
+    layer = "model.ffn={kind: moe, router: {kind: product_key, heads: 2, top_k: 2, d_key: 8}, "
+    run = trained(tmp_path, layer + "branches: [{kind: singleton, n_experts: 64}]}", "objectives=[]")
+    with pytest.raises(PlanError, match="ProductKeyRouter has no rows of experts; allowed: scored, biased"):
+        plan_for(request(run, "width", 0.25), tmp_path / "plan.json")
 
 
 def test_units_of_all_experts_together_leave_every_expert_one():
