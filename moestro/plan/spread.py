@@ -156,5 +156,5 @@ class Spread:
         """Buffers of one layer's exchange on the busiest rank: tokens that leave and arrive, there and back."""
         if self.experts == 1:
             return 0.0
-        met = traffic.ranks_met(mixture.rows, even(self.experts)) * self.balance.work
+        met = traffic.ranks_met(mixture.rows, even(self.experts), len(mixture.widths)) * self.balance.work
         return 4 * self.tokens * met * self.work.d_model * self.itemsize

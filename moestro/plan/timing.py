@@ -80,7 +80,7 @@ class StepTime:
             yield Message("experts' gradients", traffic.all_reduce(size, copies), 1, copies, far)
             rounds = 4 if not s.recompute else 6
             each = [
-                traffic.expert_exchange(s.tokens, s.work.d_model, m.rows, even(s.experts), s.itemsize)
+                traffic.expert_exchange(s.tokens, s.work.d_model, m.rows, even(s.experts), s.itemsize, len(m.widths))
                 for m in s.work.mixtures
             ]
             sent = s.accumulate * sum(each) * s.balance.work * rounds / 4

@@ -3,6 +3,7 @@
 g ranks of a group; n bytes of the whole tensor; t tokens of a rank's micro-batch; d the model's width; k rows a token.
 """
 
+import math
 from collections.abc import Sequence
 
 FLOAT32, FLOAT64, ID = 4, 8, 8
@@ -29,22 +30,33 @@ def gathers(accumulate: int, reshard: bool) -> int:
     return 1 + accumulate if reshard else 1
 
 
-def ranks_met(rows: float, shares: Sequence[float]) -> float:
-    """Other ranks that a token of any rank is expected to meet, of ranks that get these shares of all rows: mean over
-    its own rank o of sum_(r != o) 1 - (1 - p_r)^k. Rows are taken to be drawn independently, which is a little less
-    than k different experts meet."""
-    missed = [(1 - share) ** rows for share in shares]
-    each = sum(1 - miss for miss in missed)
+def ranks_met(rows: float, shares: Sequence[float], n_experts: float = math.inf) -> float:
+    """Other ranks that a token is expected to meet, of ranks that get these shares of all rows: mean over its own rank
+    o of sum_(r != o) 1 - q_r. A token misses a rank with share p when each of its k different experts, of n equally
+    likely ones, lies elsewhere: q = product over i < k of (n (1 - p) - i) / (n - i), or (1 - p)^k for countless ones."""
+    each = sum(1 - _missed(rows, share, n_experts) for share in shares)
     return each * (len(shares) - 1) / len(shares)
 
 
-def expert_exchange(tokens: float, d_model: int, rows: float, shares: Sequence[float], itemsize: int) -> float:
+def _missed(rows: float, share: float, n_experts: float) -> float:
+    if math.isinf(n_experts):
+        return (1 - share) ** rows
+    elsewhere, chance = n_experts * (1 - share), 1.0
+    for drawn in range(math.ceil(min(rows, n_experts))):
+        # of a fraction of a row, a fraction of its power
+        chance *= max(0.0, (elsewhere - drawn) / (n_experts - drawn)) ** min(1.0, rows - drawn)
+    return chance
+
+
+def expert_exchange(
+    tokens: float, d_model: int, rows: float, shares: Sequence[float], itemsize: int, n_experts: float = math.inf
+) -> float:
     """Of one layer with experts on other ranks, forward and backward: a token goes once to every rank that has some of
     its experts, and an answer comes back, with both gradients: 4 m d numbers for m other ranks. Of every row that
     leaves its rank, a code (8 bytes), its gate and the gate's gradient (4 each); and two counts for every rank."""
     others = len(shares) - 1
     away = rows * sum(share * others / len(shares) for share in shares) / max(1e-12, sum(shares))
-    vectors = 4 * ranks_met(rows, shares) * d_model * itemsize
+    vectors = 4 * ranks_met(rows, shares, n_experts) * d_model * itemsize
     return tokens * (vectors + away * (ID + 2 * FLOAT32)) + 2 * ID * others
 
 

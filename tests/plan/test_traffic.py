@@ -43,6 +43,16 @@ def test_ranks_that_a_token_meets_are_those_of_every_draw():
     assert traffic.ranks_met(rows, shares) == pytest.approx(met)
 
 
+def test_experts_of_a_token_are_different():
+    rank, rows, met = [0, 0, 0, 1, 1, 2], 3, 0.0
+    draws = list(itertools.combinations(range(6), rows))
+    for own in range(3):
+        met += sum(len({rank[expert] for expert in draw} - {own}) for draw in draws) / len(draws) / 3
+    assert traffic.ranks_met(rows, (1 / 2, 1 / 3, 1 / 6), n_experts=6) == pytest.approx(met)
+    assert traffic.ranks_met(6, (0.5, 0.5), n_experts=6) == 1
+    assert 0.5 < traffic.ranks_met(1.5, (0.5, 0.5), n_experts=8) < traffic.ranks_met(2, (0.5, 0.5), n_experts=8)
+
+
 @pytest.mark.parametrize(("ranks", "top_k"), [(2, 1), (4, 2), (8, 8)])
 def test_an_exchange_moves_the_parcels_that_the_layer_packs(ranks: int, top_k: int):
     torch.manual_seed(0)
