@@ -33,7 +33,7 @@ def gathers(accumulate: int, reshard: bool) -> int:
 def ranks_met(rows: float, shares: Sequence[float], n_experts: float = math.inf) -> float:
     """Other ranks that a token is expected to meet, of ranks that get these shares of all rows: mean over its own rank
     o of sum_(r != o) 1 - q_r. A token misses a rank with share p when each of its k different experts, of n equally
-    likely ones, lies elsewhere: q = product over i < k of (n (1 - p) - i) / (n - i), or (1 - p)^k for countless ones."""
+    likely ones, lies elsewhere: q = product over i < k of (n (1 - p) - i) / (n - i); (1 - p)^k for countless ones."""
     each = sum(1 - _missed(rows, share, n_experts) for share in shares)
     return each * (len(shares) - 1) / len(shares)
 
