@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 
-def in_ranks(n: int, work: Callable[[int], None], folder: Path, seconds: float = 60) -> None:
+def in_ranks(n: int, work: Callable[[int], object], folder: Path, seconds: float = 60) -> None:
     """Call `work(rank)` in `n` processes of a gloo group; fails with the tracebacks of those that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     fork = multiprocessing.get_context("fork")
@@ -25,7 +25,7 @@ def in_ranks(n: int, work: Callable[[int], None], folder: Path, seconds: float =
     assert [process.exitcode for process in ranks] == [0] * n
 
 
-def _rank(rank: int, n: int, work: Callable[[int], None], folder: Path, seconds: float) -> None:
+def _rank(rank: int, n: int, work: Callable[[int], object], folder: Path, seconds: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

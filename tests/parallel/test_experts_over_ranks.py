@@ -82,7 +82,7 @@ def equals_one_process(rank: int, n_ranks: int, router: str, kind: str, shares: 
 
 
 def every_pair(rank: int, n_ranks: int) -> None:
-    for (router, kind), shares in product(PAIRS, SHARES[n_ranks]):
+    for shares, (router, kind) in product(SHARES[n_ranks], PAIRS):
         try:
             equals_one_process(rank, n_ranks, router, kind, shares)
         except Exception as error:

@@ -59,7 +59,7 @@ def go(rank: int, run: Path, spread: str | None = None, moving: bool = False, fu
         result = train(net, Counting(), settings, [], rules, run, ranks=ranks)
         if ranks.main:
             banks = [m for m in net.modules() if isinstance(m, ExpertParallel | RowParallel | ColumnParallel)]
-            told = {"banks": [type(bank).__name__ for bank in banks]}
+            told: dict[str, Any] = {"banks": [type(bank).__name__ for bank in banks]}
             told["placements"] = [bank.placement.rank for bank in banks if isinstance(bank, ExpertParallel)]
             (run / "spread.json").write_text(json.dumps(told))
         return result
