@@ -22,7 +22,7 @@ from moestro.train.move_experts import MoveExperts
 from moestro.train.settings import OptimSettings
 from tests.parallel.models import stacked
 from tests.parallel.processes import in_ranks
-from tests.parallel.test_runs import adapting, cut_back, require_close, weights
+from tests.parallel.test_runs import adapting, cut_back, losses, require_close, weights
 from tests.parallel.test_runs import go as adapted
 from tests.train.tiny import WIDTH, Counting, tiny_settings
 
@@ -46,14 +46,15 @@ def model() -> Any:
     return stacked([unequal, DenseFFN(WIDTH, 6), peer])
 
 
-def go(rank: int, run: Path, spread: str | None = None, moving: bool = False, fused: bool = False) -> dict[str, Any]:
+def go(
+    rank: int, run: Path, spread: str | None = None, moving: bool = False, fused: bool = False, **plan: Any
+) -> dict[str, Any]:
     """Train on the ranks that there are."""
     parallel = SPREAD[spread] if spread else ParallelSettings(timeout_s=60)
     rules: list[Rule] = [MoveExperts(every=2, gain=0.0)] if moving else []
     optim = OptimSettings(lr=1e-2, clip=0.5, fused_rows=fused)
-    settings = tiny_settings(
-        STEPS, batch_size=8, save_every=2, eval_every=3, keep_last=9, parallel=parallel, optim=optim
-    )
+    plan = {"batch_size": 8, "save_every": 2, "eval_every": 3, "keep_last": 9, "optim": optim, **plan}
+    settings = tiny_settings(STEPS, parallel=parallel, **plan)
     with joined("cpu", parallel) as ranks:
         net = model()
         result = train(net, Counting(), settings, [], rules, run, ranks=ranks)
@@ -110,6 +111,16 @@ def test_experts_that_move_change_nothing(tmp_path: Path) -> None:
     in_ranks(2, partial(work, run=tmp_path / "two", spread="unbalanced"), tmp_path / "meeting")
     assert spread_of(tmp_path / "two")["placements"][0] != [0, 0, 0, 1, 1]
     require_close(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_recomputed_blocks_send_again(on_one: Path, tmp_path: Path, precision: str) -> None:
+    work = partial(go, spread="greedy", recompute=True, precision=precision)
+    in_ranks(2, partial(work, run=tmp_path / "two"), tmp_path / "meeting")
+    if precision == "fp32":
+        require_close(tmp_path / "two", on_one)
+    else:
+        torch.testing.assert_close(losses(tmp_path / "two"), losses(on_one), rtol=0.02, atol=0)
 
 
 @pytest.mark.slow
