@@ -7,6 +7,11 @@ from collections.abc import Sequence
 TINY = 1e-12
 
 
+def share_of(ratio: float, count: int) -> int:
+    """So many of `count`, halves up: what a ratio means everywhere (`round` takes 2.5 to 2 and 3.5 to 4)."""
+    return int(ratio * count + 0.5)
+
+
 def removed_counts(importance: Sequence[float], most: Sequence[int], total: int, temperature: float = 1.0) -> list[int]:
     """Experts to remove from every layer, `total` together and at most `most[l]` from layer l, fewer where a layer is
     more important.

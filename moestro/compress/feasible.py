@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from moestro.compress.budget import share_of
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Semantics
 from moestro.compress.source import RunSource, choice_of
 from moestro.formats import Checkpoint
@@ -52,7 +53,7 @@ class Limits:
 
         Raises: InfeasibleError where routing would not work, with the ratios between which it was.
         """
-        removed = int(ratio * n_experts + 0.5)
+        removed = share_of(ratio, n_experts)
         if removed % self.n_group:
             below = removed // self.n_group * self.n_group
             near = [count / n_experts for count in (below, below + self.n_group) if count < n_experts]

@@ -20,9 +20,10 @@ from moestro.compress.merging import warnings as unlike
 from moestro.compress.methods import Request, checked, option, versions
 from moestro.compress.moe_i2 import Settings, moe_i2
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Quantisation, TensorFile
-from moestro.compress.pruning import Subject, by_damage, by_scores, layer_by_layer, with_skipping
+from moestro.compress.pruning import Subject, by_damage, by_scores, layer_by_layer, most_removed, with_skipping
 from moestro.compress.search import Genetic
 from moestro.compress.source import RunSource, open_source
+from moestro.compress.storing import require_storable
 from moestro.compress.text import batches_of
 from moestro.data import Batch
 from moestro.data.cache import digest
@@ -102,6 +103,10 @@ def _svd(asked: Asked) -> list[LayerPlan]:
 def _merge(asked: Asked, hc_smoe: bool = False) -> list[LayerPlan]:
     settings = HC_SMOE if hc_smoe else Merging(**asked.prefixed("similarity", "merge", "align"))
     bound = None if hc_smoe else asked.options["bound"] or None
+    if asked.request.semantics == "slice":
+        # a token must find as many experts as it takes, whatever the similarity says
+        fewest = max(layer.router.n_experts - most_removed(layer) for layer in asked.subject.layers.values())
+        settings = replace(settings, least=fewest)
     settings = replace(settings, ratio=asked.request.ratio, everywhere=asked.request.per_layer, bound=bound)
     for line in unlike(grouped(asked.subject, settings)[1], settings.similarity):
         warnings.warn(line, stacklevel=2)
@@ -152,6 +157,7 @@ def plan_by_measuring(request: Request) -> Plan:
     method = METHODS[request.method]
     options = option(request, {**SHARED, **method.options})
     checkpoint, _, kept = checked(request)
+    how = _quantisation(checkpoint, options)
     moments = options["calibrated"] or options.get("whiten", False)
     ask = Ask(options["sample"], method.everywhere, moments, request.seed)
     batches = batches_of(request)
@@ -176,7 +182,25 @@ def plan_by_measuring(request: Request) -> Plan:
         layers = with_skipping(subject, layers)
     if keep is not None:
         shutil.rmtree(keep)
-    return _plan(request, checkpoint, layers, options, collected)
+    return _plan(request, checkpoint, layers, options, collected, how)
+
+
+def _quantisation(source: Checkpoint | RunSource, options: Mapping[str, Any]) -> Quantisation | None:
+    """How experts are to be stored, known to be possible before anything is measured.
+
+    Raises: PlanError.
+    """
+    if not options["quantise"]:
+        if options["calibrated"] or options["group_size"]:
+            raise PlanError("calibrated and group_size say how experts are quantised: give quantise=int8, int4 or fp8")
+        return None
+    how = Quantisation(options["quantise"], options["group_size"], options["calibrated"])
+    if isinstance(source, RunSource):
+        raise PlanError(
+            "quantise: a run's experts keep their dtype; export it as a stock architecture, then compress that"
+        )
+    require_storable(how, source)
+    return how
 
 
 def loaded(request: Request) -> nn.Module:
@@ -195,9 +219,8 @@ def _plan(
     layers: list[LayerPlan],
     options: dict[str, Any],
     collected: Collected,
+    how: Quantisation | None,
 ) -> Plan:
-    scheme = options["quantise"]
-    how = Quantisation(scheme, options["group_size"], options["calibrated"]) if scheme else None
     wanted = options["calibrated"] or options.get("whiten", False)
     return Plan(
         request.method,

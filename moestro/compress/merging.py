@@ -3,12 +3,13 @@ arXiv:2407.09590; HC-SMoE, arXiv:2410.08589)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.compress.budget import share_of
 from moestro.compress.feed_forward import FeedForward
 from moestro.compress.observed import expert_output, gates_of
 from moestro.compress.partition import Groups, agglomerate, group_experts
@@ -27,6 +28,8 @@ from moestro.compress.units import matched
 from moestro.layers.moe import MoELayer
 
 Similarity = Literal["cka-outputs", "cosine-outputs", "cosine-weights", "cka-weights", "mean-outputs"]
+Merge = Literal["uniform", "frequency", "learned", "prune"]
+MERGES: tuple[str, ...] = get_args(Merge)
 SIMILARITIES: tuple[str, ...] = ("cka-outputs", "cosine-outputs", "cosine-weights", "cka-weights", "mean-outputs")
 
 
@@ -41,7 +44,7 @@ class Settings:
 
     ratio: float = 0.25
     similarity: Similarity = "cka-outputs"
-    merge: Literal["uniform", "frequency", "learned", "prune"] = "frequency"
+    merge: Merge = "frequency"
     align: bool = True
     everywhere: bool = False
     least: int = 2
@@ -49,6 +52,8 @@ class Settings:
     bound: float | None = None
 
     def __post_init__(self) -> None:
+        if self.merge not in MERGES:
+            raise ValueError(f"merge={self.merge!r}, allowed: {', '.join(MERGES)}")
         if self.similarity not in SIMILARITIES or not 0 <= self.ratio < 1 or self.least < 1:
             raise ValueError(f"{self}, allowed: ratio 0 to below 1, similarity one of {', '.join(SIMILARITIES)}")
 
@@ -101,10 +106,10 @@ def grouped(subject: Subject, settings: Settings) -> tuple[dict[str, Groups], di
     if settings.everywhere:
         total = sum(map(len, alike.values()))
         left = agglomerate(
-            list(alike.values()), total - round(settings.ratio * total), settings.largest, settings.least
+            list(alike.values()), total - share_of(settings.ratio, total), settings.largest, settings.least
         )
         return dict(zip(alike, left, strict=True)), means
-    counts = {name: len(values) - round(settings.ratio * len(values)) for name, values in alike.items()}
+    counts = {name: len(values) - share_of(settings.ratio, len(values)) for name, values in alike.items()}
     if settings.similarity == "mean-outputs":
         # average linkage is what the method is, however few the experts
         return {n: agglomerate([v], counts[n], settings.largest)[0] for n, v in alike.items()}, means
@@ -177,7 +182,7 @@ class _Mixed:
         self.units = torch.stack([u[matched(reference, u)] if align and u is not reference else u for u in units])
 
     def __call__(self, weights: Float[Tensor, "g"], x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        units = torch.einsum("g,gwf->wf", weights.to(self.units.dtype), self.units)
+        units = torch.einsum("g,gwf->wf", weights.to(self.units), self.units)
         return self.bank.run(units, x)
 
 

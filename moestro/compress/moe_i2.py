@@ -8,7 +8,7 @@ from torch import nn
 
 from moestro.compress.applied import applied, layer_number
 from moestro.compress.blocks import blocks_of, refine
-from moestro.compress.budget import removed_counts
+from moestro.compress.budget import removed_counts, share_of
 from moestro.compress.calibration import calibrate
 from moestro.compress.feed_forward import FeedForward
 from moestro.compress.lowrank import allocate_ranks, rank_keeping
@@ -73,7 +73,7 @@ def counts_of(subject: Subject, missed: Mapping[str, Sequence[float]], settings:
     grouped = [name for name, layer in layers.items() if groups_of(layer) > 1]
     if grouped:
         raise ValueError(f"{', '.join(grouped)}: routers rank groups of experts; take counts='uniform'")
-    total = round(settings.ratio * sum(layer.router.n_experts for layer in layers.values()))
+    total = share_of(settings.ratio, sum(layer.router.n_experts for layer in layers.values()))
     most = [most_removed(layer) for layer in layers.values()]
     each = removed_counts([sum(missed[name]) for name in layers], most, total, settings.temperature)
     return dict(zip(layers, each, strict=True))

@@ -70,8 +70,12 @@ class Quantisation:
     calibrated: bool = False
 
     def __post_init__(self) -> None:
+        if self.scheme not in ("int8", "int4", "fp8"):
+            raise PlanError(f"scheme={self.scheme!r}, allowed: int8, int4, fp8")
         if self.group_size < 0:
             raise PlanError(f"group_size={self.group_size}, allowed: 0 or above")
+        if self.calibrated and self.scheme == "fp8":
+            raise PlanError("calibrated rounding is for integers (int8, int4), not fp8")
 
 
 @dataclass(frozen=True)

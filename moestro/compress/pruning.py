@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moestro.compress.applied import layer_number
+from moestro.compress.budget import share_of
 from moestro.compress.calibration import Collected, sampled_inputs
 from moestro.compress.criteria import CRITERIA, highest, random_scores, removed, skip_threshold
 from moestro.compress.damage import Damage
@@ -69,14 +70,14 @@ def most_removed(layer: MoELayer) -> int:
 
 
 def uniform(subject: Subject, ratio: float) -> dict[str, int]:
-    """Experts to remove of every layer, the same share of each: round(ratio E), down to whole routing groups.
+    """Experts to remove of every layer, the same share of each: ratio E, halves up, down to whole routing groups.
 
     Raises: ValueError where a layer would be left with fewer than a token takes.
     """
     counts = {}
     for name, layer in subject.layers.items():
         groups = groups_of(layer)
-        count = round(ratio * layer.router.n_experts) // groups * groups
+        count = share_of(ratio, layer.router.n_experts) // groups * groups
         if not 0 <= count <= most_removed(layer):
             raise ValueError(f"{name}: {count} of {layer.router.n_experts} experts, allowed: {most_removed(layer)}")
         counts[name] = count

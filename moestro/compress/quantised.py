@@ -117,9 +117,7 @@ def gptq(
 
 
 def _levels(how: Quantisation) -> tuple[int, int]:
-    bits, kind, _ = SCHEMES[how.scheme]
-    if kind != "int":
-        raise ValueError(f"calibrated rounding is for integers, not {how.scheme}")
+    bits, _, _ = SCHEMES[how.scheme]
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 

@@ -6,13 +6,31 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from moestro.compress.plan import LayerPlan, Plan, PlanError
+from moestro.compress.plan import LayerPlan, Plan, PlanError, Quantisation
 from moestro.compress.quantised import SCHEMES, quantised
 from moestro.formats import Checkpoint, PerExpert
 from moestro.formats.shards import DTYPES
 from moestro.formats.writer import Outgoing, computed, of_tensor
 
 WEIGHT = "weight"
+
+
+def require_storable(how: Quantisation, checkpoint: Checkpoint) -> None:
+    """Raises: PlanError where the experts of this folder cannot be stored so; reads no tensor."""
+    if not isinstance(checkpoint.family.experts, PerExpert):
+        raise PlanError(
+            f"quantise: {checkpoint.family.model_type} keeps the experts of a layer in one tensor on disk, and "
+            "compressed-tensors stores matrices one by one: allowed: families with a tensor for every expert"
+        )
+    if "quantization_config" in checkpoint.config:
+        raise PlanError(f"quantise: the experts of {checkpoint.path} are quantised already")
+    for layer in checkpoint.moe_layers:
+        inputs = (checkpoint.shape(checkpoint.router_tensors(layer)["weight"])[1], checkpoint.width(layer))
+        if how.group_size and any(size % how.group_size for size in inputs):
+            raise PlanError(
+                f"group_size={how.group_size}, allowed: 0, or a divisor of the {inputs[0]} and {inputs[1]} inputs of "
+                f"experts' matrices (layer {layer})"
+            )
 
 
 class Storing:
@@ -23,13 +41,8 @@ class Storing:
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, tensors: dict[str, Tensor]) -> None:
         self.plan, self.tensors = plan, tensors
-        if plan.quantise is not None and not isinstance(checkpoint.family.experts, PerExpert):
-            raise PlanError(
-                f"quantise: {checkpoint.family.model_type} keeps the experts of a layer in one tensor on disk, and "
-                "compressed-tensors stores matrices one by one: allowed: families with a tensor for every expert"
-            )
-        if plan.quantise is not None and "quantization_config" in checkpoint.config:
-            raise PlanError(f"quantise: the experts of {checkpoint.path} are quantised already")
+        if plan.quantise is not None:
+            require_storable(plan.quantise, checkpoint)
         # the parts of one matrix may be written one after the other
         self.made = lru_cache(maxsize=1)(self._made)
 

@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.compress.budget import removed_counts, uniform_counts
+from moestro.compress.budget import removed_counts, share_of, uniform_counts
+from moestro.compress.calibration import Ask, calibrate
+from moestro.compress.feasible import Limits
+from moestro.compress.merging import Settings, merge_plans
+from moestro.compress.pruning import Subject, uniform
+from tests.compress.models import E, decoder, text
 
 IMPORTANCE = st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=8)
 
@@ -45,3 +50,13 @@ def test_impossible_budgets_are_refused():
     assert uniform_counts([6, 6], 2) == [2, 2]
     with pytest.raises(ValueError, match="0 to 1"):
         uniform_counts([6, 1], 2)
+
+
+def test_a_ratio_means_the_same_number_wherever_it_is_asked():
+    """Halves up, for the check before calibration as for methods: 2.5 of 10 are 3."""
+    assert [share_of(0.25, n) for n in (8, 10, 14)] == [2, 3, 4]
+    assert Limits(2).n_kept(10, 0.25) == 7
+    model = decoder("m")
+    given = Subject(model, calibrate(model, text(1), Ask()))
+    assert uniform(given, 0.25) == {"blocks.0.ffn": 2} and E == 6
+    assert len(merge_plans(given, Settings(0.25))[0].keep) == 4

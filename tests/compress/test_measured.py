@@ -11,12 +11,14 @@ from moestro.compress.blocks import block_error, blocks_of
 from moestro.compress.feasible import Output
 from moestro.compress.masking import without
 from moestro.compress.measured import METHODS, loaded
+from moestro.compress.merging import Settings as Merging
 from moestro.compress.methods import MEASURED, Request
 from moestro.compress.plan import PlanError
 from moestro.compress.plan_file import read_plan
 from moestro.compress.running import compressed, plan_for
 from moestro.compress.text import batches_of
 from moestro.data import ByteTokenizer
+from moestro.formats import Checkpoint
 from tests.compress.folders import loaded as plainly_loaded
 from tests.compress.folders import masked, saved
 
@@ -164,3 +166,24 @@ def test_few_tokens_are_warned_of(request_for, tmp_path):
         warnings.simplefilter("always")
         plan_for(request_for("mixtral", "reap", tokens=64), tmp_path / "plan.json")
     assert any("fewer than 100 tokens" in str(warning.message) for warning in found)
+
+
+def test_what_cannot_be_stored_or_merged_is_refused_before_anything_is_measured(request_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "loaded", lambda request: pytest.fail("measured"))
+    for family, options, said in (
+        ("mixtral", {"quantise": "int3"}, "scheme='int3', allowed: int8, int4, fp8"),
+        ("mixtral", {"quantise": "fp8", "calibrated": True}, "not fp8"),
+        ("mixtral", {"quantise": "int4", "group_size": 7}, "group_size=7, allowed: 0, or a divisor"),
+        ("mixtral", {"group_size": 32}, "give quantise="),
+        ("gpt_oss", {"quantise": "int8"}, "keeps the experts of a layer in one tensor"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            plan_for(request_for(family, "reap", options=options), tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="merge='mean', allowed: uniform, frequency, learned, prune"):
+        Merging(merge="mean")
+
+
+def test_merging_leaves_every_layer_as_many_experts_as_a_token_takes(request_for, tmp_path):
+    request = request_for("olmoe", "merge", 0.5, per_layer=True, output=Output("custom"))
+    plan = plan_for(request, tmp_path / "plan.json")
+    assert min(layer.n_kept for layer in plan.layers) >= Checkpoint(request.source).top_k
