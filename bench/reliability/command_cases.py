@@ -109,7 +109,7 @@ def missing_word(draw: Draw, verb: str, base: Words) -> Case:
         verb,
         "missing word",
         base[:at] + base[at + 1 :],
-        ("required", "argument", "say", "unexpected", gone, "need", "key=value", "takes one"),
+        ("required", "argument", "say", "unexpected", gone, "need", "key=value", "takes one", "give"),
     )
 
 

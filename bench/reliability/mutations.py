@@ -133,7 +133,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for key in ("verb", "kind"):
         for name, count in counted(verdicts, key).items():
             print(f"{name:<28}", *(f"{result} {count[result]:>4}" for result in RESULTS))
-    report("bench.reliability.mutations", figures(verdicts), options)
+    report("bench/reliability/mutations.py", figures(verdicts), options)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from moestro.upgrades import SHARDS
 SPLITS = ("train", "val")
 # characters of text encoded at once: bounds memory, keeps all cores busy
 BATCH_CHARACTERS = 2_000_000
+# tokens of one document that are looked up and written at once: a long document is not held several times over
+PIECE = 1_000_000
 # above this share of bytes that the tokens do not stand for, bits per byte would not measure the text
 MAX_BYTE_ERROR = 0.01
 
@@ -155,10 +157,14 @@ class _Writer:
         text = document.text.encode()
         if (ids == self.eos_id).any():
             raise ValueError(f"{document.where}: the text holds the token that separates documents (eos {self.eos_id})")
-        extra = len(text) - int(self.byte_lengths[ids].sum())
+        pieces = [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
+        extra = len(text) - sum(int(self.byte_lengths[piece].sum()) for piece in pieces)
         self._write("idx", np.array([self.n_tokens, extra], np.int64))
-        self._write("bin", np.concatenate([[self.eos_id], ids]).astype(self.dtype))
-        self.hashes["text"].update(len(text).to_bytes(8, "little") + text)
+        self._write("bin", np.array([self.eos_id], self.dtype))
+        for piece in pieces:
+            self._write("bin", piece.astype(self.dtype))
+        self.hashes["text"].update(len(text).to_bytes(8, "little"))
+        self.hashes["text"].update(text)
         if self.zlib is not None:
             self.zlib_bytes += len(self.zlib.compress(text))
         if document.group is not None:

@@ -276,6 +276,11 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: not valid JSON: nested too deep") from error
+    except ValueError as error:
+        # a number of thousands of digits
+        raise ValueError(f"{where}: cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object with a text field")
     return record

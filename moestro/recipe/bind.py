@@ -67,7 +67,7 @@ class Part:
         except REFUSALS as error:
             message = (str(error) or type(error).__name__).splitlines()[0]
             if not isinstance(error, ValueError | OSError):
-                message = f"{_largest(keywords)}: too large to compute with ({message})"
+                message = f"{_culprit(keywords, message)}: cannot be computed with ({message})"
             raise self.blamed(message).error(message) from error
 
     def blamed(self, message: str) -> Place:
@@ -88,10 +88,13 @@ class Part:
         return spots[0] if len(spots) == 1 else None
 
 
-def _largest(keywords: Mapping[str, Any]) -> str:
-    """`d_model=1000000`: the keyword that is most likely to be too large."""
-    numbers = {name: value for name, value in keywords.items() if type(value) is int}
-    name = max(numbers, key=lambda name: abs(numbers[name]), default="")
+def _culprit(keywords: Mapping[str, Any], message: str) -> str:
+    """`d_model=1000000`: the number that torch's message quotes, else the one that is most likely to be too large."""
+    numbers = {name: value for name, value in keywords.items() if type(value) in (int, float)}
+    quoted = [
+        name for name, value in numbers.items() if re.search(rf"(?<![\d.]){re.escape(str(value))}(?![\d])", message)
+    ]
+    name = (quoted or sorted(numbers, key=lambda name: -abs(numbers[name])) or [""])[0]
     return f"{name}={numbers[name]}" if name else "a size"
 
 

@@ -1,0 +1,156 @@
+"""Text as it is found: binary, empty, in other encodings, without line breaks, larger than memory."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moestro.cli import main
+from moestro.data import ByteTokenizer, Document, JsonlSource, TextSource, TokenData
+from moestro.data.sources import Source
+from tests.conftest import ROOT
+
+MIB = 2**20
+
+
+def prepared(tmp_path: Path, content: bytes, name: str = "a.txt", **options: object) -> TokenData:
+    """Data of one file, every document of it held out."""
+    (tmp_path / name).write_bytes(content)
+    source: Source = TextSource(tmp_path / name, **options) if name.endswith(".txt") else JsonlSource(tmp_path / name)  # type: ignore[arg-type]
+    return TokenData(source, ByteTokenizer(), 8, val_fraction=1.0, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a.txt is empty: no document with text in it"),
+        (b"\x7fELF\x02\x01\x01\x00\xff\xfe", r"a\.txt: byte 8 is 0xff, which is not UTF-8"),
+        ("schön".encode("latin-1"), r"a\.txt: byte 3 is 0xf6, which is not UTF-8"),
+        ("words".encode("utf-16"), r"a\.txt: byte 0 is 0xff, which is not UTF-8"),
+        (b"good line\n" * 100 + b"bad \xc3\x28 line\n", r"a\.txt: byte 1004 is 0xc3, which is not UTF-8"),
+        (b"\xed\xa0\x80", r"a\.txt: byte 0 is 0xed, which is not UTF-8"),
+        (b"\xc0\xaf", r"a\.txt: byte 0 is 0xc0, which is not UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_place(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(tmp_path, content).prepare(progress=False)
+    assert not list((tmp_path / "cache").glob("tokens/*"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"one\ntwo\r\nthree\rfour\n\rfive",
+        b"zero \x00 byte \x00\x00 and \x1b[31m and \x07",
+        b"\xef\xbb\xbfwith a mark",
+        "a line separator \u2028, a next line \x85, a form feed \x0c".encode(),
+        "😀 family: 👩\u200d👩\u200d👧, right to left: שלום, combined: e\u0301".encode(),
+        b"<|endoftext|></s><pad>",
+        b"no line break at all" * 1000,
+        b"\n\n\n\n\n",
+    ],
+)
+@pytest.mark.parametrize("split", ["file", "line", "blank-line"])
+def test_text_comes_back_byte_for_byte(tmp_path: Path, content: bytes, split: str) -> None:
+    dataset = prepared(tmp_path, content, split=split).prepare(progress=False)
+    text = "".join(dataset.val_document(number) for number in range(dataset.n_val_documents))
+    assert text.encode() == content.removeprefix(b"\xef\xbb\xbf")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "ok"} trailing', r"a\.jsonl:2: not valid JSON"),
+        (b"[" * 100_000, r"a\.jsonl:2: not valid JSON"),
+        (b'{"text": 1' + b"0" * 5000 + b"}", r"a\.jsonl:2: "),
+        (b"\x00", r"a\.jsonl:2: not valid JSON"),
+    ],
+)
+def test_lines_that_are_no_records_are_refused_with_their_place(tmp_path: Path, line: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(tmp_path, b'{"text": "fine"}\n' + line + b"\n", "a.jsonl").prepare(progress=False)
+
+
+class Long:
+    """One document of `n` characters without a line break, and a short one."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    name = "long"
+
+    def fingerprint(self) -> str:
+        return f"long {self.n}"
+
+    def documents(self) -> Iterator[Document]:
+        yield Document("a", "x" * self.n, "long")
+        yield Document("b", "short", "short")
+
+
+def test_one_document_of_many_parts_has_every_byte(tmp_path: Path) -> None:
+    data = TokenData(Long(3_000_000), ByteTokenizer(), 8, val_fraction=1.0, cache_dir=tmp_path)
+    dataset = data.prepare(progress=False)
+    assert dataset.n_val_bytes == 3_000_005 and dataset.val_document(0) == "x" * 3_000_000
+
+
+PREPARE = """
+import resource, sys
+from moestro.cli import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def peak(tmp_path: Path, file: Path, split: str) -> int:
+    """Peak resident bytes of `moestro prepare` on a file, in a process of its own."""
+    words = [f"data.source={{kind: text, paths: {file}, split: {split}}}", "data.tokenizer={kind: bytes}"]
+    words += [f"data.cache_dir={tmp_path / 'cache'}", "data.val_fraction=0.5", "data.seq_len=16"]
+    command = [sys.executable, "-c", PREPARE, "prepare", str(ROOT / "recipes" / "dense.yaml"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return 1024 * int(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_corpus_larger_than_the_memory_that_it_gets_is_prepared(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
+    paragraph = b"seven wise owls watch from an old oak tree. " * 50 + b"\n\n"
+    small.write_bytes(b"".join(b"%d\n\n" % number for number in range(100)))
+    with large.open("wb") as file:
+        for number in range(400):
+            file.write(b"%d\n\n" % number + paragraph * 480)
+    base = peak(tmp_path, small, "blank-line")
+    assert large.stat().st_size > 400 * MIB
+    # not to 400 MB besides what the process itself takes
+    assert peak(tmp_path, large, "blank-line") < base + 150 * MIB
+
+
+@pytest.mark.slow
+def test_one_huge_line_takes_a_small_multiple_of_itself(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
+    small.write_bytes(b"".join(b"%d\n" % number for number in range(100)))
+    with large.open("wb") as file:
+        file.write(small.read_bytes())
+        for _ in range(120):
+            file.write(b"x" * MIB)
+    base = peak(tmp_path, small, "line")
+    # bytes as read, text, bytes as written: not the tokens, which are written piece by piece
+    assert peak(tmp_path, large, "line") < base + 5 * 120 * MIB
+
+
+def test_training_on_hostile_text_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "a.txt"
+    recipe = str(ROOT / "recipes" / "dense.yaml")
+    for content in (b"", b"\xff" * 100, b"x"):
+        file.write_bytes(content)
+        words = [f"data.source={{kind: text, paths: {file}}}", "data.tokenizer={kind: bytes}"]
+        assert main(["train", recipe, *words, "--out", str(tmp_path / "run")]) in (1, 2)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("moestro: error: ") and "a.txt" in error
+    assert json.loads(json.dumps(error))
