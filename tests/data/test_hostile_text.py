@@ -131,19 +131,6 @@ def test_a_corpus_larger_than_the_memory_that_it_gets_is_prepared(tmp_path: Path
     assert peak(tmp_path, large, "blank-line") < base + 150 * MIB
 
 
-@pytest.mark.slow
-def test_one_huge_line_takes_a_small_multiple_of_itself(tmp_path: Path) -> None:
-    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
-    small.write_bytes(b"".join(b"%d\n" % number for number in range(100)))
-    with large.open("wb") as file:
-        file.write(small.read_bytes())
-        for _ in range(120):
-            file.write(b"x" * MIB)
-    base = peak(tmp_path, small, "line")
-    # bytes as read, text, bytes as written: not the tokens, which are written piece by piece
-    assert peak(tmp_path, large, "line") < base + 5 * 120 * MIB
-
-
 def test_training_on_hostile_text_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "a.txt"
     recipe = str(ROOT / "recipes" / "dense.yaml")
