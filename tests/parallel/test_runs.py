@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moestro.objectives import ParameterPenalty
+from moestro.ops.whole_files import HASHES
 from moestro.parallel.layout import whole, write_rows
 from moestro.parallel.ranks import Ranks, joined
 from moestro.parallel.settings import ParallelSettings
@@ -57,7 +58,8 @@ def go(
 def cut_back(run: Path, copy: Path, step: int) -> Path:
     """The run as it was when the checkpoint of `step` had just been written."""
     shutil.copytree(run, copy)
-    (copy / "done.json").unlink()
+    for ended in ("done.json", HASHES):
+        (copy / ended).unlink()
     for path in (copy / "checkpoints").iterdir():
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
