@@ -53,6 +53,14 @@ def test_links_lead_somewhere(page):
     assert broken(page, text_of(page)) == []
 
 
+def test_every_note_on_systems_has_a_name_of_its_own_and_is_asked_for():
+    text = text_of(DOCS / "systems.md")
+    notes = re.findall(r"^([A-Z]?\d+)\. ", text, re.MULTILINE)
+    cells = [row.split("|")[4].split() for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
+    asked = {note for cell in cells if all(re.fullmatch(r"[A-Z]?\d+", word) for word in cell) for note in cell}
+    assert len(notes) == len(set(notes)) and set(notes) == asked
+
+
 @pytest.mark.parametrize("name", API)
 def test_links_of_the_api_lead_somewhere(name):
     assert broken(DOCS / name, API[name]) == []
