@@ -12,7 +12,8 @@ class GroupedSource:
 
     `most_bytes` takes of each source its first documents, up to so many bytes of text, so that none outweighs others.
 
-    Raises: ValueError where there is no source, or `most_bytes` is below 1.
+    Raises: ValueError where there is no source, or `most_bytes` is below 1 or below a source's first document, whose
+    group would have no text.
     """
 
     def __init__(self, sources: Sequence[Source], most_bytes: int | None = None) -> None:
@@ -38,10 +39,12 @@ class GroupedSource:
                 yield document._replace(group=group, done=done)
 
     def _some_of(self, source: Source) -> Iterator[Document]:
-        left = self.most_bytes
-        for document in source.documents():
-            if left is not None:
-                left -= len(document.text.encode())
-                if left < 0:
+        size = 0
+        for number, document in enumerate(source.documents()):
+            size += len(document.text.encode())
+            if self.most_bytes is not None and size > self.most_bytes:
+                if number:
                     return
+                raise ValueError(f"most_bytes={self.most_bytes}: {document.where} has {size}, so that nothing of "
+                                 f"{source.name} would be taken; allowed: at least {size}")  # fmt: skip
             yield document

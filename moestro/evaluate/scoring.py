@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moestro.data import IGNORE, Batch
@@ -19,9 +19,9 @@ def score(model: nn.Module, batch: Batch, precision: str) -> tuple[Output, Float
     """
     device = next(model.parameters()).device
     # Asked before the batch moves, so that no device is waited for.
-    keep = None if bool(batch.keep.all()) else batch.keep.to(device)
+    keep, facts = counted(batch, device), told(model, batch)
     batch = batch.to(device)
-    with autocast(device, precision), told(model, batch):
+    with autocast(device, precision), facts:
         output = model(batch.tokens, documents=batch.documents, keep=keep)
     return output, nats(output.logits, batch.targets)
 
@@ -32,8 +32,12 @@ def told(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
     if adapters is None:
         return nullcontext()
     device = next(model.parameters()).device
-    keep = None if bool(batch.keep.all()) else batch.keep.to(device)
-    return adapters.given(None if batch.groups is None else batch.groups.to(device), keep)
+    return adapters.given(None if batch.groups is None else batch.groups.to(device), counted(batch, device))
+
+
+def counted(batch: Batch, device: torch.device) -> Bool[Tensor, "b s"] | None:
+    """Which tokens of a batch are no padding, on `device`; None where all are."""
+    return None if bool(batch.keep.all()) else batch.keep.to(device)
 
 
 def nats(logits: Float[Tensor, "b s v"], targets: Int[Tensor, "b s"]) -> Float[Tensor, "b s"]:

@@ -124,7 +124,7 @@ class MoELayer(TokenLayer):
         for branch in self._branches():
             if branch is self.bank and self.record is not None:
                 recorded = self.record.rows_per_token(rows, self.router.n_experts)
-                kept += ExpertBank.kept_per_token(branch, recorded, d_model)
+                kept += ExpertBank.kept_per_token(self.bank, recorded, d_model)
             elif isinstance(branch, ExpertBank):
                 kept += branch.kept_per_token(rows, d_model)
             else:

@@ -81,6 +81,8 @@ def test_a_limit_takes_the_first_documents_of_each_source(sources):
         assert own == texts[: len(own)] and sum(map(len, own)) <= 100 < sum(map(len, texts[: len(own) + 1]))
     assert limited.fingerprint() != sources.fingerprint()
     assert [d.done for d in sources.documents()] == sorted(d.done for d in sources.documents())
+    with pytest.raises(ValueError, match=r"most_bytes=5: .*farm\.jsonl:1 has 27, .*allowed: at least 27"):
+        list(GroupedSource(sources.sources, most_bytes=5).documents())
     with pytest.raises(ValueError, match=r"sources=\[\], allowed: at least one"):
         GroupedSource([])
     with pytest.raises(ValueError, match="most_bytes=0, allowed: at least 1"):
