@@ -152,7 +152,9 @@ def grid(device: torch.device, rows: int, columns: int, inner: str, timeout: tim
     ranks = torch.arange(rows * columns).view(rows, columns)
     if rows == 1 and inner == SHARDS:
         return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=(inner,))  # type: ignore[arg-type]
-    groups = [dist.new_subgroups_by_enumeration(members.tolist(), timeout=timeout)[0] for members in (ranks.T, ranks)]
+    groups: list[Any] = [
+        dist.new_subgroups_by_enumeration(members.tolist(), timeout=timeout)[0] for members in (ranks.T, ranks)
+    ]
     return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=(COPIES, inner))
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -31,7 +32,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from moestro.formats.shards import DTYPES
@@ -65,7 +68,7 @@ def chunk(piece: Piece) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(piece.whole), torch.Size(piece.size))
 
 
-class SavePieces(dcp.DefaultSavePlanner):
+class SavePieces(DefaultSavePlanner):
     """Plans the writing of `Held`; pieces that several ranks hold are written once."""
 
     def create_local_plan(self) -> SavePlan:
@@ -84,7 +87,7 @@ def write_items(name: str, held: Held) -> Iterator[WriteItem]:
         yield WriteItem(MetadataIndex(name, torch.Size(piece.whole)), WriteItemType.SHARD, tensor_data=data)
 
 
-class LoadPieces(dcp.DefaultLoadPlanner):
+class LoadPieces(DefaultLoadPlanner):
     """Plans the reading of `Held`: its own part is filled."""
 
     def set_up_planner(
@@ -106,7 +109,7 @@ class LoadPieces(dcp.DefaultLoadPlanner):
         return self.state_dict[index.fqn].piece(index)
 
 
-class Writer(dcp.StorageWriter):
+class Writer(StorageWriter):
     """Writes `<file>-<rank>.safetensors` into a folder that the main rank makes; there, `hashes` then has the SHA-256
     of every rank's files."""
 
@@ -154,7 +157,7 @@ class Writer(dcp.StorageWriter):
         return True
 
 
-class Reader(dcp.StorageReader):
+class Reader(StorageReader):
     """Reads the files `<file>.safetensors` or `<file>-<rank>.safetensors` of a folder."""
 
     def __init__(self, folder: Path, file: str) -> None:
@@ -227,8 +230,8 @@ def save_pieces(folder: Path, files: Mapping[str, Mapping[str, Held]], rank: int
     flat = {f"{file}{IN_FILE}{name}": held for file, tensors in files.items() for name, held in tensors.items()}
     writer, planner = Writer(folder, rank), SavePieces(flatten_state_dict=False)
     try:
-        dcp.save(flat, storage_writer=writer, planner=planner, process_group=group)  # type: ignore[arg-type]
-    except dcp.CheckpointException as error:
+        save(flat, storage_writer=writer, planner=planner, process_group=group)  # type: ignore[arg-type]
+    except CheckpointException as error:
         failed, (cause, _) = next(iter(error.failures.items()))
         raise OSError(f"rank {failed}: {cause}") from error
     return writer.hashes
@@ -247,5 +250,5 @@ def read_pieces(folder: Path, file: str, wanted: Mapping[str, tuple[Layout, tupl
     reader, planner = Reader(folder, file), LoadPieces(flatten_state_dict=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-        dcp.load(held, storage_reader=reader, planner=planner, no_dist=True)  # type: ignore[arg-type]
+        load(held, storage_reader=reader, planner=planner, no_dist=True)  # type: ignore[arg-type]
     return {name: entry.own for name, entry in held.items()}
