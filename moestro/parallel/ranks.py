@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from moestro.parallel.settings import ParallelSettings
+from moestro.parallel.sums import summed_over_ranks
 
 FAILED = "moestro/failed"
 # Seconds in which a store that can be reached answers; its client waits without end where the network is cut.
@@ -88,14 +89,9 @@ class Ranks:
         """This rank's share of `n` rows, in order of ranks; shares differ by at most one."""
         return slice(self.rank * n // self.world, (self.rank + 1) * n // self.world)
 
-    @torch.no_grad()
     def summed(self, own: Tensor) -> Tensor:
         """The sum of all ranks' tensors, the same on each; every rank must call it."""
-        if not self.several:
-            return own
-        total = own.clone()
-        dist.all_reduce(total)
-        return total
+        return summed_over_ranks(own) if self.several else own
 
     def told(self, value: Any) -> Any:
         """The main rank's value, on every rank; every rank must call it."""

@@ -13,6 +13,7 @@ from moestro.data import Batch
 from moestro.evaluate.scoring import exact_dtype, score, told
 from moestro.objectives import Objective
 from moestro.parallel.gradients import send_after_backward, sum_gradients
+from moestro.parallel.layout import n_elsewhere
 from moestro.parallel.ranks import Ranks
 from moestro.parallel.sums import n_ranks
 from moestro.routing import Trace
@@ -116,7 +117,7 @@ def usage(model: Any, batch: Batch, traces: tuple[Trace, ...], recompute: bool, 
     return {
         "flops": training.useful,
         "flops_computed": training.computed + again,
-        "active_params": model.active_parameters(traces) / n_parts,
+        "active_params": (model.active_parameters(traces) + n_elsewhere(model.parameters())) / n_parts,
     }
 
 

@@ -16,7 +16,7 @@ from moestro.parallel.settings import ParallelSettings
 from moestro.routers import CosineScore, TopAny
 from moestro.train.optim import clip_gradients
 from moestro.train.step import backward
-from tests.train.tiny import VOCABULARY, WIDTH, Counting, peer, rows, tiny_settings
+from tests.train.tiny import VOCABULARY, WIDTH, Counting, peer, tiny_settings
 
 Objectives = list[tuple[str, float, Any]]
 
@@ -41,17 +41,11 @@ def dynmoe() -> tuple[Transformer, Objectives]:
     return stacked(layers), [("diversity", 0.2, RouterDiversity()), ("simplicity", 0.1, RouterSimplicity())]
 
 
-def tables() -> tuple[Transformer, Objectives]:
-    """More experts than a step meets, which train by rows."""
-    return stacked([rows(), DenseFFN(WIDTH, 12)]), []
-
-
 SYSTEMS: dict[str, Callable[[], tuple[Transformer, Objectives]]] = {
     "dense": dense,
     "hmoe": hmoe,
     "peer": peers,
     "dynmoe": dynmoe,
-    "tables": tables,
 }
 
 

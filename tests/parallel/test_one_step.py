@@ -15,8 +15,6 @@ from tests.parallel.processes import in_ranks
 from tests.tolerances import FLOAT32
 
 FULL = ParallelSettings(timeout_s=60)
-# what has dense gradients, which are compared one by one here
-DENSE = [name for name in SYSTEMS if name != "tables"]
 
 
 def compare(rank: int, systems: list[str], settings: ParallelSettings, **more: object) -> None:
@@ -31,7 +29,7 @@ def compare(rank: int, systems: list[str], settings: ParallelSettings, **more: o
 
 
 def test_all_systems_fully_sharded(tmp_path: Path) -> None:
-    in_ranks(2, partial(compare, systems=DENSE, settings=FULL), tmp_path)
+    in_ranks(2, partial(compare, systems=list(SYSTEMS), settings=FULL), tmp_path)
 
 
 @pytest.mark.parametrize("more", [{"accumulate": 2}, {"recompute": True}], ids=str)
@@ -47,8 +45,8 @@ def test_every_rank_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sharding, replicas", [("full", 1), ("hybrid", 2)])
 def test_four_ranks(tmp_path: Path, sharding: str, replicas: int) -> None:
     settings = ParallelSettings(sharding, replicas, reshard=False, timeout_s=60)  # type: ignore[arg-type]
-    in_ranks(4, partial(compare, systems=DENSE, settings=settings), tmp_path)
-    in_ranks(4, partial(compare, systems=DENSE, settings=settings, accumulate=2), tmp_path / "again")
+    in_ranks(4, partial(compare, systems=list(SYSTEMS), settings=settings), tmp_path)
+    in_ranks(4, partial(compare, systems=list(SYSTEMS), settings=settings, accumulate=2), tmp_path / "again")
 
 
 def spread(rank: int) -> None:

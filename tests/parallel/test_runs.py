@@ -44,7 +44,7 @@ def go(
         torch.manual_seed(0)
         model, _ = SYSTEMS[system]()
         made = list(rules())
-        objectives = [("penalty", 0.3, ParameterPenalty(statistics="step"))] if system in ("hmoe", "dynmoe") else []
+        objectives = [("penalty", 0.3, ParameterPenalty(statistics="step"))]
         result = train(
             model, Counting(), tiny_settings(STEPS, **{**plan, **changes}), objectives, made, run, ranks=ranks
         )
@@ -131,27 +131,6 @@ def test_saved_on_one_resumed_on_two_then_sharded_otherwise(on_one: Path, tmp_pa
     again = cut_back(on_one, tmp_path / "again", 2)
     in_ranks(2, partial(go, run=again, parallel=ParallelSettings("none", timeout_s=60)), tmp_path / "meeting")
     require_close(again, on_one)
-
-
-SPREAD = [("hmoe", {"experts": 2}), ("tables", {"tables": "rows"}), ("tables", {"tables": "columns"})]
-
-
-@pytest.mark.parametrize("system, how", SPREAD, ids=str)
-def test_experts_and_tables_that_are_spread_resumed_on_one(tmp_path: Path, system: str, how: dict) -> None:
-    """The whole run as in one process; from the middle in two processes to the bit, in one alike; nothing is lost of
-    what a rank alone has."""
-    work = partial(go, system=system, parallel=ParallelSettings(**how, timeout_s=60))
-    in_ranks(2, partial(work, run=tmp_path / "two"), tmp_path / "meeting")
-    go(0, tmp_path / "one", system)
-    require_close(tmp_path / "two", tmp_path / "one")
-    one, two = (json.loads((tmp_path / run / "done.json").read_text()) for run in ("one", "two"))
-    assert one["params_total"] == two["params_total"] and one["params_active"] == pytest.approx(two["params_active"])
-    again = cut_back(tmp_path / "two", tmp_path / "again", 2)
-    in_ranks(2, partial(work, run=again), tmp_path / "meeting again")
-    assert timeless(again) == timeless(tmp_path / "two")
-    alone = cut_back(tmp_path / "two", tmp_path / "alone", 2)
-    go(0, alone, system)
-    require_close(alone, tmp_path / "two")
 
 
 @pytest.mark.slow
