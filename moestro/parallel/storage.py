@@ -225,7 +225,7 @@ def save_pieces(folder: Path, files: Mapping[str, Mapping[str, Held]], rank: int
     """Write what all ranks hold; returns {file: SHA-256}, on the main rank alone. Every rank of `group`, which must be
     on the CPU, calls it with the same names; the main rank returns when all files are complete.
 
-    Raises: OSError where a rank could not write, on every rank.
+    Raises: OSError where a rank's disk refuses, RuntimeError where a rank was lost; on every rank.
     """
     flat = {f"{file}{IN_FILE}{name}": held for file, tensors in files.items() for name, held in tensors.items()}
     writer, planner = Writer(folder, rank), SavePieces(flatten_state_dict=False)
@@ -233,7 +233,9 @@ def save_pieces(folder: Path, files: Mapping[str, Mapping[str, Held]], rank: int
         save(flat, storage_writer=writer, planner=planner, process_group=group)  # type: ignore[arg-type]
     except CheckpointException as error:
         failed, (cause, _) = next(iter(error.failures.items()))
-        raise OSError(f"rank {failed}: {cause}") from error
+        if isinstance(cause, OSError):
+            raise OSError(f"rank {failed}: {cause}") from error
+        raise RuntimeError(f"rank {failed} could not write its part of a checkpoint: {cause}") from error
     return writer.hashes
 
 
