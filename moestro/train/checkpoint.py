@@ -4,6 +4,7 @@ A folder `step-00000123` appears complete or not at all. Nothing is pickled.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -160,6 +161,25 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     if name != "model":
         return tensors
     return tensors | added_tensors(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+
+
+def join_model(path: Path) -> None:
+    """Give a checkpoint whose model several ranks wrote in pieces one file of it, as a single process writes: what
+    reads files rather than runs finds it. The rest stays as it is; nothing happens where there is one file already.
+
+    Raises: CheckpointError where it is damaged, or the disk refuses.
+    """
+    if (path / "model.safetensors").exists():
+        return
+    state, model = read_state(path), read_tensors(path, "model")
+    hashes, mine = state.pop("sha256"), (CHECKPOINT.key, "step")
+    with publishing(path, {key: value for key, value in state.items() if key not in mine}) as (folder, joined):
+        folder.mkdir()
+        for name, digest in hashes.items():
+            if not name.startswith("model-"):
+                os.link(path / name, folder / name)
+                joined[name] = digest
+        joined["model.safetensors"] = write_tensors(folder / "model.safetensors", model)
 
 
 def stored_shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:

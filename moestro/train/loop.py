@@ -11,6 +11,7 @@ from moestro.evaluate.perplexity import evaluate
 from moestro.evaluate.scoring import check_precision
 from moestro.model import Transformer
 from moestro.parallel.ranks import Ranks, launched
+from moestro.train.checkpoint import join_model, list_checkpoints
 from moestro.train.environment import describe_machine
 from moestro.train.folder import GuestFolder, RunFolder
 from moestro.train.hardware import peak_flops
@@ -83,7 +84,11 @@ def train(
         folder.add_session({"from_step": state.counters.step, "ranks": ranks.world, **describe_machine(ranks.device)})
         with MetricsLog(folder, settings, state.counters, display) as log:
             run(dataset, objectives, state, folder, log, stop)
-        return folder.finish(ranks.told(state.result()))
+        result = ranks.told(state.result())
+        if ranks.several and ranks.main:
+            for path in list_checkpoints(folder.checkpoints):
+                join_model(path)
+        return folder.finish(result)
 
 
 def check_shares(settings: TrainSettings, ranks: Ranks) -> None:

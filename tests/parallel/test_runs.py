@@ -107,6 +107,9 @@ def test_a_run_on_two_ranks_is_that_of_one_process(on_one: Path, on_two: Path) -
 
 
 def test_one_process_reads_what_two_ranks_wrote(on_two: Path) -> None:
+    """Its own pieces while it goes on, one file of the model when it is over."""
+    files = {path.name for path in (on_two / "checkpoints" / "step-00000004").iterdir()}
+    assert {"model.safetensors", "optimizer-00000.safetensors", "optimizer-00001.safetensors"} <= files
     model, _ = SYSTEMS["hmoe"]()
     load_weights(model, on_two / "checkpoints" / f"step-{STEPS:08d}")
     left = torch.load(on_two / "of-rank-0.pt")["parameters"]
@@ -214,8 +217,8 @@ def test_a_signal_to_one_rank_stops_all_once_they_saved(tmp_path: Path) -> None:
 
 def test_a_damaged_piece_is_named(on_two: Path, tmp_path: Path) -> None:
     again = cut_back(on_two, tmp_path / "again", STEPS)
-    flip_last_bit(again / "checkpoints" / "step-00000006" / "model-00001.safetensors")
-    with pytest.raises(CheckpointError, match=r"model-00001\.safetensors has sha256.*step-00000004 is intact"):
+    flip_last_bit(again / "checkpoints" / "step-00000006" / "optimizer-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"optimizer-00001\.safetensors has sha256.*step-00000004 is intact"):
         go(0, again)
 
 
