@@ -84,11 +84,15 @@ def train(
         folder.add_session({"from_step": state.counters.step, "ranks": ranks.world, **describe_machine(ranks.device)})
         with MetricsLog(folder, settings, state.counters, display) as log:
             run(dataset, objectives, state, folder, log, stop)
-        result = ranks.told(state.result())
-        if ranks.several and ranks.main:
-            for path in list_checkpoints(folder.checkpoints):
-                join_model(path)
-        return folder.finish(result)
+        return ended(folder, ranks, ranks.told(state.result()))
+
+
+def ended(folder: RunFolder, ranks: Ranks, result: dict[str, Any]) -> dict[str, Any]:
+    """Record the result; where several ranks wrote checkpoints in pieces, their models are joined first."""
+    if ranks.several and ranks.main:
+        for path in list_checkpoints(folder.checkpoints):
+            join_model(path)
+    return folder.finish(result)
 
 
 def check_shares(settings: TrainSettings, ranks: Ranks) -> None:
