@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moestro import DenseFFN, FFNBank, LinearScore, MoELayer, ParameterPenalty, ScoredRouter, TopK
+from moestro.experts import HyperExpert, HyperGenerator
 from moestro.model import Attention, Block, Transformer
 from moestro.objectives import RouterDiversity, RouterSimplicity
 from moestro.parallel.layout import whole
@@ -41,12 +42,25 @@ def dynmoe() -> tuple[Transformer, Objectives]:
     return stacked(layers), [("diversity", 0.2, RouterDiversity()), ("simplicity", 0.1, RouterSimplicity())]
 
 
+def hypermoe() -> tuple[Transformer, Objectives]:
+    """One generator in both layers: blocks with parameters in common."""
+    generator = HyperGenerator(WIDTH, rank=3, selection=4, layer=3, hidden=5)
+    layers = []
+    for _ in range(2):
+        router = ScoredRouter(LinearScore(WIDTH, 3), TopK(1, renormalize=False))
+        hyper = HyperExpert(WIDTH, 3, generator, embedding=4, hidden=5, init_std=0.7)
+        layers.append(MoELayer(router, [FFNBank(WIDTH, [4] * 3), hyper]))
+    return stacked(layers), []
+
+
 SYSTEMS: dict[str, Callable[[], tuple[Transformer, Objectives]]] = {
     "dense": dense,
     "hmoe": hmoe,
     "peer": peers,
     "dynmoe": dynmoe,
 }
+# adapters are generated for each micro-batch, and so on each rank: compared with as many micro-batches
+PER_MICRO_BATCH = {"hypermoe": hypermoe}
 
 
 def stacked(layers: list[Any], tie_embeddings: bool = False) -> Transformer:
@@ -64,7 +78,7 @@ def one_step(
 ) -> dict[str, Tensor]:
     """Sums, norm and every gradient, whole, of a step on 8 sequences, once clipped; `kinds` counts DTensors."""
     torch.manual_seed(0)
-    model, objectives = SYSTEMS[system]()
+    model, objectives = (SYSTEMS | PER_MICRO_BATCH)[system]()
     model.recompute = recompute
     plan = tiny_settings(batch_size=8, accumulate=accumulate, precision=precision)
     parallelize(model, ranks, settings, precision)

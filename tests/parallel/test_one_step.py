@@ -10,18 +10,19 @@ from torch.distributed.tensor import DTensor
 from moestro.parallel.parallelize import parallelize
 from moestro.parallel.ranks import Ranks, joined
 from moestro.parallel.settings import ParallelSettings
-from tests.parallel.models import SYSTEMS, dynmoe, hmoe, one_step
+from tests.parallel.models import PER_MICRO_BATCH, SYSTEMS, dynmoe, hmoe, one_step
 from tests.parallel.processes import in_ranks
 from tests.tolerances import FLOAT32
 
 FULL = ParallelSettings(timeout_s=60)
 
 
-def compare(rank: int, systems: list[str], settings: ParallelSettings, **more: object) -> None:
+def compare(rank: int, systems: list[str], settings: ParallelSettings, parts: int = 1, **more: object) -> None:
+    """With one process that takes its batch in so many micro-batches."""
     with joined("cpu", settings) as ranks:
         for system in systems:
             own = one_step(system, ranks, settings, **more)  # type: ignore[arg-type]
-            alone = one_step(system, Ranks.alone(), settings, **more)  # type: ignore[arg-type]
+            alone = one_step(system, Ranks.alone(), settings, **{"accumulate": parts} | more)  # type: ignore[arg-type]
             assert own.keys() == alone.keys()
             for name, value in alone.items():
                 difference = float((own[name].double() - value.double()).abs().max())
@@ -30,6 +31,10 @@ def compare(rank: int, systems: list[str], settings: ParallelSettings, **more: o
 
 def test_all_systems_fully_sharded(tmp_path: Path) -> None:
     in_ranks(2, partial(compare, systems=list(SYSTEMS), settings=FULL), tmp_path)
+
+
+def test_a_generator_in_several_blocks_is_held_once(tmp_path: Path) -> None:
+    in_ranks(2, partial(compare, systems=list(PER_MICRO_BATCH), settings=FULL, parts=2), tmp_path)
 
 
 @pytest.mark.parametrize("more", [{"accumulate": 2}, {"recompute": True}], ids=str)
