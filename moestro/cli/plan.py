@@ -57,6 +57,6 @@ def run(arguments: Namespace) -> int:
     found = search(work, machine, arguments.gpus, skew, measured)
     if not as_json(arguments.json, as_figures(work, machine.name, arguments.gpus, found)):
         Console().print(plan_page(work, found))
-        if not found.fitting:
+        if not found.fitting and found.too_large:
             print(f"{work.name} does not fit {arguments.gpus} x {machine.name} ({machine.memory / 1e9:.0f} GB)")
     return 0 if found.fitting else 1

@@ -1,5 +1,6 @@
 """Every way to spread a recipe over so many ranks: which fit, which is fastest, and why others do not do."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -59,10 +60,13 @@ def search(
     measured: Mapping[str, Sequence[float]] | None = None,
 ) -> Found:
     """All divisions of `world` ranks into copies, shards and groups of experts, tables by rows and by columns,
-    micro-batches and recomputation. The sum of a step's micro-batches stays the recipe's batch."""
+    micro-batches and recomputation. The sum of a step's micro-batches stays the recipe's batch, of which every rank
+    gets as much."""
     refused = dict(_refused(work, world))
+    if "ranks" in refused:
+        return Found((), (), refused)
     balances = {ranks: _balance(work, world, ranks, skew, measured) for ranks in expert_groups(work, world)}
-    candidates = [] if "ranks" in refused else list(_candidates(work, machine, world, balances))
+    candidates = list(_candidates(work, machine, world, balances))
     fitting = [each for each in candidates if fits(each)]
     too_large = [each for each in candidates if not fits(each)]
     fitting.sort(key=lambda each: (StepTime(each).total, each.total))
@@ -82,6 +86,11 @@ def as_recipe_says(
         settings.parallel.copies(world)
     except ValueError as error:
         return f"{error}"
+    if settings.micro_batch % world:
+        return (
+            f"batch_size={settings.batch_size} in accumulate={settings.accumulate} micro-batches cannot be shared "
+            f"equally by {world} ranks"
+        )
     ranks = settings.parallel.experts
     if ranks > 1 and ranks not in expert_groups(work, world):
         return f"parallel experts={ranks}: its experts do not divide among so many of {world} ranks"
@@ -103,8 +112,14 @@ def expert_groups(work: Workload, world: int) -> list[int]:
 
 def _refused(work: Workload, world: int) -> Iterator[tuple[str, str]]:
     batch = work.settings.batch_size
-    if world > batch:
-        yield "ranks", f"a step of batch_size={batch} sequences leaves some of {world} ranks without one"
+    if batch % world:
+        least = world * -(-batch // world)
+        fewer = max(ranks for ranks in divisors(batch) if ranks < world)
+        yield (
+            "ranks",
+            f"{world} ranks cannot share the batch_size={batch} sequences of a step equally: give train.batch_size="
+            f"{least}, which changes what is learned, or --gpus {fewer}",
+        )
     if work.unspread and world > 1:
         yield "experts", f"{work.unspread[0]}: its experts cannot be spread over ranks"
 
@@ -121,7 +136,7 @@ def _balance(
 def _candidates(work: Workload, machine: Machine, world: int, balances: Mapping[int, Balance]) -> Iterator[Spread]:
     shardings = list(shardings_of(world))
     tables = ("rows", "columns") if work.tables and world > 1 else ("rows",)
-    micro = [n for n in divisors(work.settings.batch_size) if work.settings.batch_size // n >= world]
+    micro = divisors(work.settings.batch_size // world)
     for (sharding, replicas), ranks, split, accumulate, recompute, reshard in product(
         shardings, balances, tables, micro, (False, True), (True, False)
     ):
@@ -143,4 +158,5 @@ def shardings_of(world: int) -> Iterator[tuple[str, int]]:
 
 def divisors(n: int) -> list[int]:
     """Ascending."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d != n]

@@ -1,6 +1,5 @@
 """One way to spread a recipe over ranks, and what each rank then holds, sends and waits for."""
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -54,8 +53,8 @@ class Spread:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences that the rank with most has at a time."""
-        return math.ceil(self.work.settings.batch_size / self.accumulate / self.world)
+        """Sequences that a rank has at a time."""
+        return self.work.settings.batch_size // (self.accumulate * self.world)
 
     @property
     def tokens(self) -> int:

@@ -25,8 +25,6 @@ ADAMW = 7 * 4
 ROW_AGAIN = 9
 # Kernels that a block launches in a forward pass; backward launches twice as many.
 KERNELS = 60
-# Kernels that a block launches in a forward pass; backward launches twice as many.
-KERNELS = 60
 
 
 @dataclass(frozen=True)

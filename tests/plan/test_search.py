@@ -82,7 +82,7 @@ def test_tables_travel_as_rows_or_columns_and_never_whole():
 
 
 def test_the_fastest_that_fits_comes_first():
-    found = search(planned("paper/hmoe-0.4b"), EIGHT, 8)
+    found = search(planned("paper/hmoe-0.4b", "train.accumulate=16"), EIGHT, 8)
     times = [StepTime(each).total for each in found.fitting]
     assert times == sorted(times) and all(fits(each) for each in found.fitting)
     assert not any(fits(each) for each in found.too_large) and found.too_large
@@ -108,9 +108,21 @@ def test_experts_that_share_weights_stay_together():
     assert {each.experts for each in found.fitting} == {1}
 
 
-def test_more_ranks_than_sequences_are_refused():
-    found = search(planned("hmoe"), H200, 32)
-    assert not found.fitting and "batch_size=16" in found.refused["ranks"]
+@pytest.mark.parametrize(("world", "way_out"), [(32, (32, 16)), (7, (21, 4)), (10**9, (10**9, 16))])
+def test_ranks_that_cannot_share_a_step_equally_are_refused(world: int, way_out: tuple[int, int]):
+    found = search(planned("hmoe"), H200, world)
+    assert not found.fitting and not found.too_large and "batch_size=16 sequences" in found.refused["ranks"]
+    assert "train.batch_size={}, which changes what is learned, or --gpus {}".format(*way_out) in found.refused["ranks"]
+
+
+def test_what_is_proposed_can_be_trained():
+    """Every rank has as many sequences in every micro-batch (`train.loop.check_shares`)."""
+    work = planned("hmoe", "train.batch_size=24")
+    found = search(work, H200, 4)
+    assert {each.accumulate for each in found.fitting} == {1, 2, 3, 6}
+    assert all(each.micro_batch * each.accumulate * 4 == 24 for each in found.fitting)
+    uneven = search(planned("hmoe", "train.batch_size=24", "train.accumulate=4"), H200, 4)
+    assert uneven.asked is None and "accumulate=4 micro-batches cannot be shared" in uneven.refused["recipe"]
 
 
 def test_settings_of_the_recipe_that_do_not_divide_the_ranks_are_named():
@@ -139,7 +151,7 @@ def test_a_vocabulary_that_only_files_know_is_asked_for():
 
 
 def test_divisions_of_ranks():
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(12) == [1, 2, 3, 4, 6, 12] and divisors(16) == [1, 2, 4, 8, 16] and divisors(1) == [1]
     assert list(shardings_of(1)) == [("full", 1)]
     assert list(shardings_of(4)) == [("full", 1), ("hybrid", 2), ("none", 1)]
 
