@@ -24,6 +24,8 @@ ANSWER_S = 5.0
 A_LONG_TIME = timedelta(days=1)
 # what gloo and NCCL say where another rank is gone or silent
 SILENCE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe|socket", re.IGNORECASE)
+# The largest seed of a step: torch takes none above 2^64.
+PRIME = 2**61 - 1
 COPIES, EXPERTS, SHARDS = "copies", "experts", "shards"
 
 
@@ -114,7 +116,7 @@ class Ranks:
         among ranks, and training continues alike after an interruption. Alone, one sequence of draws goes on from step
         to step, and is kept in checkpoints."""
         if self.several:
-            torch.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
+            torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + self.rank) % PRIME)
 
     @contextmanager
     def main_first(self, what: str) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """The part of a batch that a rank reads."""
 
+from dataclasses import replace
+
 import torch
 
 from moestro.data import IGNORE, Batch
@@ -13,4 +15,4 @@ def own_share(batch: Batch, ranks: Ranks) -> Batch:
     if own.start < own.stop or not ranks.several:
         return batch.rows(own.start, own.stop)
     row = batch.rows(0, 1)
-    return Batch(row.tokens, torch.full_like(row.targets, IGNORE), row.documents, torch.zeros_like(row.n_bytes))
+    return replace(row, targets=torch.full_like(row.targets, IGNORE), n_bytes=torch.zeros_like(row.n_bytes))

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as settled
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
-from moestro.parallel.ranks import Ranks
+from moestro.parallel.ranks import Ranks, is_silence
 from moestro.train.checkpoint import publishing, unfinished
 
 
@@ -15,13 +16,21 @@ class BackgroundWriter:
     """Every rank copies what it holds to the CPU's memory, which training waits for, and writes the copy in a thread.
     The checkpoint appears, complete, when all ranks have written. One is written at a time: the next one waits.
 
-    `wait` raises what went wrong; nothing of an unfinished checkpoint is ever read.
+    `wait` raises what went wrong; nothing of an unfinished checkpoint is ever read. Entered, it is left when what is
+    being written is there, whatever error ends training, but for ranks that are lost: they would be waited for again.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.pending is not None and isinstance(error, Exception) and not is_silence(error):
+            settled([self.pending])
 
     def write(
         self, path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], then: Callable[[], None]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moestro.formats.shards import is_file_name
 from moestro.formats.writer import write_tensors
-from moestro.ops.whole_files import TEMPORARY
+from moestro.ops.whole_files import TEMPORARY, sync_file
 from moestro.parallel.layout import Layout, whole_layout
 from moestro.parallel.ranks import Ranks
 from moestro.train.durable import (
@@ -25,6 +25,7 @@ from moestro.train.durable import (
     remove_temporary,
     sha256,
     sha256_json,
+    write_text,
 )
 from moestro.upgrades import CHECKPOINT, Shapes, VersionError
 
@@ -61,9 +62,8 @@ def publishing(path: Path, state: dict[str, Any]) -> Iterator[tuple[Path, dict[s
     temporary, hashes = unfinished(path), {}
     try:
         yield temporary, hashes
-        content = {CHECKPOINT.key: CHECKPOINT.version, "step": step_of(path), "sha256": hashes, **state}
-        content["checksum"] = sha256_json(content)
-        (temporary / STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        content = described({"step": step_of(path), "sha256": hashes, **state})
+        (temporary / STATE).write_text(content, encoding="utf-8")
         publish_folder(temporary, path)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -165,21 +165,33 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 def join_model(path: Path) -> None:
     """Give a checkpoint whose model several ranks wrote in pieces one file of it, as a single process writes: what
-    reads files rather than runs finds it. The rest stays as it is; nothing happens where there is one file already.
+    reads files rather than runs finds it. The rest stays as it is; nothing happens where there are no pieces. At every
+    moment in between the checkpoint is complete.
 
     Raises: CheckpointError where it is damaged, or the disk refuses.
     """
-    if (path / "model.safetensors").exists():
+    pieces = sorted(path.glob("model-*.safetensors"))
+    if not pieces:
         return
-    state, model = read_state(path), read_tensors(path, "model")
-    hashes, mine = state.pop("sha256"), (CHECKPOINT.key, "step")
-    with publishing(path, {key: value for key, value in state.items() if key not in mine}) as (folder, joined):
-        folder.mkdir()
-        for name, digest in hashes.items():
-            if not name.startswith("model-"):
-                os.link(path / name, folder / name)
-                joined[name] = digest
-        joined["model.safetensors"] = write_tensors(folder / "model.safetensors", model)
+    state, whole = read_state(path), path / "model.safetensors"
+    unfinished = path / (TEMPORARY + whole.name)
+    try:
+        hashes = {name: digest for name, digest in state["sha256"].items() if path / name not in pieces}
+        hashes[whole.name] = write_tensors(unfinished, read_tensors(path, "model"))
+        sync_file(unfinished)
+        os.replace(unfinished, whole)  # from now on it is what is read
+        sync_file(path)
+        write_text(path / STATE, described(state | {"sha256": hashes}))
+        for piece in pieces:
+            piece.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot write {whole}: {error}.{advice(path.parent)}") from error
+
+
+def described(state: dict[str, Any]) -> str:
+    """The text of `state.json`: today's version, and a checksum."""
+    content = {**state, CHECKPOINT.key: CHECKPOINT.version}
+    return json.dumps({**content, "checksum": sha256_json(content)}, indent=1, allow_nan=False) + "\n"
 
 
 def stored_shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:

@@ -82,14 +82,14 @@ def train(
             state.restore(newest)
             display.message(f"continuing from {newest.name}")
         folder.add_session({"from_step": state.counters.step, "ranks": ranks.world, **describe_machine(ranks.device)})
-        with MetricsLog(folder, settings, state.counters, display) as log:
+        with MetricsLog(folder, settings, state.counters, display) as log, state.writer:
             run(dataset, objectives, state, folder, log, stop)
         return ended(folder, ranks, ranks.told(state.result()))
 
 
 def ended(folder: RunFolder, ranks: Ranks, result: dict[str, Any]) -> dict[str, Any]:
     """Record the result; where several ranks wrote checkpoints in pieces, their models are joined first."""
-    if ranks.several and ranks.main:
+    if ranks.main:
         for path in list_checkpoints(folder.checkpoints):
             join_model(path)
     return folder.finish(result)

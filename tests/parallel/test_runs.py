@@ -4,21 +4,24 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moestro.formats.writer import write_tensors
 from moestro.objectives import ParameterPenalty
 from moestro.ops.whole_files import HASHES
 from moestro.parallel.layout import whole, write_rows
 from moestro.parallel.ranks import Ranks, joined
 from moestro.parallel.settings import ParallelSettings
 from moestro.train import AdaptiveExperts, CheckpointError, NonFiniteLoss, Rule, TrainingStopped, load_weights, train
-from moestro.train.checkpoint import read_tensors
+from moestro.train.checkpoint import join_model, read_state, read_tensors
 from tests.parallel.models import SYSTEMS
 from tests.parallel.processes import in_ranks
 from tests.tolerances import FLOAT32
@@ -227,26 +230,74 @@ def not_finite(rank: int, run: Path) -> None:
         go(rank, run, rules=partial(broken, rank))
 
 
-def broken(rank: int) -> list[Rule]:
-    return [Breaking(rank)]
+def broken(rank: int, step: int = 2) -> list[Rule]:
+    return [Breaking(rank, step)]
 
 
 class Breaking(Rule):
-    """An infinite gradient on rank 1 alone, in step 2."""
+    """An infinite gradient on rank 1 alone, in one step."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
 
     def start(self, model: Any, optimizer: Any) -> None:
         self.model = model
 
     def gradients(self, step: int) -> None:
-        if self.rank == 1 and step == 2:
+        if self.rank == 1 and step == self.step:
             next(self.model.parameters()).grad.to_local()[0] = float("inf")
 
 
 def test_what_is_not_finite_on_one_rank_ends_all(tmp_path: Path) -> None:
     in_ranks(2, partial(not_finite, run=tmp_path / "run"), tmp_path / "meeting")
+
+
+def ended_while_saving(rank: int, run: Path) -> None:
+    def slowly(path: Path, tensors: Any) -> str:
+        time.sleep(0.5)
+        return write_tensors(path, tensors)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(NonFiniteLoss, match="step 3"):
+        patch.setattr("moestro.parallel.storage.write_tensors", slowly)
+        go(rank, run, rules=partial(broken, rank, 3))
+
+
+def test_what_was_being_saved_when_a_run_ended_is_saved(tmp_path: Path) -> None:
+    in_ranks(2, partial(ended_while_saving, run=tmp_path / "run"), tmp_path / "meeting")
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert read_state(saved)["step"] == 2
+
+
+def test_any_seed_will_do() -> None:
+    ranks = [Ranks(torch.device("cpu"), rank=rank, world=2) for rank in range(2)]
+    with torch.random.fork_rng(devices=[]):
+        drawn = []
+        for seed, each in product((0, 2**31 - 1, 2**63), ranks):
+            each.seed_step(seed, 5)
+            drawn.append(float(torch.rand(())))
+    assert len(set(drawn)) == 6
+
+
+def test_a_model_half_joined_is_whole_all_the_time(tmp_path: Path) -> None:
+    in_ranks(2, partial(stopped, run=tmp_path / "run"), tmp_path / "meeting")
+    pieces = tmp_path / "run" / "checkpoints" / "step-00000003"
+    before = read_tensors(pieces, "model")
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    for cut in ("os.replace", "write_text", "Path.unlink"):
+        path = shutil.copytree(pieces, tmp_path / cut / pieces.name)
+        assert len(list(path.glob("model-*"))) == 2
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"moestro.train.checkpoint.{cut}", killed)
+            join_model(path)
+        for _ in range(2):
+            read_state(path)
+            now = read_tensors(path, "model")
+            assert all(torch.equal(now[name], value) for name, value in before.items())
+            join_model(path)
+        assert [file.name for file in path.glob("model*")] == ["model.safetensors"]
 
 
 def test_shares_must_be_equal(tmp_path: Path) -> None:
