@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.data import ByteTokenizer
+from moestro.ops.whole_files import HASHES
 
 CONTEXT = 96
 
@@ -34,6 +35,8 @@ def byte_tokenizer(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     ByteTokenizer().save(folder)
+    # transformers may write its own files over these
+    (folder / HASHES).unlink()
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

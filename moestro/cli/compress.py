@@ -127,6 +127,7 @@ def run(arguments: Namespace) -> int:
         _refuse(arguments, OF_PLANS, "--plan says what is done; it does not go with")
         plan, output = read_plan(arguments.plan), _output(arguments)
         asked: dict[str, Any] = {"plan": plan, "output": output}
+        quantise = plan.quantise
         make = partial(applied_to, arguments.source, plan, output=output, plan_path=arguments.plan, progress=_say)
     elif arguments.plan_only:
         if arguments.destination.suffix != ".json":
@@ -137,7 +138,8 @@ def run(arguments: Namespace) -> int:
     else:
         request = _request(arguments)
         asked, make = wanted_by(request), partial(compressed, request, progress=_say)
-    folder = _made(arguments, make, heal, asked, question)
+        quantise = request.options.get("quantise")
+    folder = _made(arguments, make, heal, quantise, asked, question)
     print(f"wrote {folder}")
     _report(arguments.source, folder, question)
     return 0
@@ -147,13 +149,15 @@ def _made(
     arguments: Namespace,
     make: Callable[[Path], Path],
     heal: "Heal | None",
+    quantise: Any,
     asked: Mapping[str, Any],
     question: "Question | None",
 ) -> Path:
     if heal is None:
         return make(arguments.destination)
-    from moestro.compress.healed import healed
+    from moestro.compress.healed import healed, require_healable
 
+    require_healable(arguments.source, quantise)
     return healed(arguments.source, make, arguments.destination, heal, asked, question)
 
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moestro.compress.applying import RECORD, REQUESTED
+from moestro.compress.applying import RECORD, REQUESTED, require_outside
 from moestro.compress.healing import Healing, heal_by_lora, heal_routers
 from moestro.compress.measuring import Question, loaded_folder, measured
 from moestro.compress.methods import Request
 from moestro.compress.own import PLAN as OWN_PLAN
-from moestro.compress.plan import PlanError
+from moestro.compress.plan import PlanError, Quantisation
 from moestro.compress.source import RunSource, open_source
 from moestro.compress.text import healing_text
 from moestro.formats import Checkpoint
@@ -50,6 +50,19 @@ class Heal:
         return Request(folder, f"--heal {self.method}", 0.0, **more)
 
 
+def require_healable(source: Path, quantise: Quantisation | str | None = None) -> None:
+    """Asked of a source, with how its experts are to be stored, before anything is done.
+
+    Raises: PlanError where they are, or would be, in few bits.
+    """
+    found = open_source(source)
+    if quantise or (isinstance(found, Checkpoint) and "quantization_config" in found.config):
+        raise PlanError(
+            "quantised experts cannot be healed: compress and heal without quantise, then quantise what was healed "
+            "(--method frequency --ratio 0 --option quantise=...)"
+        )
+
+
 def healed(
     source: Path,
     compress: Callable[[Path], Path],
@@ -65,6 +78,7 @@ def healed(
     Raises: PlanError where the destination is something else, or the folder's experts are quantised; FolderInUse where
     another process writes it.
     """
+    require_outside(source, destination)
     job = {"asked": sha256_json(json.loads(json.dumps(asked, default=str))), "heal": asdict(heal)}
     bare = destination.with_name(f"{TEMPORARY}{destination.name}.unhealed")
     with holding(destination.with_name(f"{TEMPORARY}{destination.name}.healing"), FolderInUse(destination)) as kept:
@@ -77,7 +91,12 @@ def healed(
             empty(kept)
             shutil.rmtree(bare, ignore_errors=True)
             write_json(kept / ASKED, job)
-        compress(bare)
+        try:
+            compress(bare)
+        except ValueError:
+            # nothing is left of what is refused
+            shutil.rmtree(kept)
+            raise
         if question is not None and not (kept / WITHOUT).is_file():
             write_json(kept / WITHOUT, {"question": str(question), **measured(bare, question, source)})
         model, losses = _healed_model(bare, source, heal, kept / STATE)
@@ -113,11 +132,7 @@ def _finished(destination: Path, job: Mapping[str, Any]) -> Path:
 
 def _healed_model(bare: Path, source: Path, heal: Heal, state: Path) -> tuple[nn.Module, list[float]]:
     """The model of a folder after healing, and the loss of every step."""
-    if isinstance(found := open_source(bare), Checkpoint) and "quantization_config" in found.config:
-        raise PlanError(
-            "quantised experts cannot be healed: compress and heal without quantise, then quantise what was healed "
-            "(--method frequency --ratio 0 --option quantise=...)"
-        )
+    require_healable(bare)
     model = decoder_in(bare, heal.device)
     text = healing_text(heal.request(source), heal.settings.steps)
     if heal.method == "lora":

@@ -1,5 +1,6 @@
 """Recovery after compression: low-rank additions to weights (LoRA), or routers taught by the model as it was."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,14 @@ class Healing:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.lr > 0 or self.rank < 1 or not self.alpha > 0 or not self.clip > 0:
-            raise ValueError(f"{self}, allowed: steps and rank from 1, lr, alpha and clip above 0")
+        for name in ("steps", "rank"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r}, allowed: whole numbers from 1")
+        for name in ("lr", "alpha", "clip"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}, allowed: numbers above 0")
 
 
 class Addition(nn.Module):

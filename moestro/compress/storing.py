@@ -19,8 +19,9 @@ def require_storable(how: Quantisation, checkpoint: Checkpoint) -> None:
     """Raises: PlanError where the experts of this folder cannot be stored so; reads no tensor."""
     if not isinstance(checkpoint.family.experts, PerExpert):
         raise PlanError(
-            f"quantise: {checkpoint.family.model_type} keeps the experts of a layer in one tensor on disk, and "
-            "compressed-tensors stores matrices one by one: allowed: families with a tensor for every expert"
+            f"quantise: {checkpoint.family.model_type} keeps the experts of a layer in one tensor on disk: of such "
+            "tensors transformers restores no compressed-tensors (it does so while it joins the matrices of single "
+            "experts), so the folder would load without its experts: allowed: families with a tensor for every expert"
         )
     if "quantization_config" in checkpoint.config:
         raise PlanError(f"quantise: the experts of {checkpoint.path} are quantised already")

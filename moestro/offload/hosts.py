@@ -12,6 +12,7 @@ from torch import Tensor
 from moestro.formats import Checkpoint, Fused
 from moestro.offload.blobs import Experts
 from moestro.offload.calibration import Calibration
+from moestro.offload.files import OffloadError
 from moestro.offload.folders import experts_in
 from moestro.offload.own_folders import own_folder
 from moestro.offload.predictor import Predictor, StackedGates, gates_of
@@ -60,12 +61,20 @@ class Host(Protocol):
 
 
 class StockHost:
-    """A folder of the Hugging Face format, of a family that `moestro.formats` knows."""
+    """A folder of the Hugging Face format, of a family that `moestro.formats` knows.
+
+    Raises: OffloadError where its experts are quantised; FormatError for a folder that is none.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         from moestro.hf.experts import eager_experts
 
         self.checkpoint = Checkpoint(folder)
+        if "quantization_config" in self.checkpoint.config:
+            raise OffloadError(
+                f"the experts of {folder} are quantised already: allowed: folders of float32, bfloat16 or float16, of "
+                "which copies in few bits are made here"
+            )
         self.path, self.compute = self.checkpoint.path, eager_experts
         self.experts, self.layers = experts_in(self.checkpoint), self.checkpoint.moe_layers
         self.top_k, self.tables = self.checkpoint.top_k, {}

@@ -16,8 +16,8 @@ MANY = 32
 class Packed:
     """Stands for a matrix [o, i] where torch expects one: `F.linear` reads its codes, anything else gets it decoded.
 
-    Modules of transformers keep the matrices of all experts in one tensor: what stands for a stack of this one alone,
-    `stacked`, gives it back when it is asked for the first.
+    Modules of transformers keep the matrices of all experts in one tensor: what stands for a stack of this one alone
+    (`[None]`) gives it back when it is asked for the first.
     """
 
     def __init__(self, fields: Mapping[str, Tensor], bits: int, decode: Callable[[], Tensor]) -> None:

@@ -231,8 +231,10 @@ def _forward(bank: TableBank, cache: RowCache) -> Any:
     def forward(x: Tensor, routing: Routing) -> Tensor:
         if not isinstance(routing, SparseRouting):
             raise OffloadError(f"{type(routing).__name__}: every token uses every row, so none can be left away")
-        if routing.fixed is None or len(routing.expert.unique()) <= cache.capacity:
+        if len(routing.expert.unique()) <= cache.capacity:
             return part(x, routing)
+        if routing.fixed is None:
+            return torch.cat([part(*some) for some in _uneven_pieces(x, routing, cache.capacity)])
         size = cache.capacity // routing.fixed
         # pieces of whole vectors, so that every number is computed in the place of a vector that it has in one piece
         vectors = VECTOR // math.gcd(VECTOR, routing.fixed)
@@ -248,3 +250,21 @@ def _pieces(x: Tensor, routing: SparseRouting, size: int) -> Iterator[tuple[Tens
     for at in range(0, len(x), size):
         piece = slice(at, at + size)
         yield x[piece], SparseRouting.from_topk(ids[piece], weights[piece], routing.n_experts)
+
+
+def _uneven_pieces(x: Tensor, routing: SparseRouting, most: int) -> Iterator[tuple[Tensor, SparseRouting]]:
+    """As many tokens at a time as ask for at most `most` rows together, where tokens ask for different numbers.
+
+    Raises: OffloadError where one token alone asks for more.
+    """
+    asked, first = torch.bincount(routing.token, minlength=len(x)).tolist(), 0
+    if max(asked) > most:
+        raise OffloadError(f"a token meets {max(asked)} rows of a bank, and memory holds {most} of them: give more")
+    while first < len(x):
+        end, rows = first + 1, asked[first]
+        while end < len(x) and rows + asked[end] <= most:
+            rows += asked[end]
+            end += 1
+        kept = routing.keep((routing.token >= first) & (routing.token < end))
+        yield x[first:end], replace(kept, token=kept.token - first, n_tokens=end - first)
+        first = end

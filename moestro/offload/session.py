@@ -76,9 +76,6 @@ class Session:
     ) -> None:
         self.plan, self.device, self.host = plan, torch.device(device), host_of(folder)
         high = self.host.experts
-        self.low = self._low(high, store, calibration, progress)
-        self.tiers: Tiers = {Precision.HIGH: high, **({Precision.LOW: self.low.experts} if self.low else {})}
-        self.header = header_of(self.host, high, self.low.experts if self.low else high)
         self.model: Any = self.host.load(self.device)
         held = (*self.model.parameters(), *self.model.buffers())
         self.resident = sum(tensor.nbytes for tensor in held if not tensor.is_meta)
@@ -86,7 +83,13 @@ class Session:
         # the rows first: they take their share, what is left is for experts
         left = plan.memory - self.resident - (gates.size if gates else 0)
         self.rows = self._rows(left) if self.host.tables else None
-        self.capacity = self._capacity(left - (self.rows.size if self.rows else 0))
+        left -= self.rows.size if self.rows else 0
+        scratch = self._scratch(left)
+        # which may take long, so after everything that can be refused
+        self.low = self._low(high, store, calibration, progress)
+        self.tiers: Tiers = {Precision.HIGH: high, **({Precision.LOW: self.low.experts} if self.low else {})}
+        self.header = header_of(self.host, high, self.low.experts if self.low else high)
+        self.capacity = self._capacity(left - scratch)
         self.memory = SlotMemory(self.tiers, self._source(), self.capacity, self.device, poison)
         self.transport = ThreadTransport(1 if self.device.type == "cuda" else 2)
         records = Records(plan.per_sequence)
@@ -111,7 +114,7 @@ class Session:
 
     def _rows(self, memory: int) -> RowTables:
         """The rows of tables, with their share of the memory by the sizes of tables and experts in files."""
-        tables, experts = total_size(self.host.tables), total(self.tiers[Precision.HIGH])
+        tables, experts = total_size(self.host.tables), total(self.host.experts)
         least = sum(least_size(bank, self.host.top_k) for bank in self.host.tables.values())
         if memory < least:
             raise OffloadError(
@@ -121,13 +124,17 @@ class Session:
         share = max(least, int(memory * tables / (tables + experts)))
         return RowTables(self.host.tables, share, self.host.top_k, self.device, self.plan.host)
 
-    def _capacity(self, memory: int) -> dict[Precision, int]:
-        """Bytes of each pool, of the memory that is left for experts; one slot of it is scratch."""
-        if not self.host.experts:
-            return dict.fromkeys((Precision.HIGH, Precision.LOW), 0)
-        share = self.plan.low_share if self.low else 0.0
-        scratch = max(stored.blob.size for layer in self.tiers[Precision.HIGH] for stored in layer)
-        slots = math.ceil(scratch / (1 - share))
+    @property
+    def _share(self) -> float:
+        return self.plan.low_share if self.plan.low else 0.0
+
+    def _scratch(self, memory: int) -> int:
+        """Bytes of the slot that is scratch, of the memory that is left for experts.
+
+        Raises: OffloadError where the rest of it would not hold the largest expert.
+        """
+        scratch = max((stored.blob.size for layer in self.host.experts for stored in layer), default=0)
+        slots = math.ceil(scratch / (1 - self._share))
         if memory - scratch < slots:
             besides = self.plan.memory - memory
             raise OffloadError(
@@ -135,7 +142,13 @@ class Session:
                 f"largest expert and {slots:,} for slots make {besides + scratch + slots:,} the least for "
                 f"{self.host.path}"
             )
-        return budget(self.header, memory - scratch, share)
+        return scratch
+
+    def _capacity(self, memory: int) -> dict[Precision, int]:
+        """Bytes of each pool, of the memory that is left for their slots."""
+        if not self.host.experts:
+            return dict.fromkeys((Precision.HIGH, Precision.LOW), 0)
+        return budget(self.header, memory, self._share)
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -1,8 +1,13 @@
 """The script that puts our REAP beside llm-compressor's, with a peer that answers at once."""
 
+import json
+
 import pytest
 
 from bench import compression_peers as peers
+from bench.harness import report
+from bench.summary import summary
+from tests.bench.test_results import TIMING
 
 
 @pytest.mark.slow
@@ -21,6 +26,12 @@ def test_both_sides_are_measured_on_one_checkpoint(tmp_path, text_file, monkeypa
 
     monkeypatch.setattr(peers, "process", process)
     rows = {row.what: row for row in peers.compared(options, source, tmp_path)}
+    options.json = tmp_path / "peers.json"
+    report("bench/compression_peers.py", list(rows.values()), options)
+    written = json.loads(options.json.read_text())
+    assert set(written) == {"script", "commit", "machine", "seed", "rows"}
+    assert len(written["rows"]) == 3 and all(set(row) == TIMING for row in written["rows"])
+    assert "REAP, 25% of experts" in summary(options.json)
     assert rows["perplexity"].ours > 1 and rows["perplexity"].theirs > 1
     assert rows["time"].theirs == 2.0 and rows["time"].ratio == 2.0 / rows["time"].ours
 

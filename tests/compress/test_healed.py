@@ -139,9 +139,15 @@ def test_bad_text_is_refused_before_anything_is_done(tmp_path, source, capsys):
         assert said in capsys.readouterr().err
     for more, said in (
         (["--heal-text", str(bad)], "without --heal nothing is healed"),
-        (["--heal", "lora", "--heal-option", "steps=0"], "steps and rank from 1"),
+        (["--heal", "lora", "--heal-option", "steps=1.5"], "steps=1.5, allowed: whole numbers from 1"),
         (["--heal", "lora", "--heal-option", "pace=1"], "allowed: steps, lr, rank, alpha, clip"),
     ):
         assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+    for more, said in (
+        (["--ratio", "0.99"], "leaves 0 of 8 experts"),
+        (["--option", "quantise=int8"], "cannot be healed"),
+    ):
+        assert main([*words, *more, "--heal", "lora"]) == 1
         assert said in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"src", "bad.txt"}

@@ -88,6 +88,7 @@ def test_healing_is_the_same_for_the_same_seed():
 
 
 def test_impossible_healing_is_refused():
-    with pytest.raises(ValueError, match="steps and rank from 1"):
-        Healing(steps=0)
+    for bad in ({"steps": 0}, {"steps": 1.5}, {"rank": True}, {"lr": "fast"}, {"alpha": float("nan")}, {"clip": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*allowed: "):
+            Healing(**bad)
     assert len(list(matrices(decoder("mm")))) == 2 * (4 + 2)

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from moestro.compress.applying import apply_plan
 from moestro.compress.feasible import Output
 from moestro.compress.methods import Request
 from moestro.compress.plan import PlanError, Quantisation
-from moestro.compress.quantised import quantised, quantised_share, restored
+from moestro.compress.quantised import quantisation_config, quantised, quantised_share, restored
 from moestro.compress.running import compressed
 from moestro.data import ByteTokenizer
 from moestro.formats import Checkpoint
@@ -79,9 +81,35 @@ def test_what_cannot_be_stored_is_refused(source, tmp_path):
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     fused = tmp_path / "granite"
     saved("granitemoe", fused)
-    with pytest.raises(PlanError, match="keeps the experts of a layer in one tensor on disk"):
+    with pytest.raises(PlanError, match="one tensor on disk.* would load without its experts"):
         apply_plan(fused, plan_for(fused, (0, 2, 3, 4, 6, 7), quantise=Quantisation("int8")), tmp_path / "d")
     twice = apply_plan(source, replace(plan, quantise=Quantisation("int8")), tmp_path / "once")
     again = plan_for(twice, (0, 1, 2), quantise=Quantisation("int8"))
     with pytest.raises(PlanError, match="quantised already"):
         apply_plan(twice, again, tmp_path / "e")
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_transformers_restores_no_experts_that_are_one_tensor_on_disk(tmp_path, family, stacked):
+    """Why such families are refused: once this fails, they need not be."""
+    how, source, folder = Quantisation("int8"), tmp_path / "src", tmp_path / "dst"
+    saved(family, source, hidden_size=32, intermediate_size=32)
+    stored, lost = {}, set()
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if tensor.ndim != 3:
+            stored[name] = tensor
+            continue
+        lost.add(name)
+        each = [quantised(matrix.contiguous(), how) for matrix in tensor]
+        stem = name.removesuffix(".weight")
+        for part in each[0]:
+            named = {f"{stem}.{e}.{part}": tensors[part] for e, tensors in enumerate(each)}
+            stored |= {f"{stem}.{part}": torch.stack(list(named.values()))} if stacked else named
+    folder.mkdir()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantisation_config(how)}
+    (folder / "config.json").write_text(json.dumps(config))
+    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert len(report["missing_keys"]) == len(lost) == 4
+    assert all(name.endswith(("gate_up_proj", "down_proj")) for name in report["missing_keys"])

@@ -1,5 +1,6 @@
 """Our own models: experts of unequal widths out of slots."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from moestro.experts import SingletonBank
 from moestro.export import open_model
 from moestro.export.folder import Choices, export_run
 from moestro.offload.codecs import CODECS
-from moestro.offload.files import OffloadError
-from moestro.offload.rows import least_size
+from moestro.offload.files import Files, OffloadError
+from moestro.offload.rows import RowCache, Table, _forward, least_size
 from moestro.offload.running import generate
 from moestro.offload.scorer import Precision, Thresholds
 from moestro.offload.session import Plan, Session
 from moestro.recipe.build import run_training
 from moestro.recipe.load import load_recipe
+from moestro.routing import SparseRouting
 from tests.conftest import ROOT
 from tests.tolerances import FLOAT32
 
@@ -103,6 +106,26 @@ def test_tokens_may_differ_in_the_number_of_their_experts(run_of: Callable[..., 
     with Session(folder, plan, poison=True) as session, session.running():
         assert torch.allclose(session.model(tokens(20)).logits, want, **FLOAT32)
         assert len({len(trace.routing.token) for trace in model.decoder(tokens(7)).traces}) > 1
+
+
+def test_tokens_may_differ_in_the_number_of_their_rows(tmp_path: Path) -> None:
+    """As many tokens at a time as the cached rows do for, however the routing's rows are ordered."""
+    seed = torch.Generator().manual_seed(0)
+    bank, tables = SingletonBank(8, 40), {}
+    for name, table in bank.tables().items():
+        (tmp_path / name).write_bytes(table.detach().numpy().tobytes())
+        tables[name] = Table(tmp_path / name, 0, *table.shape, table.dtype, table.dtype)
+    every = SparseRouting.from_topk(torch.rand(12, 40, generator=seed).topk(6).indices, torch.ones(12, 6), 40)
+    # from 0 to 5 of the 6
+    routing = every.keep(torch.arange(6).repeat(12) < every.token % 6)
+    x, device = torch.randn(12, 8, generator=seed), torch.device("cpu")
+    with torch.no_grad():
+        want = bank(x, routing)
+        for some, capacity in itertools.product((routing, routing.grouped()), (5, 11, 40)):
+            cache = RowCache(tables, capacity, Files(), device)
+            torch.testing.assert_close(_forward(bank, cache)(x, some), want, **FLOAT32)
+        with pytest.raises(OffloadError, match="a token meets 5 rows of a bank, and memory holds 4"):
+            _forward(bank, RowCache(tables, 4, Files(), device))(x, routing)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Running without the experts in memory: the same bits as in memory, whatever the cache."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,19 @@ def test_memory_that_cannot_do_is_refused_with_what_would(folder: Path) -> None:
         Plan(1, thresholds=Thresholds(0.5, 0.9))
     with pytest.raises(ValueError, match="needs them in host memory"):
         Plan(1, cooperative=True)
+
+
+def test_what_cannot_run_is_refused_before_copies_are_made(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OffloadError, match="the least for"):
+        Session(folder, Plan(1, CODECS["int4"]), store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OffloadError, match="quantised already"):
+        Session(tmp_path, Plan(1 << 30))
 
 
 def test_perplexity_is_that_of_the_model(folder: Path) -> None:
