@@ -80,7 +80,8 @@ def settings_of_version_1(state: Tree) -> Tree:
 
 
 def availability_of_version_1(shapes: Shapes) -> dict[str, Tensor]:
-    """Routers written before experts could be absent: all were available, none rested."""
+    """Routers written before experts could be absent: all were available, none rested. Names do not tell which routers
+    have such masks: readers take those that their model has."""
     routers = {
         found[1]: shape[0]
         for name, shape in shapes.items()

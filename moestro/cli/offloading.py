@@ -74,7 +74,8 @@ def opened_text_model(arguments: Namespace) -> "Iterator[TextModel]":
     """
     if arguments.memory is None:
         if given := [name for name in OF_PLANS if getattr(arguments, name) != OF_PLANS[name]]:
-            raise UsageError(f"--{given[0].replace('_', '-')} is for models larger than memory: give --memory, too")
+            said = f"--{given[0].replace('_', '-')} {getattr(arguments, given[0])}"
+            raise UsageError(f"{said} is for models larger than memory: give --memory, too")
         opened = opened_model(arguments, arguments.model)
         from moestro.generation import TextModel
 

@@ -116,6 +116,8 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = ()) -> Compar
     """
     tree, origin = read_tree(Path(path), overrides)
     top = Place(origin)
+    if "model" in tree and "arms" not in tree:
+        raise (top / "model").error(f"a recipe, not a comparison: moestro train {path} trains it")
     bound = BINDER.bind(Comparison, tree, top, hidden=("path",))
     plan = bound.build()
     arms = {name: BINDER.bind(Arm, node, top / "arms" / name).build() for name, node in plan.arms.items()}

@@ -67,6 +67,8 @@ def export_run(run: str | Path, out: str | Path, choices: Choices = Choices()) -
     training is not over, `out` holds something else, the disk is full, or the model has no such layout.
     """
     run, out = Path(run), _destination(Path(out))
+    if not run.is_dir():
+        raise ExportError(f"no such run folder: {run}")
     if not (run / "recipe.yaml").is_file():
         raise ExportError(f"{run} is not the folder of a run: it holds no recipe.yaml")
     recipe = load_recipe(run / "recipe.yaml")

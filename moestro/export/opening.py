@@ -1,6 +1,5 @@
 """Models to use: a run's folder, an exported one, or any causal language model in Hugging Face's format."""
 
-import json
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from moestro.export.configuration import MoestroConfig
 from moestro.export.construction import construction
 from moestro.export.modeling import MoestroForCausalLM, stays_wide
 from moestro.export.tokenizers import fast_tokenizer
-from moestro.formats.shards import Shards
+from moestro.formats.shards import Shards, read_json
 from moestro.ops.whole_files import require_intact
 from moestro.recipe.build import build_model
 from moestro.recipe.evaluation import CHECKPOINTS, untrained
@@ -72,9 +71,9 @@ def open_model(
 def _own_configuration(file: Path) -> MoestroConfig | None:
     """The configuration of a folder that this package exported, as today's version says it; None of any other.
 
-    Raises: VersionError where a newer moestro wrote it.
+    Raises: VersionError where a newer moestro wrote it; FormatError where it is no JSON object.
     """
-    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree = read_json(file)
     if tree.get("model_type") != MoestroConfig.model_type:
         return None
     return MoestroConfig.from_dict(EXPORT.upgraded(tree, file))

@@ -32,7 +32,7 @@ class Stored:
         self.names = own_names(model)
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         stored = {name: entry.shape for name, entry in self.shards.items()}
-        self.added = added_tensors(checkpoint, stored)
+        self.added = added_tensors(checkpoint, stored, own)
         if shapes != stored | {name: tuple(tensor.shape) for name, tensor in self.added.items()}:
             raise ExportError(f"{checkpoint} holds the tensors of another model than its recipe")
 

@@ -7,14 +7,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 # what is not finished yet, whatever becomes of it
 TEMPORARY = ".writing-"
 # the hashes of the files beside it
 HASHES = "hashes.json"
+# files that are read at a time to be hashed
+MOST_HASHED = 8
 
 
 class DamagedFile(ValueError):
@@ -31,10 +34,12 @@ def sync_file(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file by `content` in one step; what is no file (/dev/null, a pipe) is written to."""
+    """Replace a file by `content` in one step, that to which `path` links where it is a link; what is no file
+    (/dev/null, a pipe) is written to."""
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
+    path = path.resolve()
     temporary = path.with_name(TEMPORARY + path.name)
     try:
         temporary.write_bytes(content)
@@ -93,6 +98,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hashes_of(files: Iterable[Path]) -> list[str]:
+    """`sha256` of each, several at a time: one core hashes more slowly than most disks read."""
+    files = list(files)
+    if len(files) < 2:
+        return [sha256(file) for file in files]
+    with ThreadPoolExecutor(min(MOST_HASHED, len(files), os.cpu_count() or 1)) as pool:
+        return list(pool.map(sha256, files))
+
+
 def sha256_json(value: Any) -> str:
     """Hexadecimal SHA-256 of a value's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -117,14 +131,15 @@ def forget_hashes(folder: Path) -> None:
 def recorded_hashes(folder: Path) -> dict[str, str]:
     """{file: SHA-256} as `record_hashes` wrote it down, empty where it did not.
 
-    Raises: DamagedFile where that is not what it wrote.
+    Raises: DamagedFile where that is not what it wrote, or names a file outside of the folder.
     """
     file = folder / HASHES
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-        if said["checksum"] == sha256_json(said["sha256"]):
+        outside = [name for name in dict(said["sha256"]) if {"..", "/"} & {*PurePath(name).parts}]
+        if said["checksum"] == sha256_json(said["sha256"]) and not outside:
             return said["sha256"]
-        why = "its checksum is that of other content"
+        why = f"{outside[0]!r} lies outside of its folder" if outside else "its checksum is that of other content"
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
@@ -140,14 +155,13 @@ def require_intact(folder: Path, *names: str) -> None:
     Raises: DamagedFile naming file, expected and actual hash, and what to do.
     """
     hashes = recorded_hashes(folder)
-    for name in names or hashes:
-        if name not in hashes:
-            continue
-        file = folder / name
+    files = {name: folder / name for name in names or hashes if name in hashes}
+    for file in files.values():
         if not file.is_file():
             raise DamagedFile(f"{file} is missing, {HASHES} beside it lists it: restore it")
-        if (found := sha256(file)) != hashes[name]:
+    for name, found in zip(files, hashes_of(files.values()), strict=True):
+        if found != hashes[name]:
             raise DamagedFile(
-                f"{file} is damaged: it has sha256 {found}, {HASHES} beside it says {hashes[name]}. Restore it; where "
-                f"the change is meant, remove {folder / HASHES}"
+                f"{files[name]} is damaged: it has sha256 {found}, {HASHES} beside it says {hashes[name]}. Restore it; "
+                f"where the change is meant, remove {folder / HASHES}"
             )

@@ -66,7 +66,7 @@ class Part:
             raise
         except REFUSALS as error:
             message = (str(error) or type(error).__name__).splitlines()[0]
-            if not isinstance(error, ValueError | OSError):
+            if not isinstance(error, ValueError | OSError) and not type(error).__module__.startswith("moestro"):
                 message = f"{_culprit(keywords, message)}: cannot be computed with ({message})"
             raise self.blamed(message).error(message) from error
 
@@ -92,7 +92,7 @@ def _culprit(keywords: Mapping[str, Any], message: str) -> str:
     """`d_model=1000000`: the number that torch's message quotes, else the one that is most likely to be too large."""
     numbers = {name: value for name, value in keywords.items() if type(value) in (int, float)}
     quoted = [
-        name for name, value in numbers.items() if re.search(rf"(?<![\d.]){re.escape(str(value))}(?![\d])", message)
+        name for name, value in numbers.items() if re.search(rf"(?<![\w.-]){re.escape(str(value))}(?!\w|\.\d)", message)
     ]
     name = (quoted or sorted(numbers, key=lambda name: -abs(numbers[name])) or [""])[0]
     return f"{name}={numbers[name]}" if name else "a size"

@@ -119,8 +119,10 @@ def run_training(
         data = build_data(recipe)
         outline = build_model(recipe, data.tokenizer.vocab_size, device="meta")
         folder = Path(run_dir)
-        require_writable(folder)
-        require_same_recipe(folder, recipe)
+        if ranks.main:
+            # others would read what this one may already be writing anew
+            require_writable(folder)
+            require_same_recipe(folder, recipe)
         if not ranks.several:
             where = Place(recipe.origin, ("train",))
             require_memory(outline, data.tokenizer.vocab_size, data.seq_len, settings, ranks.device, where)

@@ -111,6 +111,8 @@ def about(run: Run) -> dict[str, Any]:
 
 
 def _recipe_of(folder: Path, settings: Sequence[str]) -> Recipe:
+    if not folder.is_dir():
+        raise RecipeError(f"no such run folder: {folder}")
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(f"{folder} is not the folder of a run: it holds no recipe.yaml")
     for setting in settings:

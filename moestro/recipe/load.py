@@ -221,6 +221,8 @@ def check_recipe(recipe: Recipe) -> Recipe:
     Raises: RecipeError.
     """
     top = Place(recipe.origin)
+    if "arms" in recipe.tree and "model" not in recipe.tree:
+        raise (top / "arms").error(f"a comparison, not a recipe: moestro compare {recipe.origin.path} runs it")
     for name in recipe.tree:
         if name not in SECTIONS:
             raise top.unknown_key(name, (*SECTIONS, "extends"))

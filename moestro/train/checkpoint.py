@@ -6,7 +6,7 @@ A folder `step-00000123` appears complete or not at all. Nothing is pickled.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,9 +158,13 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
     else:
         wanted = {key: (whole_layout(shape), shape) for key, shape in stored_shapes(path, name).items()}
         tensors = read_parts(path, name, wanted)
-    if name != "model":
-        return tensors
-    return tensors | added_tensors(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return tensors
+
+
+def read_model(path: Path, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Whole tensors of the model in a checkpoint, and those of the names `wanted` that came after its version."""
+    tensors = read_tensors(path, "model")
+    return tensors | added_tensors(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted)
 
 
 def join_model(path: Path) -> None:
@@ -209,12 +213,12 @@ def read_parts(path: Path, name: str, wanted: Mapping[str, tuple[Layout, tuple[i
     return storage.read_pieces(path, name, {key: (*place, dtypes[key]) for key, place in wanted.items()})
 
 
-def added_tensors(path: Path, shapes: Shapes) -> dict[str, Tensor]:
-    """What a model's checkpoint of a former version lacks, given the tensors that lie in it; nothing where it is of
-    today's."""
+def added_tensors(path: Path, shapes: Shapes, wanted: Collection[str]) -> dict[str, Tensor]:
+    """What a model's checkpoint of a former version lacks of the names `wanted`, given the tensors that lie in it;
+    nothing where it is of today's."""
     file = path / STATE
     version = CHECKPOINT.version_of(json.loads(file.read_text(encoding="utf-8")), file)
-    return CHECKPOINT.added(version, shapes)
+    return {name: tensor for name, tensor in CHECKPOINT.added(version, shapes).items() if name in wanted}
 
 
 def keep_checkpoints(checkpoints: Path, last: int, best_step: int | None) -> None:

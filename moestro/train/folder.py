@@ -77,11 +77,15 @@ class RunFolder:
         """Record the final metrics, which marks the run as finished."""
         if not self.main:
             return result
-        hashes = recorded_hashes(self.path)
-        forget_hashes(self.path)
-        self.write_json("done.json", result)
-        there = [name for name in ("done.json", self.metrics.name) if (self.path / name).is_file()]
-        record_hashes(self.path, [*hashes, *there])
+        own = ("done.json", self.metrics.name)
+        # of files that were written long ago what they were then, not what they are now
+        hashes = {name: value for name, value in recorded_hashes(self.path).items() if name not in own}
+        try:
+            forget_hashes(self.path)
+            self.write_json("done.json", result)
+            record_hashes(self.path, [name for name in own if (self.path / name).is_file()], hashes)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         return result
 
     def open_metrics(self, size: int, sha256: str = "") -> "MetricsFile | NoMetrics":

@@ -62,7 +62,7 @@ def train(
     with kind(run_dir) as folder, StopSignal(patient=launched()) as stop, display:
         if claim is not None and ranks.main:
             claim(folder)
-        newest, result = ranks.told((folder.newest_checkpoint, folder.result))
+        newest, result = ranks.told((folder.newest_checkpoint, folder.result) if ranks.main else None)
         if result is not None:
             if newest is not None:
                 first_state(model, dataset, settings, objectives, rules, ranks).require_same(newest)

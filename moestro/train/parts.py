@@ -17,7 +17,7 @@ def model_parts(model: nn.Module, path: Path) -> dict[str, Tensor]:
     """
     own, stored = model_tensors(model)[0], stored_shapes(path, "model")
     layouts = {name: layout_of(tensor) for name, tensor in own.items()}
-    added = added_tensors(path, stored)
+    added = added_tensors(path, stored, own)
     shapes = stored | {name: tuple(tensor.shape) for name, tensor in added.items()}
     require_same_shapes("model", {name: layout.shape for name, layout in layouts.items()}, shapes)
     wanted = {name: (layouts[name], tuple(local(own[name]).shape)) for name in stored}

@@ -16,6 +16,7 @@ from moestro.train.checkpoint import (
     CheckpointError,
     checkpoint_of,
     keep_checkpoints,
+    read_model,
     read_state,
     read_tensors,
     write_checkpoint,
@@ -99,7 +100,7 @@ class TrainState:
             load_model(self.model, model_parts(self.model, path), state["tied"])
             load_optimizer(self.model, self.optimizer, optimizer_parts(self.model, path))
         else:
-            load_model(self.model, read_tensors(path, "model"), state["tied"])
+            load_model(self.model, read_model(path, model_tensors(self.model)[0]), state["tied"])
             load_optimizer(self.model, self.optimizer, read_tensors(path, "optimizer"))
         tensors = read_tensors(path, "rules")
         for rule, saved in zip(self.rules, state["rules"], strict=True):

@@ -7,8 +7,8 @@ from torch import nn
 
 from moestro.layers import Adapters
 from moestro.ops.whole_files import TEMPORARY, sync_file
-from moestro.train.checkpoint import CheckpointError, list_checkpoints, read_state, read_tensors, step_of
-from moestro.train.tensors import load_model
+from moestro.train.checkpoint import CheckpointError, list_checkpoints, read_model, read_state, step_of
+from moestro.train.tensors import load_model, model_tensors
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
@@ -57,4 +57,4 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     Raises: CheckpointError where it is damaged or of another model.
     """
     state = read_state(checkpoint)
-    load_model(model, read_tensors(checkpoint, "model"), state["tied"])
+    load_model(model, read_model(checkpoint, model_tensors(model)[0]), state["tied"])

@@ -14,6 +14,7 @@ from moestro.ops import native
 from tests.conftest import ROOT
 
 RECIPE = str(ROOT / "recipes" / "hmoe.yaml")
+COMPARISON = "recipes/compare/first_look.yaml"
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
         (["eval"], "the following arguments are required: RUN"),
         (
             ["train", RECIPE, "--ot", "x"],
-            "unknown option '--ot'; did you mean '--out'? allowed: --device, --help, --out, ",
+            "unknown option '--ot'; did you mean '--out'? allowed: --device, --help, --max-restarts, --nproc, --out, ",
         ),
         (["train", RECIPE, "--outt=x"], "unknown option '--outt'; did you mean '--out'? allowed: "),
         (["eval", "x", "--dta", "y"], "unknown option '--dta'; did you mean '--data'? allowed: "),
@@ -114,7 +115,12 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
         (["train", "recipes/hmo.yaml"], "no such recipe: recipes/hmo.yaml"),
         (["compare", "recipes/compare/nowhere.yaml"], "no such recipe: recipes/compare/nowhere.yaml"),
         (["prepare", RECIPE, "data.seq_len=0"], "seq_len=0; allowed: at least 1 ("),
-        (["eval", "nowhere"], "nowhere is not the folder of a run: it holds no recipe.yaml"),
+        (["eval", "nowhere"], "no such run folder: nowhere"),
+        (
+            ["train", COMPARISON],
+            f"a comparison, not a recipe: moestro compare {COMPARISON} runs it (",
+        ),
+        (["compare", RECIPE], f"a recipe, not a comparison: moestro train {RECIPE} trains it ("),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from moestro.layers import AllRows
-from moestro.recipe.bind import Binder, Part, parameters
+from moestro.recipe.bind import Binder, Part, _culprit, parameters
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.syntax import RecipeError
 
@@ -265,3 +265,16 @@ def test_d_model_is_asked_for_where_nobody_supplies_it() -> None:
 def test_a_module_without_a_constructor_takes_no_keywords() -> None:
     """`record: {kind: all}` asked for a keyword `args` of torch's Module."""
     assert parameters(AllRows) == {}
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ("tried to allocate 800 bytes for 5 rows", "rows=5"),
+        ("negative dimension -5: [-5, 20]", "shift=-5"),
+        ("4.5 is not 0.5", "d_model=4096"),
+        ("layer5 failed", "d_model=4096"),
+    ],
+)
+def test_the_number_that_a_message_quotes_is_the_culprit_else_the_largest(message: str, named: str) -> None:
+    assert _culprit({"rows": 5, "shift": -5, "d_model": 4096, "name": "x"}, message) == named

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, SingletonBank, TopK
-from moestro.experts import ExpertBank, StackedBank
+from moestro.experts import ExpertBank, GLUSingletonBank, RaggedBank, StackedBank, ValueBank
 from moestro.ops import backend, native
 from tests.ops.triton_cases import DEVICE, why_not
 from tests.tolerances import FLOAT32_NORM
@@ -18,6 +18,9 @@ BANKS = {
     "unequal, one matrix in": lambda activation: FFNBank(D, [7, 5, 1, 24], activation=activation, glu=False),
     "stacked": lambda activation: StackedBank(D, 4, 9, activation),
     "singleton": lambda activation: SingletonBank(D, 4, activation=activation),
+    "gated singleton": lambda activation: GLUSingletonBank(D, 4, activation=activation),
+    "small, of unequal sizes": lambda activation: RaggedBank(D, [4, 2, 1, 1], activation=activation),
+    "values": lambda activation: ValueBank(D, 4),
 }
 BACKENDS = [
     "reference",

@@ -79,7 +79,7 @@ def test_only_who_has_the_key_is_answered(served: Process) -> None:
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
             assert KEY not in answer.text
     for scheme in ("Basic", "bearerx", ""):
-        answer = httpx.get(served.url + "/v1/models", headers={"Authorization": f"{scheme} {KEY}"})
+        answer = httpx.get(served.url + "/v1/models", headers={"Authorization": f"{scheme} {KEY}".strip()})
         assert answer.status_code == 401
     assert httpx.get(served.url + "/v1/models", headers={"Authorization": f"bearer {KEY}"}).status_code == 200
     assert (

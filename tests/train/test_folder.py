@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moestro.ops.whole_files import DamagedFile, record_hashes, require_intact
 from moestro.train import CheckpointError, RunFolder, RunFolderError, train
 from moestro.train.checkpoint import write_checkpoint
 from moestro.train.folder import MetricsFile, require_writable
@@ -78,6 +79,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 from tests.train.tiny import Counting, tiny_model, tiny_settings
+from moestro.ops.whole_files import DamagedFile, record_hashes, require_intact
 from moestro.train import CheckpointError, train
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
@@ -128,3 +130,16 @@ def test_missing_metrics_are_an_error(tmp_path):
         RunFolderError, match=r"metrics\.jsonl has 0 bytes, its checkpoint was written at 90: lines are"
     ):
         MetricsFile(tmp_path / "metrics.jsonl", 90)
+
+
+def test_a_file_that_changed_while_training_ran_is_not_taken_for_what_was_written(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        for name in ("recipe.yaml", "metrics.jsonl"):
+            (tmp_path / name).write_text("then")
+        record_hashes(tmp_path, ["recipe.yaml"])
+        folder.finish({"step": 3})
+        require_intact(tmp_path)
+        (tmp_path / "recipe.yaml").write_text("now")
+        assert folder.finish({"step": 4}) == folder.result == {"step": 4}
+        with pytest.raises(DamagedFile, match=r"recipe\.yaml is damaged"):
+            require_intact(tmp_path)

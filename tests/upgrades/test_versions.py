@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from moestro import upgrades
+from moestro import LinearScore, ScoredRouter, TopK, upgrades
 from moestro.recipe.load import load_recipe
 from moestro.recipe.syntax import RecipeError
+from moestro.routers import BiasedRouter, SlotRouter
+from moestro.train import checkpoint, load_weights
 from moestro.train.settings import Budget, TrainSettings
 from moestro.train.state import FREE
+from moestro.train.tensors import model_tensors
 from moestro.upgrades import CHECKPOINT, EXPORT, PLAN, RUN, SHARDS, Format, VersionError
 
 FILE = Path("some/file.json")
@@ -88,6 +92,27 @@ def test_routers_of_version_1_get_their_masks_and_others_keep_theirs():
     assert set(added) == {"a.router.available", "a.router.resting", "b.router.resting"}
     assert added["a.router.available"].tolist() == [True] * 3 and not added["a.router.resting"].any()
     assert CHECKPOINT.added(CHECKPOINT.version, shapes) == {}
+
+
+@pytest.mark.parametrize(
+    ("router", "masked"),
+    [
+        (lambda: ScoredRouter(LinearScore(8, 4), TopK(1)), True),
+        (lambda: BiasedRouter(LinearScore(8, 4), 1), False),
+        (lambda: SlotRouter(8, 4), False),
+    ],
+    ids=["scored", "biased", "slots"],
+)
+def test_checkpoints_of_version_1_load_whatever_their_routers(router, masked, tmp_path, monkeypatch):
+    then, now = (nn.ModuleDict({"router": router()}) for _ in range(2))
+    tensors = {name: value for name, value in model_tensors(then)[0].items() if name.endswith("score.weight")}
+    tensors |= {name: value for name, value in then.state_dict().items() if name.endswith("bias")}
+    monkeypatch.setattr(checkpoint, "CHECKPOINT", replace(CHECKPOINT, steps={}, tensors={}))
+    path = checkpoint.write_checkpoint(tmp_path, 1, {"model": tensors}, {"tied": {}})
+    monkeypatch.undo()
+    load_weights(now, path)
+    torch.testing.assert_close(now.state_dict(), then.state_dict())
+    assert ("router.available" in now.state_dict()) is masked
 
 
 def test_a_written_recipe_says_its_version_and_reads_as_the_same(tmp_path):
