@@ -75,15 +75,14 @@ def backward(
     """Add to every gradient d(loss)/d(parameter) of the step's loss: nats averaged over all its target tokens, plus
     the weighted objectives (each the mean over layers and micro-batches). Sums stay on the device.
 
-    All ranks have the same batch; each computes its share of it, in as many micro-batches, and gradients are summed
-    over ranks with the last one. The sums that are returned are those of one rank."""
+    All ranks have the same batch; each computes its share of every micro-batch, which so is that of one process, and
+    gradients are summed over ranks with the last one. The sums that are returned are those of one rank."""
     device = next(model.parameters()).device
     ranks = ranks or Ranks.alone(device)
     n_targets, n_parts = count_targets(batch), settings.accumulate * ranks.world
-    size = settings.micro_batch // ranks.world
     sums: Sums = {}
-    own = ranks.own_rows(settings.batch_size)
-    parts = [batch.rows(start, start + size) for start in range(own.start, own.stop, size)]
+    own, size = ranks.own_rows(settings.micro_batch), settings.micro_batch
+    parts = [batch.rows(start + own.start, start + own.stop) for start in range(0, settings.batch_size, size)]
     foreseen = None
     if len(parts) * n_ranks() > 1 and any(asks_for_step(objective) for _, _, objective in objectives):
         foreseen, costs = step_traffic(model, parts, settings.precision)
