@@ -7,14 +7,24 @@ import importlib
 import io
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, NamedTuple, cast
 
+import torch
+
+from moestro.ops.machine_memory import free_memory
+
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Bytes of memory allowed for each of a document: up to 4 where it is held, 4 in the parts that a tokenizer is given,
+# and 8 for each of up to one id a byte, twice while they are joined.
+DOCUMENT_COPIES = 24
+# bytes of a document that are always tried
+SHORT = 2**20
 
 
 class Line(NamedTuple):
@@ -23,6 +33,7 @@ class Line(NamedTuple):
     number: int
     text: str
     done: float  # share of the file (as it lies on the disk) read so far
+    size: int  # its bytes in the file
 
 
 def need_extra(module: str, why: str) -> ModuleType:
@@ -91,26 +102,44 @@ def _below(folder: Path, left_out: frozenset[str]) -> Iterator[Path]:
         yield from (Path(at, name) for name in names)
 
 
-def read_lines(path: Path) -> Iterator[Line]:
+def longest_document() -> int:
+    """Bytes of a document that may be held whole: what is free now, over DOCUMENT_COPIES; no limit where that is not
+    known."""
+    free = free_memory(torch.device("cpu"))
+    return sys.maxsize if free is None else max(SHORT, free // DOCUMENT_COPIES)
+
+
+def read_lines(path: Path, longest: int = sys.maxsize) -> Iterator[Line]:
     """The lines of a UTF-8 file, compressed or not, without ever holding more than one.
 
-    Raises: ValueError with file and byte offset where the text is not UTF-8 or the compressed data is broken.
+    Raises: ValueError with file and byte offset where the text is not UTF-8 or the compressed data is broken; with file
+    and line where one has more than `longest` bytes.
     """
     size = max(1, path.stat().st_size)
     offset = 0
     with path.open("rb") as raw:
         stream = _decompressed(raw, path)
         number = 0
-        while data := _next_line(stream, path, raw):
+        while data := _next_line(stream, path, raw, longest):
             number += 1
+            if len(data) > longest:
+                raise too_long(f"{path}:{number}", "this line", longest, "Break it into several lines")
             text = _decoded(data.removeprefix(BYTE_ORDER_MARK) if number == 1 else data, path, offset)
             offset += len(data)
-            yield Line(number, text, raw.tell() / size)
+            yield Line(number, text, raw.tell() / size, len(data))
 
 
-def _next_line(stream: BinaryIO, path: Path, raw: BinaryIO) -> bytes:
+def too_long(where: str, what: str, longest: int, advice: str) -> ValueError:
+    """The refusal of what would have to be held whole and may not fit."""
+    return ValueError(
+        f"{where}: {what} is longer than {longest / 1e6:,.1f} MB, 1/{DOCUMENT_COPIES} of the memory that is free "
+        f"now: a document is held whole, with copies and tokens. {advice}, or free memory"
+    )
+
+
+def _next_line(stream: BinaryIO, path: Path, raw: BinaryIO, longest: int) -> bytes:
     try:
-        return stream.readline()
+        return stream.readline(min(longest, sys.maxsize - 1) + 1)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path}: cannot be unpacked near byte {raw.tell()} of the file: {error}") from error
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from moestro.data.cache import digest
-from moestro.data.files import find_files, need_extra, read_lines, suffix
+from moestro.data.files import find_files, longest_document, need_extra, read_lines, suffix, too_long
 from moestro.ops.whole_files import sha256
 
 WIKITEXT_HEADING = r" = [^=].* = $"
+SPLITTING = "Set split to 'line', 'blank-line' or 'heading', or cut the file into several"
 
 
 class Document(NamedTuple):
@@ -139,16 +140,18 @@ class TextSource(FileSource):
         return {"split": self.split} | ({"heading": self.heading.pattern} if self.split == "heading" else {})
 
     def read(self, path: Path, key: str) -> Iterator[Document]:
-        held: list[str] = []
+        held, longest = _Held(), longest_document()
         has_text, previous, number, opened, done = False, "", 0, 1, 0.0
-        for number, line, line_done in read_lines(path):
+        for number, line, line_done, size in read_lines(path, longest):
             if has_text and self._opens(line, previous):
                 yield self._document(held, key, f"{path}:{opened}", done)
-                held, has_text, opened = [], False, number
-            held.append(line)
+                has_text, opened = False, number
+            held.add(line, size)
+            if held.size > longest:
+                raise too_long(f"{path}:{opened}", f"this document (split='{self.split}')", longest, SPLITTING)
             has_text = has_text or not line.isspace()
             previous, done = line, line_done
-        if held:
+        if held.size:
             yield self._document(held, key, f"{path}:{opened}", 1.0)
 
     def _opens(self, line: str, previous: str) -> bool:
@@ -161,9 +164,31 @@ class TextSource(FileSource):
                 return self.heading.match(line.rstrip("\r\n")) is not None
         return False
 
-    def _document(self, lines: list[str], key: str, where: str, done: float) -> Document:
-        text = "".join(lines)
+    def _document(self, held: "_Held", key: str, where: str, done: float) -> Document:
+        text = held.taken()
         return Document(key if self.split == "file" else text, text, where, done)
+
+
+class _Held:
+    """Lines of a document; joined now and then, because many short strings take many times their text."""
+
+    LINES = 4096
+
+    def __init__(self) -> None:
+        self._blocks, self._lines, self.size = list[str](), list[str](), 0
+
+    def add(self, line: str, size: int) -> None:
+        self._lines.append(line)
+        self.size += size
+        if len(self._lines) == self.LINES:
+            self._blocks.append("".join(self._lines))
+            self._lines.clear()
+
+    def taken(self) -> str:
+        """All of it, which is held no longer."""
+        text = "".join([*self._blocks, *self._lines])
+        self._blocks, self._lines, self.size = [], [], 0
+        return text
 
 
 class JsonlSource(FileSource):
@@ -191,7 +216,7 @@ class JsonlSource(FileSource):
         return {"text_field": self.text_field} | grouping
 
     def read(self, path: Path, key: str) -> Iterator[Document]:
-        for number, line, done in read_lines(path):
+        for number, line, done, _ in read_lines(path, longest_document()):
             if not line.isspace():
                 where = f"{path}:{number}"
                 record = _json_object(line, where)

@@ -99,10 +99,12 @@ def test_one_document_of_many_parts_has_every_byte(tmp_path: Path) -> None:
 
 
 PREPARE = """
-import resource, sys
+import sys
+from pathlib import Path
 from moestro.cli import main
 code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# not ru_maxrss, which starts with what the parent held
+print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])
 sys.exit(code)
 """
 
@@ -141,3 +143,49 @@ def test_training_on_hostile_text_ends_in_one_line(tmp_path: Path, capsys: pytes
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("moestro: error: ") and "a.txt" in error
     assert json.loads(json.dumps(error))
+
+
+CONFINED = """
+import resource, sys
+from pathlib import Path
+from moestro.data import ByteTokenizer, JsonlSource, TextSource, TokenData
+kind, path, other, cache, spare = sys.argv[1:]
+pages = int(Path('/proc/self/statm').read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(spare), resource.RLIM_INFINITY))
+source = {'text': TextSource, 'json': JsonlSource}[kind](path)
+data = TokenData(source, ByteTokenizer(), 8, val_source=TextSource(other), cache_dir=cache)
+try:
+    print(data.prepare(progress=False).n_train_tokens)
+except ValueError as error:
+    print(error)
+"""
+SIZE = 50_000_000
+
+
+def confined(tmp_path: Path, kind: str, path: Path, spare: int) -> str:
+    """What is said of a file by a process that may have `spare` bytes more of addresses than its imports took."""
+    (tmp_path / "other.txt").write_text("held out text")
+    words = [kind, str(path), str(tmp_path / "other.txt"), str(tmp_path / "cache"), str(spare)]
+    done = subprocess.run([sys.executable, "-c", CONFINED, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("line", [b"seven wise owls " * 200 + b"\n", b"x" * SIZE], ids=["lines", "line"])
+def test_a_document_that_may_not_fit_is_refused_and_one_that_fits_fits(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "long.txt"
+    path.write_bytes(line * (SIZE // len(line)))
+    refused = confined(tmp_path, "text", path, 6 * SIZE)
+    what = "this document (split='file')" if len(line) < SIZE else "this line"
+    assert refused.startswith(f"{path}:1: {what} is longer than ") and "1/24 of the memory that is free" in refused
+    assert not list((tmp_path / "cache").glob("tokens/*"))
+    assert "Set split to 'line'" in refused or "Break it into several lines" in refused
+    # the share is not so large that what it lets pass would not fit
+    if len(line) < SIZE:
+        assert int(confined(tmp_path, "text", path, 25 * SIZE)) == path.stat().st_size + 1
+
+
+def test_a_record_that_may_not_fit_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(b'{"text": "short"}\n{"text": "' + b"x" * SIZE + b'"}\n')
+    assert confined(tmp_path, "json", path, 6 * SIZE).startswith(f"{path}:2: this line is longer than ")

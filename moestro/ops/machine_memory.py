@@ -1,0 +1,67 @@
+"""How much memory a machine has, and how much of it is left to this process."""
+
+import os
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+# Where Linux says how much memory a container may use (cgroup v2, v1).
+CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+MEMORY_INFO, OWN_GROUP, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+OWN_SIZE = Path("/proc/self/statm")
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that this process may use on `device`: all of a GPU's; of the machine's, what its control group
+    allows; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    limits = [_limit(path) for path in CONTROL_GROUPS]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(limit for limit in limits if limit)])
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take on `device`: what a GPU has free; what the machine can give without
+    swapping, or what is left to a control group of this process or by its limit of addresses (`ulimit -v`), whichever
+    is less; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = re.search(r"^MemAvailable: *(\d+) kB$", _text(MEMORY_INFO), re.MULTILINE)
+    if device.type != "cpu" or found is None:
+        return None
+    return max(0, min([1024 * int(found[1]), *_left_to_groups(), *_left_of_addresses()]))
+
+
+def _left_to_groups() -> Iterator[int]:
+    """What each limit leaves that holds for this process: its own control group's and those above it (cgroup v2)."""
+    group = re.search(r"^0::/(.*)$", _text(OWN_GROUP), re.MULTILINE)
+    folders = [GROUPS / group[1], *(GROUPS / group[1]).parents] if group else [GROUPS]
+    for folder in folders:
+        limit, used = _limit(folder / "memory.max"), _limit(folder / "memory.current")
+        if limit is not None and used is not None:
+            # pages of files are given back when memory is asked for
+            cached = re.search(r"^inactive_file (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+            yield limit - used + (int(cached[1]) if cached else 0)
+        if folder == GROUPS:
+            return
+
+
+def _left_of_addresses() -> Iterator[int]:
+    """What the limit of addresses leaves, where there is one."""
+    limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], _text(OWN_SIZE).split()
+    if limit != resource.RLIM_INFINITY and pages:
+        yield limit - int(pages[0]) * resource.getpagesize()
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def _limit(path: Path) -> int | None:
+    text = path.read_text().strip() if path.is_file() else "max"
+    return int(text) if text.isdecimal() else None
