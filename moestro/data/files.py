@@ -36,6 +36,28 @@ class Line(NamedTuple):
     size: int  # its bytes in the file
 
 
+class HeldLines:
+    """Lines of a document; joined now and then, because many short strings take many times their text."""
+
+    LINES = 4096
+
+    def __init__(self) -> None:
+        self._blocks, self._lines, self.size = list[str](), list[str](), 0
+
+    def add(self, line: str, size: int) -> None:
+        self._lines.append(line)
+        self.size += size
+        if len(self._lines) == self.LINES:
+            self._blocks.append("".join(self._lines))
+            self._lines.clear()
+
+    def taken(self) -> str:
+        """All of it, which is held no longer."""
+        text = "".join([*self._blocks, *self._lines])
+        self._blocks, self._lines, self.size = [], [], 0
+        return text
+
+
 def need_extra(module: str, why: str) -> ModuleType:
     """The optional module, or an ImportError that says what to install."""
     try:

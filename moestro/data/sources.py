@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from moestro.data.cache import digest
-from moestro.data.files import find_files, longest_document, need_extra, read_lines, suffix, too_long
+from moestro.data.files import HeldLines, find_files, longest_document, need_extra, read_lines, suffix, too_long
 from moestro.ops.whole_files import sha256
 
 WIKITEXT_HEADING = r" = [^=].* = $"
@@ -140,7 +140,7 @@ class TextSource(FileSource):
         return {"split": self.split} | ({"heading": self.heading.pattern} if self.split == "heading" else {})
 
     def read(self, path: Path, key: str) -> Iterator[Document]:
-        held, longest = _Held(), longest_document()
+        held, longest = HeldLines(), longest_document()
         has_text, previous, number, opened, done = False, "", 0, 1, 0.0
         for number, line, line_done, size in read_lines(path, longest):
             if has_text and self._opens(line, previous):
@@ -164,31 +164,9 @@ class TextSource(FileSource):
                 return self.heading.match(line.rstrip("\r\n")) is not None
         return False
 
-    def _document(self, held: "_Held", key: str, where: str, done: float) -> Document:
+    def _document(self, held: HeldLines, key: str, where: str, done: float) -> Document:
         text = held.taken()
         return Document(key if self.split == "file" else text, text, where, done)
-
-
-class _Held:
-    """Lines of a document; joined now and then, because many short strings take many times their text."""
-
-    LINES = 4096
-
-    def __init__(self) -> None:
-        self._blocks, self._lines, self.size = list[str](), list[str](), 0
-
-    def add(self, line: str, size: int) -> None:
-        self._lines.append(line)
-        self.size += size
-        if len(self._lines) == self.LINES:
-            self._blocks.append("".join(self._lines))
-            self._lines.clear()
-
-    def taken(self) -> str:
-        """All of it, which is held no longer."""
-        text = "".join([*self._blocks, *self._lines])
-        self._blocks, self._lines, self.size = [], [], 0
-        return text
 
 
 class JsonlSource(FileSource):
