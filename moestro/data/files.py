@@ -14,9 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, NamedTuple, cast
 
-import torch
-
-from moestro.ops.machine_memory import free_memory
+from moestro.ops.machine_memory import free_machine_memory
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -127,7 +125,7 @@ def _below(folder: Path, left_out: frozenset[str]) -> Iterator[Path]:
 def longest_document() -> int:
     """Bytes of a document that may be held whole: what is free now, over DOCUMENT_COPIES; no limit where that is not
     known."""
-    free = free_memory(torch.device("cpu"))
+    free = free_machine_memory()
     return sys.maxsize if free is None else max(SHORT, free // DOCUMENT_COPIES)
 
 

@@ -6,33 +6,25 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 # Where Linux says how much memory a container may use (cgroup v2, v1).
 CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 MEMORY_INFO, OWN_GROUP, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 OWN_SIZE = Path("/proc/self/statm")
 
 
-def memory_of(device: torch.device) -> int | None:
-    """Bytes of memory that this process may use on `device`: all of a GPU's; of the machine's, what its control group
-    allows; None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
+def machine_memory() -> int | None:
+    """Bytes of the machine's memory, or what the control group allows; None where it is not known."""
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     limits = [_limit(path) for path in CONTROL_GROUPS]
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *(limit for limit in limits if limit)])
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take on `device`: what a GPU has free; what the machine can give without
-    swapping, or what is left to a control group of this process or by its limit of addresses (`ulimit -v`), whichever
-    is less; None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def free_machine_memory() -> int | None:
+    """Bytes that this process may still take: what the machine can give without swapping, or what is left to a control
+    group of this process or by its limit of addresses (`ulimit -v`), whichever is less; None where it is not known."""
     found = re.search(r"^MemAvailable: *(\d+) kB$", _text(MEMORY_INFO), re.MULTILINE)
-    if device.type != "cpu" or found is None:
+    if found is None:
         return None
     return max(0, min([1024 * int(found[1]), *_left_to_groups(), *_left_of_addresses()]))
 

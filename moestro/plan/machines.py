@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from moestro.ops.machine_memory import memory_of
 from moestro.recipe.syntax import RecipeError, read_yaml, unknown
-from moestro.train.hardware import PEAK_BF16
+from moestro.train.hardware import PEAK_BF16, memory_of
 
 GB = 1e9
 GBIT = 1e9 / 8

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from moestro.ops.machine_memory import free_memory
 from moestro.recipe.resolve import Place
 from moestro.train.estimate import MemoryEstimate, estimate_memory
+from moestro.train.hardware import free_memory
 from moestro.train.settings import TrainSettings
 
 OVERRIDE = "train.check_memory=false starts all the same"

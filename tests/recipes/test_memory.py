@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from moestro.cli import main
 from moestro.ops import machine_memory
@@ -63,24 +62,23 @@ def test_free_memory_heeds_the_limits_of_every_control_group(tmp_path: Path, mon
         path.write_text(text)
         return path
 
-    cpu = torch.device("cpu")
     monkeypatch.setattr(machine_memory, "MEMORY_INFO", written("meminfo", "MemFree: 1 kB\nMemAvailable:    2000 kB\n"))
     monkeypatch.setattr(machine_memory, "OWN_GROUP", written("cgroup", "0::/jobs/one\n"))
     monkeypatch.setattr(machine_memory, "GROUPS", tmp_path / "groups")
-    assert machine_memory.free_memory(cpu) == 2_048_000
+    assert machine_memory.free_machine_memory() == 2_048_000
     written("groups/jobs/one/memory.max", "max\n")
     written("groups/jobs/one/memory.current", "10\n")
-    assert machine_memory.free_memory(cpu) == 2_048_000
+    assert machine_memory.free_machine_memory() == 2_048_000
     written("groups/jobs/memory.max", "1000000\n")
     written("groups/jobs/memory.current", "400000\n")
-    assert machine_memory.free_memory(cpu) == 600_000
+    assert machine_memory.free_machine_memory() == 600_000
     written("groups/jobs/memory.stat", "anon 5\ninactive_file 100000\n")
-    assert machine_memory.free_memory(cpu) == 700_000
+    assert machine_memory.free_machine_memory() == 700_000
     written("groups/memory.max", "500\n")
     written("groups/memory.current", "900\n")
-    assert machine_memory.free_memory(cpu) == 0
+    assert machine_memory.free_machine_memory() == 0
     monkeypatch.setattr(machine_memory, "MEMORY_INFO", tmp_path / "nowhere")
-    assert machine_memory.free_memory(cpu) is None
+    assert machine_memory.free_machine_memory() is None
 
 
 def test_more_layers_than_can_be_made_are_refused(capsys: pytest.CaptureFixture) -> None:

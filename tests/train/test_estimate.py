@@ -9,10 +9,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from moestro.data import Batch
-from moestro.ops.machine_memory import memory_of
 from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import Recipe, load_recipe
 from moestro.train.estimate import MemoryEstimate, estimate_memory, tables_met
+from moestro.train.hardware import memory_of
 from moestro.train.optim import build_optimizer, clip_gradients
 from moestro.train.settings import TrainSettings
 from moestro.train.step import backward
