@@ -39,8 +39,12 @@ def test_an_export_loses_experts_as_its_run_does(tmp_path, run, exported):  # no
             for e, units in enumerate(layer.units):
                 bank.w_out.matrices()[e].T[[u for u in range(bank.widths[e]) if u not in units]] = 0
         tokens = torch.arange(40)[None] + 60
-        close = FLOAT32 if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
-        torch.testing.assert_close(small(tokens).logits.float(), whole(tokens).logits, **close)
+        have, want = small(tokens).logits.float(), whole(tokens).logits
+    if dtype == torch.float32:
+        torch.testing.assert_close(have, want, **FLOAT32)
+    else:
+        # a router whose logits are close may choose another expert for a token in bfloat16
+        assert torch.isclose(have, want, atol=0.05, rtol=0.05).all(-1).float().mean() > 0.9
     said = json.loads((folder / "export.json").read_text())
     assert said["licence"] == "mit" and said["step"] == ExportedFolder(exported).said["step"]
     assert (folder / "README.md").read_text().count("# dst") == 1

@@ -74,7 +74,7 @@ def test_passes_add_up_also_with_other_numbers_of_experts():
 
 
 def test_a_table_used_in_two_ways_is_refused():
-    """A bank whose tokens have different numbers of experts takes the grouped way, which makes a `.grad`."""
+    """A bank leaves factors behind, grouped or not; a plain lookup makes a `.grad`."""
     bank = SingletonBank(4, 50, sparse_gradients=True).double()
     collect_factors(bank.parameters())
     x, ids, weight = inputs(30, 3, 50, 4)[:3]
@@ -82,6 +82,8 @@ def test_a_table_used_in_two_ways_is_refused():
     bank(x, routing.grouped()).sum().backward()
     assert row_gradient(bank.up).norm() > 0
     bank(x, routing).sum().backward()
+    assert row_gradient(bank.up).norm() > 0
+    torch.nn.functional.embedding(ids, bank.up, sparse=True).sum().backward()
     with pytest.raises(ValueError, match=r"a gradient in factors and one in \.grad"):
         row_gradient(bank.up)
 
