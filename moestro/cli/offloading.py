@@ -74,7 +74,8 @@ def opened_text_model(arguments: Namespace) -> "Iterator[TextModel]":
     """
     if arguments.memory is None:
         if given := [name for name in OF_PLANS if getattr(arguments, name) != OF_PLANS[name]]:
-            said = f"--{given[0].replace('_', '-')} {getattr(arguments, given[0])}"
+            value = getattr(arguments, given[0])
+            said = f"--{given[0].replace('_', '-')}" + ("" if value is True else f" {value}")
             raise UsageError(f"{said} is for models larger than memory: give --memory, too")
         opened = opened_model(arguments, arguments.model)
         from moestro.generation import TextModel

@@ -153,6 +153,16 @@ def test_other_files_are_never_replaced(run_of: Runs, tmp_path: Path, force: boo
     assert contents(tmp_path / "out") == {"thesis.tex": b"ten years"}
 
 
+def test_a_model_can_be_saved_over_the_export_it_came_from(run_of: Runs, tmp_path: Path) -> None:
+    export_run(run_of("moe"), tmp_path / "out")
+    model = open_model(tmp_path / "out").model
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    model.save_pretrained(tmp_path / "out")
+    again = open_model(tmp_path / "out").model
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
 def test_runs_that_cannot_be_exported_say_why(run_of: Runs, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(run_of("moe"), run)

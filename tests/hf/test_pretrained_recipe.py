@@ -80,7 +80,8 @@ def test_it_trains_resumes_to_the_bit_and_is_measured(folder, text_file, tmp_pat
 
     # as if killed after two steps: what was learned later is gone
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    (tmp_path / "killed" / "done.json").unlink()
+    for end in ("done.json", "hashes.json"):
+        (tmp_path / "killed" / end).unlink()
     shutil.rmtree(newest_checkpoint(tmp_path / "killed"))
     assert newest_checkpoint(tmp_path / "killed").name == "step-00000002"
     run_training(load_recipe(file), tmp_path / "killed", show_preparation=False)
