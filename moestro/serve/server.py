@@ -40,8 +40,8 @@ def run_server(text_model: TextModel, settings: ServeSettings, ready: Callable[[
     with listening(settings.host, settings.port) as bound:
         app = build_app(text_model, settings)
         server = make_server(app, settings)
-        ready(address(bound))
-        with stopped_by_signals():
+        with stopped_by_signals(server):
+            ready(address(bound))
             server.run(sockets=[bound])
 
 
@@ -79,9 +79,10 @@ def address(bound: socket.socket) -> str:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """uvicorn raises the signals that ended it once more when it has ended; here they have done their work."""
-    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
+def stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Signals end the server, also those that come before uvicorn listens to them. It raises the ones that ended it
+    once more when it has ended: they have done their work then."""
+    before = {each: signal.signal(each, server.handle_exit) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -147,7 +147,8 @@ def clip_gradients(model: nn.Module, clip: float | None, ranks: Ranks | None = N
         norm = torch.nn.utils.get_total_norm(gradients + [gradient.norm() for _, gradient in tables])
     if clip is not None:
         scale = (clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)  # type: ignore[attr-defined]
+        if gradients:
+            torch._foreach_mul_(gradients, scale)  # type: ignore[attr-defined]
         # torch would copy the values of a sparse gradient; here they are scaled where they lie
         for _, gradient in tables:
             gradient.scale_(scale)

@@ -67,6 +67,7 @@ def test_text_is_asked_for_and_figures_are_reported(tmp_path, exported, text_fil
 
 def test_damaged_exports_are_refused(tmp_path, exported):
     config = exported / "config.json"
+    (exported / "hashes.json").unlink()
     said = json.loads(config.read_text())
     config.write_text(json.dumps({**said, "construction": None}))
     with pytest.raises(FormatError, match="no construction"):

@@ -237,7 +237,7 @@ def test_a_layer_with_any_number_of_experts_a_token():
 def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match="float64, allowed: torch.float32, torch.float16, torch.bfloat16"):
         outputs_and_gradients("triton", problem(*MIXED, 2, torch.float64), "silu")
-    with pytest.raises(ValueError, match="activation='swish', allowed: silu, gelu, relu, none"):
+    with pytest.raises(ValueError, match="activation='swish', allowed: silu, gelu, gelu_tanh, relu, none"):
         outputs_and_gradients("triton", problem(*MIXED, 2, torch.float32), "swish")
     if INTERPRETED:
         with pytest.raises(ValueError, match="bfloat16 under the interpreter"):

@@ -60,7 +60,8 @@ def test_the_written_recipe_says_every_default(tmp_path: Path) -> None:
     assert tree["optim"]["eps"] == 1e-8 and tree["optim"]["schedule"]["final"] == 0.1
     assert tree["optim"]["groups"] == [{"pattern": "norm", "lr_scale": 1.0, "weight_decay": None}]
     assert tree["model"]["norm_eps"] == 1e-5 and tree["model"]["attention"]["rope_theta"] == 1e4
-    assert tree["data"]["val_source"] == {"kind": "jsonl", "paths": "x", "text_field": "text"}
+    fields = {"text_field": "text", "group_field": None, "groups": []}
+    assert tree["data"]["val_source"] == {"kind": "jsonl", "paths": "x", **fields}
     layer = tree["model"]["layers"][2]
     assert layer["router"]["gate"] == "softmax" and layer["branches"][0]["output_std"] == 0.6
     # what the experts are told by their layer stays with the layer

@@ -93,7 +93,8 @@ def test_a_rule_meets_model_and_optimizer_before_its_state(tmp_path):
     rule = Started()
     train(tiny_model(), Counting(), tiny_settings(2), [], [rule], tmp_path)
     assert rule.calls == ["start", "apply 1", "apply 2"]
-    (tmp_path / "done.json").unlink()
+    for end in ("done.json", "hashes.json"):
+        (tmp_path / end).unlink()
     again = Started()
     train(tiny_model(), Counting(), tiny_settings(2), [], [again], tmp_path)
     assert again.calls == rule.calls
