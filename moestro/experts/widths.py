@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+# Experts whose widths are listed one by one, where there are fewer hidden units; countless ones lie in tables.
+MOST = 65_536
+
 
 def equal(n_experts: int, total: int, multiple_of: int = 1) -> list[int]:
     """Equal widths: the homogeneous mixture."""
@@ -27,9 +30,10 @@ def hybrid(n_experts: int, total: int, multiple_of: int = 1) -> list[int]:
 
 
 def _count(n_experts: int, total: int) -> int:
-    """Raises: ValueError for no experts, or more than there are hidden units."""
-    if not 1 <= n_experts <= max(1, total):
-        raise ValueError(f"n_experts={n_experts}, allowed: 1 to total={total}")
+    """Raises: ValueError for no experts, or more than a list of widths is for: some may be of width 0."""
+    most = max(MOST, total)
+    if not 1 <= n_experts <= most:
+        raise ValueError(f"n_experts={n_experts}, allowed: 1 to {most}")
     return n_experts
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from moestro.compare.match import match, reference_size, sizes, solve
 from moestro.compare.plan import load_comparison
+from moestro.experts.widths import arithmetic
 from moestro.recipe.build import build_model
 from moestro.recipe.syntax import RecipeError
 from tests.compare.comparisons import COMPARISON, write_comparison
@@ -79,3 +80,10 @@ def test_ways_of_routing_cost_what_top_2_costs():
     errors = {arm: match(plan, arm, size, 2048).error for arm in plan.arms}
     free = {"dynamic_routing"}
     assert all(abs(error) < 0.01 for arm, error in errors.items() if arm not in free), errors
+
+
+def test_narrowest_layers_may_leave_experts_without_units():
+    """The search for a width begins at one multiple, which may be fewer units than there are experts."""
+    assert arithmetic(8, 4, 4) == [0, 0, 0, 0, 0, 0, 0, 4]
+    with pytest.raises(ValueError, match="n_experts=0, allowed: 1 to 65536"):
+        arithmetic(0, 4)
