@@ -283,7 +283,7 @@ def test_a_model_half_joined_is_whole_all_the_time(tmp_path: Path) -> None:
     pieces = tmp_path / "run" / "checkpoints" / "step-00000003"
     before = read_tensors(pieces, "model")
 
-    def killed(*args: object) -> None:
+    def killed(*args: object, **keywords: object) -> None:
         raise KeyboardInterrupt
 
     for cut in ("os.replace", "write_text", "Path.unlink"):
