@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from moestro.cli.values import file_path, number, whole
+from moestro.cli.values import file_path, number, positive, whole
 from moestro.recipe.syntax import nearest
 
 if TYPE_CHECKING:
@@ -135,6 +135,12 @@ def add_run(parser: Parser, tokens: str) -> None:
         "model.ffn.router.select.top_k=1; may be repeated",
     )
     add_checkpoint(parser)
+    add_json(parser)
+    add_device(parser)
+
+
+def add_json(parser: Parser) -> None:
+    """--json"""
     parser.add_argument(
         "--json",
         type=Path,
@@ -143,7 +149,6 @@ def add_run(parser: Parser, tokens: str) -> None:
         metavar="PATH",
         help="write JSON, to PATH or else to the terminal",
     )
-    add_device(parser)
 
 
 def run_of(arguments: argparse.Namespace) -> "Run":
@@ -155,44 +160,6 @@ def run_of(arguments: argparse.Namespace) -> "Run":
 
     device = device_named(arguments.device)
     return opened_run(arguments.run, arguments.data, device, arguments.checkpoint, arguments.settings)
-
-
-def positive(text: str) -> int:
-    """A whole number above 0.
-
-    Raises: argparse.ArgumentTypeError.
-    """
-    if not text.isascii() or not text.isdecimal() or not 0 < whole(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """A number above 0 and at most 1.
-
-    Raises: argparse.ArgumentTypeError.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """A number of at least 0.
-
-    Raises: argparse.ArgumentTypeError.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
 
 
 def device_named(name: str | None) -> str:

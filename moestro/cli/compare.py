@@ -4,8 +4,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from moestro.cli.arguments import Parser, add_device, add_recipe, device_named, positive
+from moestro.cli.arguments import Parser, add_device, add_recipe, device_named
 from moestro.cli.terminal import failed
+from moestro.cli.values import positive
 
 
 def add_arguments(parser: Parser) -> None:

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moestro.cli.arguments import Parser, UsageError, add_device, device_named, extra, positive
+from moestro.cli.arguments import Parser, UsageError, add_device, device_named, extra
+from moestro.cli.values import positive
 from moestro.recipe.syntax import parse_yaml
 
 if TYPE_CHECKING:

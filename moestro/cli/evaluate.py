@@ -3,8 +3,9 @@
 import sys
 from argparse import Namespace
 
-from moestro.cli.arguments import Parser, UsageError, add_dtype, add_run, extra, opened_model, positive, run_of
+from moestro.cli.arguments import Parser, UsageError, add_dtype, add_run, extra, opened_model, run_of
 from moestro.cli.terminal import as_json
+from moestro.cli.values import positive
 
 # what only tasks take, and what they do not
 OF_TASKS = ("dtype", "limit", "seed", "batch_size", "max_length", "trust_task_code")

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moestro.cli.arguments import Parser, UsageError, add_model, positive
+from moestro.cli.arguments import Parser, UsageError, add_model
 from moestro.cli.offloading import add_memory, opened_text_model
+from moestro.cli.values import positive
 
 if TYPE_CHECKING:
     from moestro.generation import Options, TextModel

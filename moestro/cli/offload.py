@@ -6,10 +6,11 @@ from pathlib import Path
 from signal import SIGTERM, default_int_handler, signal
 from typing import TYPE_CHECKING, Any
 
-from moestro.cli.arguments import Parser, UsageError, add_device, device_named, positive, size
+from moestro.cli.arguments import Parser, UsageError, add_device, add_json, device_named, size
 from moestro.cli.keeping import add_keeping
 from moestro.cli.offloading import plan_of, policies_of, told
 from moestro.cli.terminal import as_json, failed
+from moestro.cli.values import positive
 
 if TYPE_CHECKING:
     from moestro.offload.running import Generated
@@ -47,14 +48,7 @@ def add_arguments(parser: Parser) -> None:
     runs.add_argument("--bench", action="store_true", help="time it beside exact loading on demand")
     runs.add_argument("--trace", type=Path, metavar="FILE", help="record the routing in FILE, for replay and profile")
     runs.add_argument("--tune", action="store_true", help="with replay: find the mix of policies that reads least")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        nargs="?",
-        const=Path("-"),
-        metavar="PATH",
-        help="write JSON, to PATH or else to the terminal",
-    )
+    add_json(parser)
     add_device(parser)
 
 

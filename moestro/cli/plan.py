@@ -3,8 +3,9 @@
 from argparse import Namespace
 from pathlib import Path
 
-from moestro.cli.arguments import Parser, add_recipe, not_negative, positive, share
+from moestro.cli.arguments import Parser, add_json, add_recipe
 from moestro.cli.terminal import as_json
+from moestro.cli.values import not_negative, positive, share
 
 
 def add_arguments(parser: Parser) -> None:
@@ -23,9 +24,7 @@ def add_arguments(parser: Parser) -> None:
     loads.add_argument(
         "--run", type=Path, metavar="RUN", help="measure experts' loads on a run's held-out text instead"
     )
-    parser.add_argument(
-        "--json", type=Path, nargs="?", const=Path("-"), metavar="PATH", help="write JSON, without PATH to the terminal"
-    )
+    add_json(parser)
 
 
 def run(arguments: Namespace) -> int:

@@ -4,8 +4,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from moestro.cli.arguments import Parser, UsageError, add_model, extra, positive
+from moestro.cli.arguments import Parser, UsageError, add_model, extra
 from moestro.cli.offloading import add_memory, opened_text_model
+from moestro.cli.values import positive
 
 
 def add_arguments(parser: Parser) -> None:

@@ -34,6 +34,44 @@ def number(text: str) -> float:
     return value
 
 
+def positive(text: str) -> int:
+    """A whole number above 0.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    if not text.isascii() or not text.isdecimal() or not 0 < whole(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0.
+
+    Raises: argparse.ArgumentTypeError.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 def file_path(text: str) -> Path:
     """A path that a file system may have.
 

@@ -53,7 +53,7 @@ class Split:
         widths = list(self.widths(total=len(rest), importance=routed.importance()))
         if min(widths) < 1:
             raise ValueError(
-                f"{len(rest)} units for {len(widths)} experts, allowed: at least one unit for every expert"
+                f"widths: {len(widths)} experts for {len(rest)} units, allowed: at least one unit for every expert"
             )
         order = rest[self.grouping(routed, widths)]
         order, widths = padded(order, widths) if self.pad else (order, widths)

@@ -162,7 +162,7 @@ def test_only_the_layers_asked_for_are_converted_and_may_see_what_stands_before_
         (["method={kind: split, widths: {kind: equal, n_experts: 2}, top_k: 1, shared: 48}"], r"shared=48, allowed: f"),
         (
             ["method={kind: split, widths: {kind: equal, n_experts: 90}, top_k: 1}"],
-            r"n_experts=90, allowed: 1 to",
+            r"widths: 90 experts for 48 units, allowed: at least one unit for every expert",
         ),
         (["method={kind: split, widths: {kind: equal_importance, n_experts: 0}, top_k: 1}"], r"n_experts=0 widths"),
         (
