@@ -63,14 +63,13 @@ def upcycled(dense: Transformer, trained: Trained) -> Transformer:
             router = ScoredRouter(LinearScore(dense.d_model, EXPERTS), TopK(2))
             router.score.weight.copy_(0.02 * torch.randn(EXPERTS, dense.d_model, generator=generator))
         block.ffn = MoELayer(router, [bank])
-    train_on(dense, trained)
+    train_on(dense, trained, FURTHER_STEPS if trained.final_tokens > HELD_OUT else 5)
     return dense.eval()
 
 
-def train_on(model: Transformer, trained: Trained) -> None:
+def train_on(model: Transformer, trained: Trained, steps: int) -> None:
     """AdamW, warm-up and linear decay, on batches that training did not have in this order."""
     balance, size = LoadBalance(), trained.recipe.train.value("batch_size")
-    steps = FURTHER_STEPS if trained.final_tokens > HELD_OUT else 5
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, (steps - step) / steps))
     model.train()
