@@ -4,8 +4,9 @@ For N = 128^2 .. 1024^2 experts: forward, forward + backward, and a whole traini
 backward, clipping, optimizer), ours with `RowAdamW` on gradients that backward leaves in factors (`optim.fused_rows`),
 beside the public PEER-pytorch package (gather and einsum) with torch's fused dense AdamW: routing included on both
 sides, same weights, same numbers of heads, keys and experts; the package's default of one expert a head is switched
-off. Then the parts of the layer: retrieval beside `torch.topk`, experts beside gather and einsum. Then our training
-step alone at each N beside the one at the smallest N: a ratio of 1 means that N does not matter.
+off. Then the parts of the layer: retrieval beside `torch.topk`, experts beside gather and einsum, and beside reading
+their rows at all (`embedding_bag`), which says what memory leaves to gain. Then our training step alone at each N
+beside the one at the smallest N: a ratio of 1 means that N does not matter.
 
 Everything of ours runs with the native kernels (`moestro version` says whether there are any) and without. Outputs,
 gradients and the change by a step are compared before anything is timed. A size whose tables, gradients and moments do
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.harness import Row, agree, arguments, clock, compare, report, weigh
@@ -33,6 +35,8 @@ from moestro.train import OptimSettings
 from moestro.train.optim import build_optimizer, clip_gradients
 
 PACKAGE = "PEER-pytorch 0.2.2"
+# The floor of the experts' time: the same rows through torch's embedding_bag, which computes nothing with them.
+READ_ONCE = "reading the same rows"
 LR, CLIP = 1e-3, 1.0
 # Ours, by backend, and what is said of a row that was measured with it.
 OURS = {"native": "", "fused": " without native kernels"} if native.library().handle else {"fused": " (not built)"}
@@ -223,6 +227,7 @@ def parts(shape: Shape, rounds: int) -> list[Row]:
     with torch.no_grad():
         scores = torch.einsum("thsc,shnc->thsn", halves, keys)
         routing = peer.router(x)
+        ids = routing.matrix()[0]
         retrieve = partial(ops.product_key_topk, query, keys, shape.top_k)
         experts = partial(peer.bank, x, routing)
         gather = under("reference", experts)
@@ -232,12 +237,20 @@ def parts(shape: Shape, rounds: int) -> list[Row]:
             agree(f"{shape.case}, {name}, retrieval", under(name, retrieve)()[0][:4], best, 1e-5)
             agree(f"{shape.case}, {name}, experts", under(name, experts)(), gather(), 1e-5)
         rows = duel(shape.case, "experts alone, forward", experts, "gather and einsum", gather, rounds)
+        read = partial(read_once, peer.bank, ids)
+        rows += duel(shape.case, "experts alone, forward", experts, READ_ONCE, read, rounds)
         if "native" in OURS:
             alone = {"torch.topk of finished scores": lambda: scores.topk(shape.top_k)}
             plain = {"scores and torch.topk": under("fused", retrieve)}
             times = clock({"ours": under("native", retrieve), **plain, **alone}, rounds)
             rows += compare(shape.case, "retrieval, scores included", times)
     return rows
+
+
+def read_once(bank: SingletonBank, ids: Tensor) -> None:
+    """Every row that the experts need, read once and added up by torch: what memory alone asks for."""
+    for table in bank.tables().values():
+        F.embedding_bag(ids, table, mode="sum")
 
 
 def against_n(shapes: list[Shape], rounds: int) -> list[Row]:

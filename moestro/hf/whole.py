@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from moestro.hf.hosted import packed_mask, positions_within
+from moestro.hf.packed import packed_mask, positions_within
 from moestro.hf.view import ROUTERS, places
 from moestro.model import Output
 
