@@ -42,6 +42,7 @@ WORLD = 2
 VOCABULARY = 512
 TABLES = "model.layers={2: {kind: moe, router: {kind: product_key, heads: 4, top_k: 8, d_key: 64, query_norm: rms}, "
 TABLES += "branches: [{kind: singleton, n_experts: 4096, sparse_gradients: true}]}}"
+QUERIES = TABLES.replace("query_norm: rms", "query_norm: batch")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ CASES = [
     Case("HMoE, experts on 2, 4 micro-batches", "hmoe", ParallelSettings(experts=2), ("train.accumulate=4",)),
     Case("PEER, tables by rows", "peer", ParallelSettings(tables="rows"), (TABLES,)),
     Case("PEER, tables by columns", "peer", ParallelSettings(tables="columns"), (TABLES,)),
+    Case("PEER, queries normalised over 4 micro-batches", "peer", ParallelSettings(), (QUERIES, "train.accumulate=4")),
 ]
 
 

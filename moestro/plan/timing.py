@@ -86,8 +86,7 @@ class StepTime:
         if s.work.tables:
             yield self._tables()
         if s.work.query_features:
-            sent = traffic.query_statistics(s.work.query_features, s.world)
-            yield Message("query statistics", sent, 2, s.world)
+            yield self._query_statistics()
 
     def _fsdp(self) -> Iterator[Message]:
         s = self.spread
@@ -109,6 +108,14 @@ class StepTime:
         sent = sum(by(s.tokens, t.width, t.rows, s.world, traffic.FLOAT32) for t in s.work.tables)
         rounds = 4 * s.accumulate * len(s.work.tables)
         return Message("rows of tables", s.accumulate * sent, rounds, s.world, rings=False)
+
+    def _query_statistics(self) -> Message:
+        """Of every layer that normalises queries two sums forward and two backward in every micro-batch, two more where
+        it is recomputed, and two after the step."""
+        s, each = self.spread, self.spread.work.query_features
+        passes = (3 if s.recompute else 2) * s.accumulate
+        sent = sum(passes * traffic.query_statistics(f, s.world) + traffic.pooled_statistics(f, s.world) for f in each)
+        return Message("query statistics", sent, 2 * (passes + 1) * len(each), s.world)
 
     @cached_property
     def sent(self) -> dict[str, float]:

@@ -76,5 +76,11 @@ def table_columns_exchange(tokens: float, d_model: int, rows: float, ranks: int,
 
 
 def query_statistics(features: int, ranks: int) -> float:
-    """Mean and spread of every query feature over all ranks' tokens: 2 f + 1 float64, all-reduced."""
+    """Of one pass, forward or backward, over a micro-batch: the count and sum of all ranks' queries, then their squares
+    about the mean: f + 1 and f float32, all-reduced."""
+    return all_reduce((2 * features + 1) * FLOAT32, ranks) if features else 0.0
+
+
+def pooled_statistics(features: int, ranks: int) -> float:
+    """Once a step for running statistics: count, sum and squares of all micro-batches, 2 f + 1 float64, summed."""
     return all_reduce((2 * features + 1) * FLOAT64, ranks) if features else 0.0

@@ -47,7 +47,8 @@ class Tables:
 class Workload:
     """A recipe in numbers. Parameters: `blocks` those of every block and `rest` those outside (embedding, norm, head),
     without experts that can be spread (`mixtures`) and `tables`; `frozen` of them do not learn. `token_flops` of a
-    forward pass, `kept` by a token in every block, `query_features` with statistics over the batch."""
+    forward pass, `kept` by a token in every block, `query_features` of every layer with statistics
+    over the batch."""
 
     name: str
     settings: TrainSettings
@@ -63,7 +64,7 @@ class Workload:
     unspread: tuple[str, ...]
     tables: tuple[Tables, ...]
     table_bytes: float
-    query_features: int
+    query_features: tuple[int, ...]
 
     @property
     def dense(self) -> int:
@@ -108,7 +109,7 @@ def workload(recipe: Recipe, vocab_size: int | None = None) -> Workload:
         unspread=tuple(name for name in banks if name not in spread),
         tables=tuple(tables_of(model)),
         table_bytes=table_bytes(model, settings),
-        query_features=sum(m.features for m in model.modules() if isinstance(m, BatchQueryNorm)),
+        query_features=tuple(m.features for m in model.modules() if isinstance(m, BatchQueryNorm)),
     )
 
 

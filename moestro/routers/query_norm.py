@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Statistics = tuple[Tensor, Tensor, int]
+ONE_TOKEN = "query batch norm needs at least 2 tokens in a training batch, got 1"
 
 
 class QueryNorm(nn.Module):
@@ -37,7 +38,8 @@ class BatchQueryNorm(QueryNorm):
     over all of them, and gradients with it: the statistics, forward and backward, are then those of the whole batch.
     Each process must come here as often, also without tokens; what it returns counts its own queries only.
 
-    Raises: ValueError for a training batch of one token; RuntimeError in evaluation before any update.
+    Raises: ValueError for a training batch of one token, that of all processes together, on each of them; RuntimeError
+    in evaluation before any update.
     """
 
     together: Callable[[Tensor], Tensor] | None = None
@@ -69,7 +71,7 @@ class BatchQueryNorm(QueryNorm):
         elif len(query) == 0:
             return query, None
         elif len(query) == 1:
-            raise ValueError("query batch norm needs at least 2 tokens in a training batch, got 1")
+            raise ValueError(ONE_TOKEN)
         else:
             mean, variance = query.mean(0), query.var(0, correction=0)
         stats = (mean.detach(), variance.detach(), len(query)) if len(query) else None
@@ -91,6 +93,9 @@ class BatchQueryNorm(QueryNorm):
 def _over_all(query: Float[Tensor, "t f"], summed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the queries of all processes; sums about the mean, so that nothing cancels."""
     sums = summed(torch.cat([query.new_tensor([len(query)]), query.sum(0)]))
+    # who has two tokens need not ask, and wait for the device
+    if len(query) < 2 and int(sums[0]) == 1:
+        raise ValueError(f"{ONE_TOKEN} on all ranks together")
     count = sums[0].clamp(min=1)
     mean = sums[1:] / count
     return mean, summed((query - mean).square().sum(0)) / count

@@ -130,6 +130,12 @@ def refused(rank: int) -> None:
         ColumnParallel(SingletonBank(7, 9))
     with pytest.raises(ValueError, match="a table of 1 experts on 2 ranks"):
         RowParallel(SingletonBank(7, 1), Network())
+    norm = BatchQueryNorm(heads=2, d_key=4)
+    norm.together = summed
+    with pytest.raises(ValueError, match="at least 2 tokens in a training batch, got 1 on all ranks together"):
+        norm(torch.randn(1 if rank == 0 else 0, 8))
+    assert len(norm(torch.randn(1, 8))[0]) == 1  # two tokens, one on each rank
+    assert len(norm(torch.randn(0, 8))[0]) == 0
 
 
 def test_the_impossible_is_refused(tmp_path: Path) -> None:

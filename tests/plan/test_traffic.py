@@ -80,5 +80,6 @@ def test_wide_rows_travel_less_in_columns_and_many_ranks_hear_less_of_rows():
 
 
 def test_statistics_of_queries_are_mean_and_spread():
-    assert traffic.query_statistics(10, 2) == (2 * 10 + 1) * 8
-    assert traffic.query_statistics(0, 2) == 0
+    assert traffic.query_statistics(10, 2) == (2 * 10 + 1) * 4
+    assert traffic.pooled_statistics(10, 2) == (2 * 10 + 1) * 8
+    assert traffic.query_statistics(0, 2) == traffic.pooled_statistics(0, 2) == 0
