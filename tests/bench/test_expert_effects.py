@@ -10,13 +10,15 @@ from bench.effects.command import collect, main
 from bench.effects.expert_probes import alike, foreign, mean_cosine, old_text, outputs, purity
 from bench.effects.experts import EFFECTS, STUDY, SYSTEMS
 from bench.effects.study import Trained, Work
-from bench.effects.systems.mpoe import between, size
+from bench.effects.systems.mpoe import between
 from bench.effects.systems.smola import forgets_more, forgotten
+from bench.effects.systems.system import parameters as share
 from bench.harness import ROOT
 from moestro.compare.job import run_job
 from moestro.evaluate import evaluate
 from moestro.experts import FFNBank, MPOBank
 from moestro.layers import adapters_of
+from moestro.layers.adapted import Mixture
 from moestro.model import Transformer
 from moestro.recipe.build import build_model
 from moestro.recipe.load import load_recipe
@@ -40,6 +42,28 @@ def test_effects_speak_of_arms_that_are_trained() -> None:
     assert set(STUDY.arms) - {arm for effect in EFFECTS for arm in effect.arms} == set()
     assert len({effect.id for effect in EFFECTS}) == len(EFFECTS)
     assert all(STUDY.arms[arm.start] and arm.text for arm in STUDY.arms.values() if arm.start)
+
+
+def test_what_is_called_of_equal_size_is_to_a_unit() -> None:
+    """Rivals of muMoE and MPOE in parameters and in FLOPs a token; LoRA below and above SMoLA."""
+    assert parameters(model("top-2-132")) == parameters(model("mpoe"))
+    for arm in ("dense-535", "top-2-533"):
+        assert parameters(model(arm)) == pytest.approx(parameters(model("mumoe-64")), rel=0.001)
+    for arm in ("dense-535", "top-2-2132"):
+        cost = model(arm).expected_token_flops(128)
+        assert cost == pytest.approx(model("mumoe-64").expected_token_flops(128), rel=0.001)
+    learning = {
+        arm: sum(p.numel() for p in model(arm).parameters() if p.requires_grad)
+        for arm in ("lora-17", "smola-4x4", "lora-18")
+    }
+    assert learning == {"lora-17": 113_472, "smola-4x4": 114_432, "lora-18": 120_000}
+    # a router of one expert does nothing
+    assert sum(m.router.n_experts == 1 for m in mixtures("lora-17")) == len(mixtures("lora-17")) > 0
+    assert sum(p.numel() for m in mixtures("lora-17") for p in m.router.parameters()) == 2496
+
+
+def mixtures(arm: str) -> list[Mixture]:
+    return [m for layer in adapters_of(model(arm)).layers.values() for m in layer.each()]
 
 
 def test_what_is_called_of_equal_size_is() -> None:
@@ -108,7 +132,7 @@ def test_figures() -> None:
         return {"final": {"bpb": bpb}, "old_text": {"before": before, "after": after}, "params_total": total}
 
     assert between(run(2.5), run(3.0), run(2.0)) == 0.5
-    assert size(run(1, total=2), run(1, total=8)) == 0.25
+    assert share(run(1, total=2), run(1, total=8)) == 0.25
     assert forgotten(run(1, after=2.5)) == 0.25
     assert forgets_more(run(1, after=2.5), run(1, after=3.0)) == -0.25
 

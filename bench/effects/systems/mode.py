@@ -12,7 +12,7 @@ from bench.effects.systems.system import LOSS, MARGIN, System, expect, fixed
 
 def mode() -> System:
     """A token's expert and one more that is drawn, pulled together with weight 0.05 and 1, or, the control, both pulled
-    to zero; and a token's own two experts, which costs nothing, pulled together."""
+    to zero; and a token's own two experts, which costs nothing, pulled together or, the control, to zero."""
 
     def pulled(weight: float, **how: Any) -> list[dict[str, Any]]:
         pull = {"kind": "mutual_distillation", "weight": weight, "schedule": {"kind": "constant", "warmup": 0.2}}
@@ -21,12 +21,15 @@ def mode() -> System:
     def arm(weight: float, **how: Any) -> Arm:
         return Arm("mutual_distillation.yaml", {"objectives": pulled(weight, **how)}, probes={"own": own})
 
-    active = {"model.ffn.record": {"kind": "active"}, "objectives": pulled(0.05)}
+    def between_two(**how: Any) -> Arm:
+        return Arm("moe.yaml", {"model.ffn.record": {"kind": "active"}, "objectives": pulled(0.05, **how)})
+
     arms = {
         "mode-0.05": arm(0.05),
         "mode-1": arm(1.0),
         "mode-zero-0.05": arm(0.05, target="zero"),
-        "mode-top-2": Arm("moe.yaml", active),
+        "mode-top-2": between_two(),
+        "mode-zero-top-2": between_two(target="zero"),
         **fixed(2),
         **switch(),
     }
@@ -49,6 +52,7 @@ def mode() -> System:
             expect("E9", "better on own tokens", paper, "nats on own tokens", little, worse_on_own, high=0),
             expect("E10", "gains more on foreign tokens", paper, "nats, foreign less own", little, narrower, high=0),
             expect("E11", "much: experts stand in", paper, "nats, foreign less own", "mode-1 switch", narrower, high=0),
+            expect("E12", "and than its penalty", control, LOSS, "mode-top-2 mode-zero-top-2", f.excess, high=0),
         ),
     )
 

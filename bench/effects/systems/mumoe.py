@@ -8,21 +8,31 @@ from bench.effects.effect import Run
 from bench.effects.expert_probes import without
 from bench.effects.study import Arm
 from bench.effects.systems.smola import dense
-from bench.effects.systems.system import EACH, LOSS, System, expect, fixed
+from bench.effects.systems.system import EACH, LOSS, SAME, System, dense_of, expect, fixed, parameters, token_cost
 
 
 def mumoe() -> System:
     """64 or 8 experts in CP format in both linear maps, of the rank that gives a block the dense one's 98 thousand
-    parameters."""
+    parameters. dense-535 has the parameters of mumoe-64 and its FLOPs a token as nearly as can be, top-2-533 (units of
+    all experts) its parameters, top-2-2132 its FLOPs a token."""
 
     def arm(n_experts: int) -> Arm:
         rank = round(3 * 64 * 512 / (2 * n_experts + 65 + 512 + 513 + 64))
         bank: dict[str, Any] = {"kind": "cp", "modes": [n_experts], "rank": rank, "d_out": 512}
         return Arm("mumoe.yaml", {"model.ffn.branches": [bank]})
 
-    arms = {"mumoe-64": arm(64), "mumoe-8": replace(arm(8), probes={"without": without}), **dense(), **fixed(2)}
+    arms = {
+        "mumoe-64": arm(64),
+        "mumoe-8": replace(arm(8), probes={"without": without}),
+        **dense(),
+        "dense-535": dense_of(535),
+        **fixed(2),
+        **fixed(2, 533),
+        **fixed(2, 2132),
+    }
     paper, share = "2402.12550", "share of experts with weight"
     more = "mumoe-64 mumoe-8"
+    sized, costs = "ratio of parameters", "ratio of FLOPs a token"
     return System(
         arms,
         (
@@ -34,6 +44,13 @@ def mumoe() -> System:
             expect("U6", "purer in time", paper, "purity for words, rise", "mumoe-64", purer_in_time, low=0),
             expect("U7", "fewer experts in time", paper, EACH, "mumoe-64", fewer_in_time, high=0),
             expect("U8", "without one its own tokens suffer", paper, "nats more than others", "mumoe-8", missed, low=0),
+            expect("U9", "dense-535: as many parameters", paper, sized, "mumoe-64 dense-535", parameters, **SAME),
+            expect("U10", "and FLOPs a token", paper, costs, "mumoe-64 dense-535", token_cost, **SAME),
+            expect("U11", "near it", paper, LOSS, "mumoe-64 dense-535", f.excess, low=-0.05, high=0.05),
+            expect("U12", "top-2-533: as many parameters", paper, sized, "mumoe-64 top-2-533", parameters, **SAME),
+            expect("U13", "it is better", paper, LOSS, "mumoe-64 top-2-533", f.excess, low=0),
+            expect("U14", "top-2-2132: as many FLOPs a token", paper, costs, "mumoe-64 top-2-2132", token_cost, **SAME),
+            expect("U15", "it is better", paper, LOSS, "mumoe-64 top-2-2132", f.excess, low=0),
         ),
     )
 
