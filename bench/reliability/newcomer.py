@@ -1,14 +1,13 @@
 """How long a newcomer waits: from a clone to the first report, and to the first run of a recipe of their own.
 
-    python -m bench.reliability.newcomer [--source REPOSITORY] [--json bench/results/newcomer.json]
+    python -m bench.reliability.newcomer [--source REPOSITORY] [--json PATH]
 
 Clones the repository into an empty folder, with caches of its own (pip's, moestro's) and no environment, then does what
-the README and docs/tour.md say: `make demo`, and a recipe written by hand over text files. Prints one line of JSON, and
-writes the same; seconds depend on the network and on what else the machine does.
+the README and docs/tour.md say: `make demo`, and a recipe written by hand over text files. Seconds depend on the network
+and on what else the machine does.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -16,14 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from bench.harness import commit, machine
-from bench.reliability.figures import Figure
+from bench.harness import ROOT
+from bench.reliability.figures import Figure, report
 
-ROOT = Path(__file__).resolve().parents[2]
-OUT = ROOT / "bench" / "results" / "newcomer.json"
 # Of docs/tour.md: what writes the text, and the recipe.
 TEXT, RECIPE = (
     re.compile(r"```python\n(.*?)```", re.DOTALL),
@@ -58,7 +54,7 @@ class Newcomer:
         self.do(".venv/bin/moestro", "train", "mine.yaml", "--out", "runs/mine")
 
     def do(self, *words: str, where: Path | None = None) -> None:
-        """Run a command in the clone; its output goes to standard error, so that ours is one line.
+        """Run a command in the clone; its output goes to standard error, ours to standard output.
 
         Raises: CalledProcessError where it fails.
         """
@@ -88,31 +84,26 @@ def timed(newcomer: Newcomer) -> dict[str, float]:
 
 def figures(done: dict[str, float], clone: Path) -> list[Figure]:
     """The waits, and whether what they were for is there."""
-    report, run = clone / "runs" / "first_look" / "report.html", clone / "runs" / "mine" / "done.json"
+    page, run = clone / "runs" / "first_look" / "report.html", clone / "runs" / "mine" / "done.json"
     return [
         Figure("clone to environment", "waited", done["make setup"], "s"),
-        Figure("clone to first report", "waited", done["make demo"], "s", "the report is there", report.is_file()),
+        Figure("clone to first report", "waited", done["make demo"], "s", "the report is there", page.is_file()),
         Figure("clone to own recipe", "waited", done["own recipe"], "s", "the run is finished", run.is_file()),
         Figure("own recipe alone", "waited", round(done["own recipe"] - done["make demo"], 1), "s"),
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do it, print and write; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do it, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", default=str(ROOT), help="what is cloned (default: this repository)")
-    parser.add_argument("--json", type=Path, default=OUT, help="where the line is kept")
-    options = parser.parse_args(argv)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures as JSON")
+    options = parser.parse_args(argv, argparse.Namespace(seed=0, threads=os.cpu_count() or 1))
     with tempfile.TemporaryDirectory(prefix="newcomer-") as folder:
         newcomer = Newcomer(options.source, Path(folder))
         found = figures(timed(newcomer), newcomer.clone)
-    facts = {"script": "newcomer", "commit": commit(), "machine": machine(os.cpu_count() or 1), "seed": 0}
-    line = json.dumps({**facts, "figures": [asdict(figure) for figure in found]})
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(line + "\n", encoding="utf-8")
-    print(line)
-    return 0 if all(figure.holds is not False for figure in found) else 1
+    report("bench/reliability/newcomer.py", found, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

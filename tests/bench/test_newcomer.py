@@ -56,15 +56,17 @@ def test_a_real_clone_and_a_command_in_it(tmp_path, capfd):
     assert "No commits yet" in capfd.readouterr().err
 
 
-def test_it_prints_one_line_and_writes_the_same(tmp_path, monkeypatch, capsys):
+def test_it_reports_in_the_one_format(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(newcomer, "Newcomer", Quick)
-    assert main(["--source", "x", "--json", str(tmp_path / "out" / "newcomer.json")]) == 0
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1 and (tmp_path / "out" / "newcomer.json").read_text() == line
-    assert [figure["case"] for figure in json.loads(line)["figures"]][1:3] == [
-        "clone to first report",
-        "clone to own recipe",
-    ]
+    main(["--source", "x", "--json", str(tmp_path / "out" / "newcomer.json")])
+    assert "clone to own recipe" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "newcomer.json").read_text())
+    assert set(result) == {"script", "commit", "machine", "seed", "figures"}
+    assert (ROOT / result["script"]).is_file()
+    assert [figure["case"] for figure in result["figures"]][1:3] == ["clone to first report", "clone to own recipe"]
+    monkeypatch.setattr(Quick, "made", {"make demo": "runs/first_look/report.html"})
+    with pytest.raises(SystemExit, match="a figure is not what it has to be"):
+        main(["--source", "x"])
 
 
 def test_a_tour_without_its_blocks_is_said(tmp_path):
