@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from bench.harness import ROOT
@@ -129,6 +131,13 @@ def main(words: list[str] | None = None) -> None:
         report("bench/reliability/kills.py", killed(options, Path(folder)), options)
 
 
+def shared(kills: int, chosen: Sequence[Victim]) -> list[int]:
+    """Kills for each, by their shares: one at least, and as many together as were asked for at least."""
+    ends = [0.0, *accumulate(victim.share for victim in chosen)]
+    places = [round(kills * end / ends[-1]) for end in ends]
+    return [max(1, end - start) for start, end in pairwise(places)]
+
+
 def killed(options: argparse.Namespace, work: Path) -> list[Figure]:
     """All victims killed, and what was counted."""
     forks, dice, found, total = Forks(ROOT), random.Random(options.seed), [], 0
@@ -140,10 +149,9 @@ def killed(options: argparse.Namespace, work: Path) -> list[Figure]:
             sys.exit((work / "made.log").read_text()[-2000:])
 
     chosen = [v for v in victims(work, made, options.seed) if options.only in (None, v.name)]
-    shares = sum(victim.share for victim in chosen)
-    for number, victim in enumerate(chosen):
+    for number, (victim, share) in enumerate(zip(chosen, shared(options.kills, chosen), strict=True)):
         killing = Killing(victim, work / str(number), work / "cache", forks, dice)
-        killing.run(round(options.kills * victim.share / shares))
+        killing.run(share)
         found += killing.figures()
         total += killing.phases.total()
         print(f"{victim.name}: {killing.phases.total()} kills, {killing.episodes} ended", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ SHRUNK = {
     "peer_million": [
         "model.d_model=32",
         "model.layers.2.branches=[{kind: singleton, n_experts: 4096, sparse_gradients: true}]",
+        "train.keep_last=2",
     ]
 }
 FEW = ["train.budget={steps: 3}", "train.eval_tokens=256", "train.save_every=2", "train.eval_every=2"]

@@ -109,6 +109,14 @@ def test_a_difference_and_an_error_are_told(tmp_path):
     assert made.figures()[-1].holds is False
 
 
+@pytest.mark.parametrize("asked", [1, 6, 14, 200])
+def test_every_victim_has_its_share_and_none_of_the_kills_is_rounded_away(asked):
+    chosen = [Victim(str(share), list, share) for share in (0.35, 0.1, 0.15, 0.15, 0.1, 0.05, 0.1)]
+    found = kills.shared(asked, chosen)
+    assert sum(found) >= asked and min(found) >= 1
+    assert asked < 200 or found == [70, 20, 30, 30, 20, 10, 20]
+
+
 @pytest.mark.slow
 def test_a_dozen_kills_of_every_command_lose_nothing(tmp_path, capsys):
     kills.main(["--kills", "14", "--json", str(tmp_path / "kills.json")])
