@@ -51,12 +51,10 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} ({self.prog} --help)")
 
 
-def add_recipe(parser: Parser) -> None:
-    """RECIPE and key=value ..."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as those in recipes/")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="set any key of the recipe: optim.lr=1e-3 train.seed=1"
-    )
+def add_recipe(parser: Parser, where: str = "recipes/", keys: str = "optim.lr=1e-3 train.seed=1") -> None:
+    """RECIPE and key=value ...; `where` some lie, and `keys` that they have."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help=f"a YAML file, such as those in {where}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"set any key of the recipe: {keys}")
 
 
 def add_device(parser: Parser) -> None:

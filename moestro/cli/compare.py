@@ -11,7 +11,7 @@ from moestro.cli.values import positive
 
 def add_arguments(parser: Parser) -> None:
     """RECIPE, key=value ..., --out, --workers, --device"""
-    add_recipe(parser)
+    add_recipe(parser, "recipes/compare/", "seeds=[0] evaluations=4")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the runs and the report (default: runs/RECIPE)"
     )

@@ -8,7 +8,7 @@ from moestro.cli.arguments import Parser
 
 def add_keeping(parser: Parser) -> None:
     """Precisions, policy, prefetching, and where experts and their copies lie."""
-    plan = parser.add_argument_group("how experts are kept and read")
+    plan = parser.add_argument_group("with --memory: how experts are kept and read")
     plan.add_argument(
         "--exact", action="store_true", help="no LOW copies, nothing skipped: the same result as in memory"
     )
@@ -65,8 +65,14 @@ def _add_reading(plan: argparse._ArgumentGroup) -> None:
         help="where experts are skipped, scale the gates of the others to make up for them",
     )
     plan.add_argument(
-        "--store", type=Path, metavar="DIR", help="where LOW copies are kept (default: SRC.offload-CODEC beside SRC)"
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="where LOW copies are kept (default: beside the model, NAME.offload-CODEC)",
     )
     plan.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="text by which LOW copies are calibrated when they are made"
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="of moestro offload: text by which LOW copies are calibrated when they are made",
     )
