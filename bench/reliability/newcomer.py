@@ -3,8 +3,8 @@
     python -m bench.reliability.newcomer [--source REPOSITORY] [--json PATH]
 
 Clones the repository into an empty folder, with caches of its own (pip's, moestro's) and no environment, then does what
-the README and docs/tour.md say: `make demo`, and a recipe written by hand over text files. Seconds depend on the network
-and on what else the machine does.
+the README and docs/tour.md say: `make demo`, and a recipe written by hand over text files. Seconds depend on the
+network and on what else the machine does.
 """
 
 import argparse
