@@ -69,9 +69,9 @@ class FolderJob:
             self._finish(half, name, digest)
 
     def copy(self, name: str, source: Path) -> None:
-        """Copy a file byte by byte, unless it is there."""
+        """Copy a file byte by byte, unless it is there; `name` may lie in a folder inside this one."""
         if name not in self.done:
-            half = self.path / (TEMPORARY + name)
+            half = (self.path / name).with_name(TEMPORARY + Path(name).name)
             half.parent.mkdir(parents=True, exist_ok=True)
             digest = hashlib.sha256()
             with half.open("wb") as file:
@@ -83,7 +83,7 @@ class FolderJob:
     def _finish(self, half: Path, name: str, digest: str) -> None:
         sync_file(half)
         os.replace(half, self.path / name)
-        sync_file(self.path)
+        sync_file(half.parent)
         self.done[name] = {"bytes": (self.path / name).stat().st_size, "sha256": digest}
         write_json(self.control / DONE, self.done)
 

@@ -34,6 +34,15 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
+def test_files_in_folders_of_the_source_come_along(tmp_path):
+    folder = source(tmp_path)
+    (folder / "original" / "notes").mkdir(parents=True)
+    (folder / "original" / "notes" / "params.json").write_text('{"dim": 8}')
+    apply_plan(folder, plan_for(folder, (0, 2, 3, 5, 6, 7)), tmp_path / "out")
+    assert (tmp_path / "out" / "original" / "notes" / "params.json").read_text() == '{"dim": 8}'
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
