@@ -26,12 +26,12 @@ def stated(config: Mapping[str, Any], key: str, folder: Path) -> int:
 def layers_of(family: Family, config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
     """The layers that have experts, by config.json.
 
-    Raises: FormatError where a key it depends on is missing or no number.
+    Raises: FormatError where a key it depends on is missing, no number, or a step of 0.
     """
     stated(config, "num_hidden_layers", folder)
     try:
         return family.layers(config)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise FormatError(f"{folder / 'config.json'} does not say which layers have experts: {error}") from error
 
 

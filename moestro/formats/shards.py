@@ -1,6 +1,7 @@
 """The tensors of a folder: which file holds each, its shape and dtype, read one at a time."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FormatError(f"{path.parent} has no {path.name}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise FormatError(f"{path} holds a {type(found).__name__}, expected an object")
@@ -75,8 +76,10 @@ def header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             fields = json.loads(file.read(length))
     except FileNotFoundError as error:
         raise FormatError(f"{path.parent} has no {path.name}, which its index names") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"{path} is no safetensors file: its header is not valid JSON") from error
+    if not isinstance(fields, dict):
+        raise FormatError(f"{path} is no safetensors file: its header is a {type(fields).__name__}, no object")
     metadata, base = fields.pop("__metadata__", {}), 8 + length
     entries = {name: _entry(path, name, field, base) for name, field in fields.items()}
     end = max((entry.stop for entry in entries.values()), default=base)
@@ -87,10 +90,14 @@ def header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _entry(path: Path, name: str, field: Any, base: int) -> Entry:
     try:
-        start, stop = field["data_offsets"]
-        return Entry(name, path.name, field["dtype"], tuple(field["shape"]), base + start, base + stop)
+        (start, stop), dtype, shape = field["data_offsets"], field["dtype"], tuple(field["shape"])
+        sizes = (start, stop - start, *shape)
+        known = isinstance(dtype, str) and all(type(size) is int and size >= 0 for size in sizes)
+        if known and (dtype not in DTYPES or stop - start == math.prod(shape) * DTYPES[dtype].itemsize):
+            return Entry(name, path.name, dtype, shape, base + start, base + stop)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path}: the header's entry for {name} is malformed: {field!r}") from error
+    raise FormatError(f"{path}: the header's entry for {name} is malformed: {field!r}")
 
 
 def is_file_name(name: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from moestro.formats import FAMILIES, Checkpoint, FormatError
+from moestro.formats.complete import layers_of
 from moestro.formats.shards import Shards
 from tests.formats.folders import WIDTH, D, E, mixtral_config, mixtral_tensors, write_folder
 
@@ -133,6 +134,36 @@ def test_damaged_folders_are_refused(tmp_path: Path, damage: Callable[[Path], No
     damage(folder)
     with pytest.raises(FormatError, match=message):
         Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F32", "shape": [5], "data_offsets": [0, 16]}, "entry for t is malformed"),
+        ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "entry for t is malformed"),
+        ({"dtype": "F32", "shape": "4", "data_offsets": [0, 16]}, "entry for t is malformed"),
+        ({"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}, "entry for t is malformed"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}, "entry for t is malformed"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0.0, 16.0]}, "entry for t is malformed"),
+        ("[1]", "its header is a list, no object"),
+        ("[" * 100_000, "header is not valid JSON"),
+    ],
+)
+def test_headers_that_describe_no_tensor_are_refused(tmp_path: Path, entry: dict | str, message: str) -> None:
+    text = entry if isinstance(entry, str) else json.dumps({"t": entry, "u": entry | {"data_offsets": [0, 16]}})
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(16))
+    with pytest.raises(FormatError, match=message):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [("deepseek_v2", "moe_layer_freq"), ("qwen2_moe", "decoder_sparse_step"), ("jamba", "expert_layer_period")],
+)
+def test_steps_of_0_are_refused(tmp_path: Path, family: str, key: str) -> None:
+    config = {"num_hidden_layers": 2, "expert_layer_offset": 0, key: 0}
+    with pytest.raises(FormatError, match="does not say which layers have experts"):
+        layers_of(FAMILIES[family], config, tmp_path)
 
 
 def test_pickles_are_named_and_not_loaded(tmp_path: Path) -> None:
