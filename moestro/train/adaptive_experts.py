@@ -1,6 +1,7 @@
 """`AdaptiveExperts`: experts that no token uses leave the pool, tokens that no expert serves bring one in."""
 
 import copy
+import hashlib
 from typing import Any, Literal
 
 import torch
@@ -197,7 +198,7 @@ def _fresh(bank: ExpertBank, slot: int, seed: str) -> list[Tensor]:
     """The weights that a fresh expert in this slot would start with; the same on every rank."""
     devices = {parameter.device for parameter in bank.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(int.from_bytes(seed.encode(), "big") % 2**63)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1)
         twin = _twin(bank)
         index = torch.arange(bank.n_experts)
         index[slot] = -1

@@ -211,6 +211,18 @@ def test_fresh_experts_differ_by_step_and_not_by_what_was_drawn_before():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+def test_fresh_experts_differ_by_seed_step_and_layer_however_long_the_numbers_are():
+    drawn = []
+    for seed, step, n_layers in ((0, 10_000, 1), (7, 10_000, 1), (0, 1_000_000, 12), (0, 2_000_000, 12)):
+        layers = torch.nn.ModuleList(layer(threshold=1.01) for _ in range(n_layers))
+        rule = started(layers, new_experts="fresh", seed=seed)
+        for each in layers:
+            rule.observe(each(tokens())[1][0])
+        rule.apply(step)
+        drawn += [each.bank.w_in.weight[:8].detach() for each in layers]
+    assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
 def states(of: Transformer, rule: AdaptiveExperts) -> list[torch.Tensor]:
     return [moe.router.available for moe in of.moe_layers().values()] + list(rule.records.values())
 
