@@ -5,6 +5,7 @@ A folder `step-00000123` appears complete or not at all. Nothing is pickled.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from moestro.train.durable import (
 from moestro.upgrades import CHECKPOINT, Shapes, VersionError
 
 STATE = "state.json"
+NAME = re.compile(r"step-\d{8,}")
 
 
 class CheckpointError(RuntimeError):
@@ -88,8 +90,8 @@ def advice(checkpoints: Path) -> str:
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Complete checkpoint folders, oldest first."""
-    return sorted(checkpoints.glob("step-*"))
+    """Complete checkpoint folders, oldest first; a copy of one under another name is none."""
+    return sorted((path for path in checkpoints.glob("step-*") if NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -141,7 +143,7 @@ def compare_hash(file: Path, expected: str, actual: str) -> None:
 
 def way_out(path: Path) -> str:
     """What to do about a damaged checkpoint: the newest earlier one that is intact."""
-    for earlier in reversed([p for p in list_checkpoints(path.parent) if p.name < path.name]):
+    for earlier in reversed([p for p in list_checkpoints(path.parent) if step_of(p) < step_of(path)]):
         try:
             verified_state(earlier)
         except (CheckpointError, VersionError):

@@ -1,6 +1,7 @@
 """Checkpoint folders: complete or absent, verified, few."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,15 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000015", "step-00000100"]
     keep_checkpoints(tmp_path, last=1, best_step=None)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000100"]
+
+
+def test_copies_under_other_names_are_no_checkpoints_and_steps_are_numbers(tmp_path):
+    for step in (5, 99_999_999, 100_000_000):
+        write(tmp_path, step)
+    shutil.copytree(tmp_path / "step-00000005", tmp_path / "step-00000005-backup")
+    keep_checkpoints(tmp_path, last=2, best_step=None)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-99999999", "step-100000000"]
+    assert (tmp_path / "step-00000005-backup").is_dir()
 
 
 def test_unfinished_folders_are_no_checkpoints_and_are_cleared(tmp_path):
