@@ -1,6 +1,7 @@
 """From finished runs to results.json."""
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,7 +137,7 @@ def curve(steps: Sequence[Mapping], evaluations: Sequence[Mapping]) -> list[dict
 
 def thinned(steps: Sequence[Mapping]) -> list[Mapping]:
     """At most `CURVE_POINTS` of the steps, evenly spread, the last one included."""
-    stride = max(1, len(steps) // CURVE_POINTS)
+    stride = max(1, math.ceil(len(steps) / CURVE_POINTS))
     return list(steps[::-1][::stride][::-1])
 
 

@@ -51,14 +51,16 @@ def token_sample(
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """The text each token adds."""
     out: list[str] = []
-    pending: list[int] = []
-    for position, token in enumerate(ids):
-        pending.append(token)
-        piece = tokenizer.decode(pending)
+    told = waiting = 0
+    for end in range(1, len(ids) + 1):
+        # All of it, because some decoders take the space before the first token away.
+        text, waiting = tokenizer.decode(ids[:end]), waiting + 1
         # Bytes of an unfinished character decode to the replacement character: wait for the rest.
-        unfinished = piece.endswith(REPLACEMENT) and len(pending) < 4 and position + 1 < len(ids)
-        out.append("" if unfinished else piece)
-        pending = pending if unfinished else []
+        if text.endswith(REPLACEMENT) and waiting < 4 and end < len(ids):
+            out.append("")
+            continue
+        out.append(text[told:])
+        told, waiting = len(text), 0
     return out
 
 

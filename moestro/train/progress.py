@@ -145,7 +145,7 @@ def describe_evaluation(figures: dict) -> str:
 def short(number: float) -> str:
     """1234567 -> 1.23M: three digits and a unit."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
+        if abs(number) >= 0.9995 * size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 

@@ -25,7 +25,7 @@ class Budget:
         if len(given) != 1:
             got = ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
             raise ValueError(f"budget needs exactly one of steps, tokens, flops; got {got}")
-        if self.total <= 0:
+        if not self.total > 0:
             raise ValueError(f"budget {self.unit}={self.total}: must be above 0")
 
     @property

@@ -15,6 +15,7 @@ from moestro.compare.board import Board
 from moestro.compare.job import Job, last_flops
 from moestro.compare.match import match, reference_size
 from moestro.compare.plan import load_comparison
+from moestro.compare.results import CURVE_POINTS, thinned
 from moestro.compare.run import compare, plan_jobs
 from moestro.recipe.build import build_data
 from moestro.recipe.load import load_recipe
@@ -117,6 +118,13 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path):
     assert dense["status"] == "done"
     assert moe["status"] == "failed"
     assert "NonFiniteLoss" in moe["error"]
+
+
+@pytest.mark.parametrize("n", [1, CURVE_POINTS, CURVE_POINTS + 1, 2 * CURVE_POINTS - 1, 7 * CURVE_POINTS])
+def test_curves_have_few_points_the_last_among_them(n):
+    steps = [{"step": step} for step in range(n)]
+    kept = thinned(steps)
+    assert kept[-1] is steps[-1] and min(n, CURVE_POINTS // 2) <= len(kept) <= CURVE_POINTS
 
 
 def test_the_last_complete_line_tells_the_progress(tmp_path):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from moestro.data import ByteTokenizer
+from moestro.data import ByteTokenizer, FileTokenizer
 from moestro.evaluate import token_sample
 from moestro.evaluate.token_sample import pieces
 from moestro.model import Attention, Block, Transformer
+from tests.data.tokenizer_files import metaspace
 from tests.train.tiny import WIDTH, dense, moe
 
 
@@ -43,6 +44,12 @@ def test_a_character_split_over_tokens_belongs_to_its_last_one():
     assert pieces(tokenizer, list("aé🙂".encode())) == ["a", "", "é", "", "", "", "🙂"]
     # A text that breaks off inside a character still has a piece for every token.
     assert pieces(tokenizer, list("é".encode())[:1]) == ["\ufffd"]
+
+
+def test_pieces_join_to_the_text_where_a_decoder_takes_the_first_space_away(tmp_path):
+    tokenizer, text = FileTokenizer(metaspace(tmp_path)), "it is a  test 🙂 of the"
+    split = pieces(tokenizer, tokenizer.encode(text))
+    assert "".join(split) == text and " t" in split and "🙂" in split
 
 
 def test_a_text_without_tokens_is_refused():

@@ -72,6 +72,7 @@ def test_remaining_time_counts_from_where_this_process_began():
 
 def test_short_numbers_and_durations():
     assert [short(n) for n in (7, 999.4, 1234, 5.6e6, 7.89e9, 1e12)] == ["7", "999", "1.23k", "5.6M", "7.89G", "1T"]
+    assert [short(n) for n in (999.6, 999_600, 999_499)] == ["1k", "1M", "999k"]
     assert [duration(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
 
 

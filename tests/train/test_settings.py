@@ -11,6 +11,7 @@ from moestro.train import Budget, Cosine, OptimSettings, ParameterGroup, TrainSe
         (lambda: Budget(), "budget needs exactly one of steps, tokens, flops; got none"),
         (lambda: Budget(steps=3, flops=1e9), r"exactly one of steps, tokens, flops; got steps=3, flops=1000000000\.0"),
         (lambda: Budget(tokens=0), "budget tokens=0: must be above 0"),
+        (lambda: Budget(flops=float("nan")), "budget flops=nan: must be above 0"),
         (lambda: ParameterGroup("("), r"group pattern='\(' is not a regular expression"),
         (lambda: ParameterGroup("x", lr_scale=-1.0), r"group lr_scale=-1\.0: must not be negative"),
         (lambda: OptimSettings(lr=0.0), r"optim lr=0\.0: must be above 0"),
