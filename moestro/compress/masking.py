@@ -46,9 +46,11 @@ def _others(experts: Sequence[int], like: Tensor) -> Tensor:
 
 def _bias(router: BiasedRouter, experts: Sequence[int]) -> Callable[[], object]:
     """Biases of -inf, which no score makes up for."""
-    left = router.n_experts - len(set(experts))
-    if left < router.top_k:
-        raise ValueError(f"top_k={router.top_k} > {left} experts")
+    present = router.bias > -math.inf
+    left = present & _others(experts, present)
+    if int(left.sum()) < router.top_k:
+        raise ValueError(f"top_k={router.top_k} > {int(left.sum())} experts")
+    router.limit.check(router.n_experts, router.top_k, left)
     before = router.bias.clone()
     router.bias[list(experts)] = -math.inf
     return lambda: router.bias.copy_(before)

@@ -113,9 +113,9 @@ def output_rows_std(
     the second moment of what a row is multiplied by besides its gate. Without `heads` or `top_k`: d_model^-0.5.
     """
     for name, value in (("heads", heads), ("top_k", top_k)):
-        if value is not None and value < 0:
+        if value is not None and value < 1:
             raise ValueError(f"{name}={value}, allowed: at least 1")
-    if not heads or not top_k:
+    if heads is None or top_k is None:
         return d_model**-0.5
     return output_std * (heads * squared_gates(gate, top_k, n_experts) * hidden_moment) ** -0.5
 

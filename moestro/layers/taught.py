@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moestro.cost import NOTHING, Cost
+from moestro.cost import NOTHING, Cost, Kept
 from moestro.layers.base import Layer
 from moestro.layers.dense import DenseFFN
 from moestro.layers.moe import MoELayer
@@ -46,6 +46,10 @@ class TaughtLayer(Layer):
 
     def expected_token_flops(self) -> float:
         return self.student.expected_token_flops()
+
+    def kept_per_token(self, d_model: int) -> Kept:
+        """What the student leaves, with what it records, and the target."""
+        return self.student.kept_per_token(d_model) + Kept(d_model)
 
     def untraced_flops(self, n_tokens: int) -> Cost:
         return self.teacher.untraced_flops(n_tokens).forward_only() if self.training else NOTHING

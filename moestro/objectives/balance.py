@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moestro.routing import Routing, Trace
@@ -20,9 +20,15 @@ def require_logits(routing: Routing, objective: str) -> Float[Tensor, "t e"]:
     return routing.logits
 
 
-def present(logits: Float[Tensor, "t e"]) -> Float[Tensor, ""]:
-    """How many experts take part: those that are neither unavailable nor resting, whose logits are not -inf."""
-    return (logits > -torch.inf).any(0).sum().to(logits.dtype)
+def present(logits: Float[Tensor, "t e"]) -> Bool[Tensor, "e"]:
+    """Which experts take part: those that are neither unavailable nor resting, whose logits are not -inf."""
+    return (logits > -torch.inf).any(0)
+
+
+def n_present(trace: Trace, objective: str) -> Float[Tensor, ""]:
+    """How many experts take part."""
+    logits = require_logits(trace.routing, objective)
+    return present(logits).sum().to(logits.dtype)
 
 
 Statistics = Literal["micro_batch", "step"]
@@ -57,9 +63,8 @@ class LoadBalance:
     """N sum_e f_e P_e (Wang 2024, arXiv:2408.10681, Eq. 3; after Fedus 2021).
 
     f_e is the fraction of tokens that use expert e, P_e its mean probability, N the experts that take part. As in the
-    paper f is not divided by
-    k: perfectly even top-k routing gives k, not 1. f is that of each micro-batch, or of the whole optimizer step (Qiu
-    2025, arXiv:2501.11873), which costs a forward pass more where gradients are accumulated.
+    paper f is not divided by k: perfectly even top-k routing gives k, not 1. f is that of each micro-batch, or of the
+    whole optimizer step (Qiu 2025, arXiv:2501.11873), which costs a forward pass more where gradients are accumulated.
     """
 
     statistics: Statistics = "micro_batch"
@@ -69,7 +74,7 @@ class LoadBalance:
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         fraction, probability = traffic(trace, "load_balance", self.statistics)
-        return present(require_logits(trace.routing, "load_balance")) * (fraction * probability).sum()
+        return n_present(trace, "load_balance") * (fraction * probability).sum()
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class WeightedBalance:
         fraction, probability = traffic(trace, "weighted_balance", self.statistics)
         widths = torch.as_tensor(trace.layer.expert_widths()).to(fraction.device)
         eta = torch.ones_like(fraction).masked_fill(widths == 0, self.zero_compute)
-        return present(require_logits(trace.routing, "weighted_balance")) * (eta * fraction * probability).sum()
+        return n_present(trace, "weighted_balance") * (eta * fraction * probability).sum()
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class ParameterPenalty:
     h_e is the width of expert e divided by the `mean` (default), `max` or `sum` of the widths, or by nothing (`none`,
     the printed equation, whose value at the paper's sizes is in the thousands; the paper's own remark that the penalty
     equals the load-balance loss for equal sizes holds for `mean` only). Balances f_e h_e, the compute each expert does.
-    `statistics` as for `LoadBalance`; the paper does not say.
+    N and the widths are those of the experts that take part. `statistics` as for `LoadBalance`; the paper does not say.
     """
 
     normalize: Literal["mean", "max", "sum", "none"] = "mean"
@@ -114,8 +119,10 @@ class ParameterPenalty:
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         fraction, probability = traffic(trace, "parameter_penalty", self.statistics)
-        widths = trace.layer.expert_widths()
-        if not isinstance(widths, Tensor):
-            widths = torch.full_like(fraction, widths)
-        scale = {"mean": widths.mean, "max": widths.max, "sum": widths.sum, "none": lambda: 1.0}[self.normalize]()
-        return trace.routing.n_experts * (fraction * (widths / scale).to(fraction) * probability).sum()
+        count = n_present(trace, "parameter_penalty")
+        there = present(require_logits(trace.routing, "parameter_penalty"))
+        widths = torch.as_tensor(trace.layer.expert_widths()).to(fraction) * there
+        total = widths.sum()
+        scale = {"mean": total / count.clamp(min=1), "max": widths.max(), "sum": total, "none": torch.ones_like(total)}
+        tiny = torch.finfo(widths.dtype).tiny
+        return count * (fraction * (widths / scale[self.normalize].clamp(min=tiny)) * probability).sum()

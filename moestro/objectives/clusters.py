@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.objectives.balance import require_logits
+from moestro.objectives.balance import present, require_logits
 from moestro.routing import Trace
 
 
@@ -38,7 +38,7 @@ class ClusterVariance:
         cluster = trace.layer.cluster
         if cluster is None:
             raise ValueError("cluster_variance found a layer without clusters; allowed: ffn: {kind: moe, clusters: 8}")
-        there = (logits > -torch.inf).any(0)
+        there = present(logits)
         probability = logits.softmax(-1)
         share = probability.sum(0) / max(1, len(logits))
         variance = _variance(share, torch.zeros_like(cluster) if self.form == "all" else cluster, there)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import require_logits
+from moestro.objectives.balance import n_present, require_logits
 from moestro.routing import Trace
 
 
@@ -16,7 +16,7 @@ class RouterEntropy:
 
     Wang 2024, arXiv:2408.10681, Eq. 5 prints N sum P log P, the opposite sign, which minimised drives top-p to as many
     experts as possible; `literal=True` gives exactly that, for archaeology. `scale_by_n` multiplies by the number of
-    experts as the printed equation does.
+    experts that take part, as the printed equation does.
     """
 
     scale_by_n: bool = False
@@ -28,8 +28,8 @@ class RouterEntropy:
         log_p = log_p.masked_fill(log_p == -math.inf, 0.0)
         entropy = -(log_p.exp() * log_p).sum() / max(1, trace.routing.n_tokens)
         if self.literal:
-            return -trace.routing.n_experts * entropy
-        return entropy * (trace.routing.n_experts if self.scale_by_n else 1)
+            return -n_present(trace, "router_entropy") * entropy
+        return n_present(trace, "router_entropy") * entropy if self.scale_by_n else entropy
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import present, require_logits
+from moestro.objectives.balance import n_present, require_logits
 from moestro.routing import Trace
 
 
@@ -14,11 +14,10 @@ from moestro.routing import Trace
 class FirstChoiceBalance:
     """N sum_e f_e P_e, f_e the fraction of tokens whose most probable expert is e, whatever else they use: 1 at perfect
     balance for every number of experts a token (Lepikhin 2020, arXiv:2006.16668, Algorithm 1; the loss of XMoE,
-    arXiv:2403.18926). A capacity that drops rows changes nothing here. N are the experts that
-    take part."""
+    arXiv:2403.18926). A capacity that drops rows changes nothing here. N are the experts that take part."""
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         logits = require_logits(trace.routing, "first_choice_balance")
         tokens = max(1, len(logits))
         first = torch.bincount(logits.argmax(-1), minlength=logits.shape[1]).to(logits.dtype)
-        return present(logits) * (first / tokens * (logits.softmax(-1).sum(0) / tokens)).sum()
+        return n_present(trace, "first_choice_balance") * (first / tokens * (logits.softmax(-1).sum(0) / tokens)).sum()

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import require_logits
+from moestro.objectives.balance import n_present, require_logits
 from moestro.routers import ReLU
 from moestro.routing import Trace
 
@@ -30,4 +30,4 @@ class GateL1:
         gates = require_logits(trace.routing, "gate_l1").relu()
         tokens = max(1, len(gates))
         fraction = trace.routing.load().to(gates.dtype) / (select.target * tokens)
-        return select.pressure.to(gates.dtype) * trace.routing.n_experts * (fraction * gates.sum(0) / tokens).sum()
+        return select.pressure.to(gates.dtype) * n_present(trace, "gate_l1") * (fraction * gates.sum(0) / tokens).sum()

@@ -6,15 +6,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import Statistics, check_statistics, traffic
+from moestro.objectives.balance import Statistics, check_statistics, present, require_logits, traffic
 from moestro.routing import Trace
 
 
-def by_width(trace: Trace, values: Float[Tensor, "e"]) -> tuple[Float[Tensor, "g e"], Float[Tensor, "g"]]:
-    """(`values` of each group's experts, zero elsewhere; the groups' widths): a group is all experts of a width."""
-    widths = torch.as_tensor(trace.layer.expert_widths()).to(values).expand(len(values))
-    each = widths.unique()
-    return values * (widths == each[:, None]), each
+def by_width(trace: Trace, objective: str) -> tuple[Float[Tensor, "g e"], Float[Tensor, "g"]]:
+    """(1 for each group's experts, 0 elsewhere; the groups' widths): those of one width that take part are a group."""
+    logits = require_logits(trace.routing, objective)
+    there = present(logits)
+    widths = torch.as_tensor(trace.layer.expert_widths()).to(logits).expand(len(there))
+    each = widths[there].unique()
+    return ((widths == each[:, None]) & there).to(logits.dtype), each
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class GroupPenalty:
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         fraction, probability = traffic(trace, "group_penalty", self.statistics)
-        rows, widths = by_width(trace, fraction / fraction.sum().clamp(min=1e-9))
-        chances, _ = by_width(trace, probability)
-        return len(widths) * (rows.sum(1) * (widths / widths.mean()) * chances.sum(1)).sum()
+        member, widths = by_width(trace, "group_penalty")
+        rows, chances = member @ fraction, member @ probability
+        shares = rows / rows.sum().clamp(min=1e-9)
+        return len(widths) * (shares * (widths / widths.mean()) * chances).sum()
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,8 @@ class IntraGroupBalance:
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         fraction, probability = traffic(trace, "intra_group_balance")
-        rows, _ = by_width(trace, fraction)
-        chances, _ = by_width(trace, probability)
-        sizes, _ = by_width(trace, torch.ones_like(fraction))
+        member, widths = by_width(trace, "intra_group_balance")
         tiny = torch.finfo(fraction.dtype).tiny
-        shares = rows / rows.sum(1, keepdim=True).clamp(min=tiny)
-        means = chances / chances.sum(1, keepdim=True).clamp(min=tiny)
-        return (sizes.sum(1) * (shares * means).sum(1)).mean()
+        shares = member * fraction / (member @ fraction).clamp(min=tiny)[:, None]
+        means = member * probability / (member @ probability).clamp(min=tiny)[:, None]
+        return (member.sum(1) * (shares * means).sum(1)).sum() / max(1, len(widths))

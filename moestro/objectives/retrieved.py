@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.objectives.balance import present
 from moestro.routing import SparseRouting, Trace
 
 
@@ -13,12 +14,12 @@ from moestro.routing import SparseRouting, Trace
 class RetrievedParameterPenalty:
     """sum over the widths c of (N / n_c) (c / w) F_c P_c: pushes tokens towards narrow experts among those retrieved.
 
-    n_c of the N experts have width c, w is their mean width, F_c the share of the batch's rows that go to experts of
-    width c (no gradient), and P_c those experts' share of the sum of all gates. It is `ParameterPenalty` (Wang 2024,
-    arXiv:2408.10681, Eq. 4) divided by the rows of a token, with gates in place of the probabilities that product keys
-    do not have, and with an even spread inside each width assumed: no batch can tell the load of one in a million.
-    Where all experts have different widths and every token has all of them, the two are the same. Even use gives 1,
-    and at its fixed point each expert's load is in proportion to 1 / width.
+    n_c of the N experts that take part have width c, w is their mean width, F_c the share of the batch's rows that go
+    to experts of width c (no gradient), and P_c those experts' share of the sum of all gates. It is `ParameterPenalty`
+    (Wang 2024, arXiv:2408.10681, Eq. 4) divided by the rows of a token, with gates in place of the probabilities that
+    product keys do not have, and with an even spread inside each width assumed: no batch can tell the load of one in a
+    million. Where all experts have different widths and every token has all of them, the two are the same. Even use
+    gives 1, and at its fixed point each expert's load is in proportion to 1 / width.
 
     Gradient: with G the sum of all gates, d/dg of a row of width c is ((N c) / (n_c w) F_c - the penalty) / G, and
     through the softmax of a head, d/ds_j = g_j (a_j - sum_i g_i a_i) with a these: scores of experts whose width has
@@ -35,10 +36,11 @@ class RetrievedParameterPenalty:
         gates = routing.weight
         widths = torch.as_tensor(trace.layer.expert_widths()).to(gates.device).long().expand(routing.n_experts)
         chosen = widths[routing.expert]
-        pool = torch.bincount(widths).to(gates.dtype)
+        pool = torch.bincount(widths if routing.logits is None else widths[present(routing.logits)]).to(gates.dtype)
         rows = torch.bincount(chosen, minlength=len(pool)).to(gates.dtype) / max(1, routing.n_rows)
-        share = torch.zeros_like(pool).index_add(0, chosen, gates) / gates.sum().clamp(
-            min=torch.finfo(gates.dtype).tiny
-        )
-        width = torch.arange(len(pool), device=gates.device) / widths.to(gates.dtype).mean()
-        return (routing.n_experts / pool.clamp(min=1) * width * rows * share).sum()
+        tiny = torch.finfo(gates.dtype).tiny
+        share = torch.zeros_like(pool).index_add(0, chosen, gates) / gates.sum().clamp(min=tiny)
+        each = torch.arange(len(pool), device=gates.device, dtype=gates.dtype)
+        # (N / n_c) (c / w), where N times w is the sum of all widths
+        weight = pool.sum() ** 2 * each / (pool.clamp(min=1) * (pool @ each).clamp(min=tiny))
+        return (weight * rows * share).sum()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moestro.objectives.balance import require_logits
+from moestro.objectives.balance import present, require_logits
 from moestro.ops.precision import at_least_fp32
 from moestro.routing import SparseRouting, Trace
 
@@ -149,9 +149,11 @@ class RouterTarget:
             raise ValueError(
                 "router_target needs a layer with a teacher: ffn: {kind: taught, student: ..., teacher: ...}"
             )
-        there = (logits > -torch.inf).any(0)
+        if not len(logits):
+            return logits.sum()
+        there = present(logits)
         outputs = every_output(trace)[:, there]
-        top_k = round(trace.routing.n_rows / max(1, trace.routing.n_tokens))
+        top_k = round(trace.routing.n_rows / trace.routing.n_tokens)
         chosen = label_experts(outputs, trace.target, top_k, self.labels, self.scale or selection_scale(trace))
         return router_target_loss(logits[:, there], target_distribution(chosen), self.literal)
 

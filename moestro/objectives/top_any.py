@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import present
+from moestro.objectives.balance import n_present
 from moestro.ops.precision import at_least_fp32
 from moestro.routers import ScoredRouter, TopAny
 from moestro.routing import SparseRouting, Trace
@@ -38,7 +38,7 @@ def gates(trace: Trace, objective: str) -> tuple[SparseRouting, Float[Tensor, "n
     if not isinstance(router.select, TopAny) or not isinstance(routing, SparseRouting) or routing.logits is None:
         raise ValueError(f"{objective} needs select: {{kind: top_any}}, got {type(router.select).__name__}")
     gate = router.select.gates(routing.logits[routing.token, routing.expert], routing.expert)
-    return routing, gate, present(routing.logits)
+    return routing, gate, n_present(trace, objective)
 
 
 @dataclass(frozen=True)

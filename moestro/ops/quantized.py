@@ -43,8 +43,8 @@ def quantize_rows(table: Float[Tensor, "e d"], storage: str) -> QuantizedTable:
     scale = torch.ones(len(table), device=table.device)
     for start, stop in spans(*table.shape):
         rows = table[start:stop].float()
-        highest = rows.abs().amax(1)
-        scale[start:stop] = torch.where(highest > 0, highest / largest, 1.0)
+        step = rows.abs().amax(1) / largest
+        scale[start:stop] = torch.where(step > 0, step, 1.0)
         scaled = (rows / scale[start:stop, None]).clamp(-largest, largest)
         codes[start:stop] = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
     return QuantizedTable(codes, scale)

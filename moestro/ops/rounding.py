@@ -23,12 +23,15 @@ def stochastic_bfloat16(x: Float[Tensor, "n d"], ids: Int[Tensor, "n"], key: int
 
     The random bits are a hash (C. Wellons' lowbias32) of the key, the row's id and the column: the same in every
     process, on every device, in pieces of any size, so that training that was interrupted continues to the last bit.
-    Changes far below bfloat16's precision, as optimizers make, then add up instead of being lost.
+    Changes far below bfloat16's precision, as optimizers make, then add up instead of being lost. NaN stays NaN.
     """
     row = _mix(_mix(_low(ids) ^ _signed(key)) + _low(ids >> 32))
     column = torch.arange(x.shape[1], device=x.device, dtype=torch.int64) * _GOLDEN
     noise = _mix(row[:, None] + _low(column)) & 0xFFFF
-    return ((x.float().view(torch.int32) + noise) & ~0xFFFF).view(torch.float32).bfloat16()
+    x = x.float()
+    rounded = ((x.view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)
+    # the NaN of some devices has all bits set, to which nothing can be added
+    return torch.where(x.isnan(), x, rounded).bfloat16()
 
 
 def _low(x: Tensor) -> Tensor:

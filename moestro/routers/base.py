@@ -72,9 +72,11 @@ class ScoredRouter(Router):
         if first_available is not None and not 1 <= first_available <= n_experts:
             raise ValueError(f"first_available={first_available}, allowed: 1 to {n_experts}, the number of experts")
         self.first_available = first_available
-        select.check(first_available or n_experts)
+        # on the CPU, to be looked at where the model is built on the meta device
+        first = torch.arange(n_experts, device="cpu") < (first_available or n_experts)
+        select.check_available(first)
         self.score, self.select = score, select
-        self.register_buffer("available", torch.arange(n_experts) < (first_available or n_experts))
+        self.register_buffer("available", first.to(torch.get_default_device()))
         self.register_buffer("resting", torch.zeros(n_experts, dtype=torch.bool))
 
     @property
@@ -119,7 +121,7 @@ class ScoredRouter(Router):
         for present in (available, available & ~resting):
             if not bool(present.any()):
                 raise ValueError(f"available={present.tolist()}, allowed: at least one expert")
-            self.select.check(int(present.sum()))
+            self.select.check_available(present)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Experts take their availability with them; a fresh one is available and does not rest."""

@@ -8,6 +8,7 @@ from moestro.ops.precision import at_least_fp32
 from moestro.routers.base import Router
 from moestro.routers.family import SelectionFamily, size_of
 from moestro.routers.gates import gate as find
+from moestro.routers.gates import shares
 from moestro.routers.groups import EVERYWHERE, GroupLimit
 from moestro.routers.scores import Score
 from moestro.routing import SparseRouting
@@ -65,7 +66,7 @@ class BiasedRouter(Router):
         )
         gates = scores.gather(1, expert)
         if self.renormalize:
-            gates = gates / gates.sum(-1, keepdim=True)
+            gates = shares(gates)
         return SparseRouting.from_topk(expert, self.scale * gates, self.n_experts, gate.shown(logits))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:

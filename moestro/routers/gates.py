@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from moestro.ops import entmax15
@@ -36,3 +38,8 @@ def gate(name: str) -> Gate:
     if name not in GATES:
         raise ValueError(f"gate={name!r}, allowed: {', '.join(GATES)}")
     return GATES[name]
+
+
+def shares(gates: Float[Tensor, "t k"]) -> Float[Tensor, "t k"]:
+    """Each token's gates divided by their sum; where all are 0, as independent gates may round to, they stay 0."""
+    return gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)

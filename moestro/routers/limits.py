@@ -1,6 +1,6 @@
 """`Capacity`: a selection of which experts keep only so many rows."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moestro.routers.selects import Select
@@ -49,8 +49,8 @@ class Capacity(Select):
             return routing
         return limited(routing, rows_allowed(len(logits), len(available(logits)), factor, self.minimum), self.priority)
 
-    def check(self, n_experts: int) -> None:
-        self.select.check(n_experts)
+    def check_available(self, available: Bool[Tensor, "e"]) -> None:
+        self.select.check_available(available)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         self.select.reindex(index)

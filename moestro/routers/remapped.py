@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moestro.routers.base import Router
-from moestro.routing import SparseRouting
+from moestro.routing import Routing, SparseRouting
 
 
 class RemappedRouter(Router):
@@ -39,8 +39,12 @@ class RemappedRouter(Router):
     def causal(self) -> bool:  # type: ignore[override]
         return self.router.causal
 
-    def forward(self, x: Float[Tensor, "t d"]) -> SparseRouting:
-        routing = self.router(x)
+    @property
+    def follows(self) -> bool:  # type: ignore[override]
+        return self.router.follows
+
+    def forward(self, x: Float[Tensor, "t d"], earlier: Routing | None = None) -> SparseRouting:
+        routing = self.router(x, earlier) if self.follows else self.router(x)
         if not isinstance(routing, SparseRouting):
             raise ValueError(f"{type(self.router).__name__} gives tokens no rows of their own to answer for")
         expert = self.answers[routing.expert]

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moestro.routers.gates import shares
 from moestro.routers.selects import Select
 from moestro.routing import SparseRouting
 
@@ -37,7 +38,7 @@ class SampledSecond(Select):
         expert = torch.cat([order[:, :1], order.gather(-1, second)], dim=-1)
         gates = logits.softmax(-1).gather(-1, expert)
         if self.renormalize:
-            gates = gates / gates.sum(-1, keepdim=True)
+            gates = shares(gates)
         return SparseRouting.from_topk(expert, gates, logits.shape[1], logits)
 
     def rows_per_token(self, n_experts: int) -> float:

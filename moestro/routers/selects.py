@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moestro.routers.gates import gate as find
+from moestro.routers.gates import shares
 from moestro.routers.groups import EVERYWHERE, GroupLimit
 from moestro.routing import Routing, SoftRouting, SparseRouting
 
@@ -31,6 +32,10 @@ class Select(nn.Module):
 
     def check(self, n_experts: int) -> None:
         """Raise ValueError where this selection is impossible with `n_experts` available experts."""
+
+    def check_available(self, available: Bool[Tensor, "e"]) -> None:
+        """Raise ValueError where it is impossible with these experts alone: by default, with so many."""
+        self.check(int(available.sum()))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """What it knows of new expert j is that of the old expert `index[j]`; -1 makes a fresh one."""
@@ -77,7 +82,10 @@ class TopK(Select):
     def check(self, n_experts: int) -> None:
         if self.top_k > n_experts:
             raise ValueError(f"top_k={self.top_k} > {n_experts} experts")
-        self.limit.check(n_experts, self.top_k)
+
+    def check_available(self, available: Bool[Tensor, "e"]) -> None:
+        super().check_available(available)
+        self.limit.check(len(available), self.top_k, available)
 
     def most_experts(self, n_experts: int) -> int:
         return self.limit.most_experts(n_experts)
@@ -90,7 +98,7 @@ class TopK(Select):
         expert = order[:, : self.top_k].contiguous()
         gates = scores.gather(1, expert)
         if self.renormalize:
-            gates = gates / gates.sum(-1, keepdim=True)
+            gates = shares(gates)
         return SparseRouting.from_topk(expert, self.scale * gates, logits.shape[1], gate.shown(logits))
 
     def rows_per_token(self, n_experts: int) -> float:
@@ -135,10 +143,7 @@ class MutedTopK(TopK):
             raise ValueError(f"muted={list(self.muted)}, allowed: experts 0 to {logits.shape[1] - 1}")
         expert, gates = super().forward(logits).matrix()
         silent = torch.isin(expert, torch.tensor(self.muted, dtype=expert.dtype, device=expert.device))
-        gates = gates.masked_fill(silent, 0.0)
-        total = gates.sum(-1, keepdim=True)
-        gates = gates / torch.where(total > 0, total, 1.0)
-        return SparseRouting.from_topk(expert, gates, logits.shape[1], logits)
+        return SparseRouting.from_topk(expert, shares(gates.masked_fill(silent, 0.0)), logits.shape[1], logits)
 
 
 class TopP(Select):
@@ -161,7 +166,7 @@ class TopP(Select):
         chosen = self._chosen(probabilities) & (logits.gather(1, expert) > -math.inf)
         gates = probabilities * chosen
         if self.renormalize:
-            gates = gates / gates.sum(-1, keepdim=True)
+            gates = shares(gates)
         token, rank = chosen.nonzero(as_tuple=True)
         return SparseRouting(token, expert[token, rank], gates[token, rank], len(logits), logits.shape[1], logits)
 

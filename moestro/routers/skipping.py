@@ -1,8 +1,11 @@
 """`SkippingTopK`: top-k that spends fewer experts on a token whose first one has most of the gates."""
 
+from dataclasses import replace
+
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.routers.gates import shares
 from moestro.routers.groups import EVERYWHERE, GroupLimit
 from moestro.routers.selects import TopK
 from moestro.routing import SparseRouting
@@ -33,11 +36,8 @@ class SkippingTopK(TopK):
         routing = super().forward(logits)
         gates = routing.weight.view(len(logits), -1)
         stays = gates >= self.skip_below * gates[:, :1]
-        left = (gates * stays).sum(-1, keepdim=True)
-        weight = gates * (gates.sum(-1, keepdim=True) / left)
-        return SparseRouting(
-            routing.token, routing.expert, weight.flatten(), routing.n_tokens, routing.n_experts, routing.logits
-        ).keep(stays.flatten())
+        weight = shares(gates * stays) * gates.sum(-1, keepdim=True)
+        return replace(routing, weight=weight.flatten()).keep(stays.flatten())
 
     def choices(self, n_experts: int) -> tuple[int | None, bool, tuple[str, ...]]:
         return self.top_k, False, ("experts whose gate is far below the first one's are left out",)

@@ -11,7 +11,7 @@ from moestro.compress.masking import without
 from moestro.compress.observed import Observed, expert_output, gates_of
 from moestro.experts import FFNBank
 from moestro.layers import MoELayer
-from moestro.routers import BiasedRouter, LinearScore, ScoredRouter, SlotRouter, TopK
+from moestro.routers import BiasedRouter, GroupLimit, LinearScore, ScoredRouter, SlotRouter, TopK
 from tests.compress.layers import matrices, small_layer, tokens
 from tests.reference import expert_removal as reference
 from tests.tolerances import FLOAT64
@@ -113,6 +113,9 @@ def test_masks_are_refused_where_they_mean_nothing():
     with pytest.raises(ValueError, match="allowed: 0 to 5"), without(layer, [6]):
         pass
     biased = MoELayer(BiasedRouter(LinearScore(8, 6), 2), [FFNBank(8, [4] * 6)])
+    grouped = MoELayer(BiasedRouter(LinearScore(8, 6), 2, limit=GroupLimit(2, 1)), [FFNBank(8, [4] * 6)])
+    with pytest.raises(ValueError, match=r"top_k=2, but 1 groups of sizes \[1, 3\] may hold"), without(grouped, [0, 2]):
+        pass
     with pytest.raises(ValueError, match="top_k=2 > 1"), without(biased, [0, 1, 2, 3, 4]):
         pass
     slots = MoELayer(SlotRouter(8, 6, 1), [FFNBank(8, [4] * 6)])

@@ -114,3 +114,19 @@ def test_impossible_settings_of_routers():
 def test_a_layer_of_one_expert_is_a_mixture_too():
     made = make_mixture(network(), [W], {"kind": "scaled_top_k", "top_k": 1}, torch.arange(W), "all")
     assert isinstance(made.layer, MoELayer) and made.layer.router.n_experts == 1
+
+
+@pytest.mark.parametrize("labels", ["subset", "expert_error", "projection"])
+def test_no_tokens_teach_nothing(labels):
+    layer = taught()
+    _, (trace,) = layer(drawn(TOKENS, D, seed=3), torch.zeros(TOKENS, dtype=torch.bool))
+    loss = RouterTarget(labels)(trace)
+    loss.backward()
+    assert float(loss) == 0
+
+
+def test_recorded_outputs_and_the_target_are_kept():
+    """What all experts leave is many times what those chosen do."""
+    plain, recording = taught(record=False), taught()
+    assert recording.kept_per_token(D).numbers == recording.student.kept_per_token(D).numbers + D
+    assert recording.kept_per_token(D).numbers > 1.5 * plain.kept_per_token(D).numbers

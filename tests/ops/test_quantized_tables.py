@@ -124,3 +124,9 @@ def test_what_cannot_be_is_refused():
         quantize_banks(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="n_experts=0, allowed: at least 1"):
         QuantizedBank(4, 0)
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_a_scale_that_rounds_to_zero_makes_a_row_of_zeros(storage):
+    table = quantize_rows(torch.tensor([[1e-44, 0.0, -1e-44]]), storage)
+    assert torch.equal(table.rows(torch.tensor([0]), torch.float32), torch.zeros(1, 3))

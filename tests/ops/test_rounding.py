@@ -62,3 +62,10 @@ def test_what_is_not_finite_stays_so():
 def test_keys_differ():
     keys = {rounding_key(step, table, entry) for step in range(200) for table in range(4) for entry in range(3)}
     assert len(keys) == 2400 and all(0 <= key < 2**32 for key in keys)
+
+
+def test_numbers_that_are_none_stay_so():
+    """Among them the NaN that GPUs make, to whose bits nothing can be added."""
+    x = torch.tensor([[0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000]], dtype=torch.int32).view(torch.float32)
+    rounded = stochastic_bfloat16(x, IDS[:1], 5)
+    assert rounded[0, :3].isnan().all() and rounded[0, 3] == math.inf

@@ -1,5 +1,7 @@
 """Experts that are not available: with every selection and every objective of the registry."""
 
+import copy
+import itertools
 import math
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from moestro.experts import FFNBank
 from moestro.layers import MoELayer
 from moestro.recipe.parts import PARTS
-from moestro.routers import LinearScore, ScoredRouter, TopK, TopP
+from moestro.routers import Capacity, GroupLimit, LinearScore, ScoredRouter, TopK, TopP
 from moestro.routing import SparseRouting
 from tests.properties.test_pairs import SELECTS, D, E, gradients, scored, tokens
 from tests.tolerances import FLOAT64
@@ -80,12 +82,49 @@ def test_objectives_stay_finite_and_teach_them_nothing(select, objective):
             assert name == "x" or gradient.ndim == 0 or not gradient[OUT].any(), name
 
 
-def test_the_entropy_is_that_of_the_others() -> None:
-    moe, removed = without(layer("top_k")), layer("top_k")
+@pytest.mark.parametrize("name", PARTS["objectives"])
+def test_objectives_are_those_of_the_others_alone(name):
+    """Their values are those of a layer from which the experts were removed, with every selection that they take."""
+    make = PARTS["objectives"][name]
+    every = [make(), make(scale_by_n=True), make(literal=True)] if name == "router_entropy" else [make()]
+    for select, objective in itertools.product(SELECTS, every):
+        masked, removed = without(layer(select)), layer(select)
+        removed.reindex(IN)
+        try:
+            values = [objective(of(tokens())[1][0]) for of in (masked, removed)]
+        except ValueError as error:
+            # it needs another selection or layer, and says which
+            assert str(error).startswith(f"{name} ")
+            continue
+        torch.testing.assert_close(*values, **FLOAT64)
+
+
+@pytest.mark.parametrize("best", [1, 2])
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_groups_are_those_of_the_others_alone(best: int, gate: str) -> None:
+    """A token looks in the groups that are its best without these experts."""
+    whole, smaller = (GroupLimit(3, 2, best, sizes) for sizes in ((), (2, 1, 2)))
+    masked = ScoredRouter(LinearScore(D, E, init_std=1.0), TopK(3, gate=gate, limit=whole)).double()
+    removed = copy.deepcopy(masked)
+    available = torch.ones(E, dtype=torch.bool)
+    available[OUT] = False
+    masked.set_available(available)
+    removed.select = TopK(3, gate=gate, limit=smaller)
     removed.reindex(IN)
-    entropy = PARTS["objectives"]["router_entropy"]()
-    values = [entropy(of(tokens())[1][0]) for of in (moe, removed)]
-    torch.testing.assert_close(*values, **FLOAT64)
+    torch.testing.assert_close(masked(tokens()).dense()[:, IN], removed(tokens()).dense(), **FLOAT64)
+
+
+def test_groups_without_enough_available_experts_are_refused() -> None:
+    pool = ScoredRouter(LinearScore(D, 8), TopK(2, limit=GroupLimit(2, 1)))
+    with pytest.raises(ValueError, match=r"top_k=2, but 1 groups of sizes \[1, 3\] may hold fewer experts"):
+        pool.set_available(torch.tensor([1, 0, 0, 0, 1, 1, 1, 0]).bool())
+    with pytest.raises(ValueError, match=r"groups of sizes \[4, 1\]"):
+        ScoredRouter(LinearScore(D, 8), TopK(2, limit=GroupLimit(2, 1)), first_available=5)
+    limited = ScoredRouter(LinearScore(D, 8), Capacity(TopK(2, limit=GroupLimit(2, 1)), factor=1.0))
+    with pytest.raises(ValueError, match=r"groups of sizes \[4, 1\]"):
+        limited.set_available(torch.arange(8) < 5)
+    pool.set_available(torch.arange(8) < 7)
+    assert pool(tokens().float()).load()[7] == 0
 
 
 @pytest.mark.parametrize(("select", "want"), [(TopK(2), {0, 2}), (TopP(1.0), {0, 2}), (TopP(0.0), {0})])

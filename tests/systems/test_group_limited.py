@@ -6,7 +6,7 @@ import torch
 from moestro.layers import MoELayer
 from moestro.recipe.build import build_model
 from moestro.recipe.load import load_recipe
-from moestro.routers import BiasedRouter, GroupLimit, LinearScore, ScoredRouter, TopK
+from moestro.routers import BiasedRouter, GroupLimit, LinearScore, ScoredRouter, SkippingTopK, TopK
 from moestro.routers.gates import GATES
 from tests.conftest import ROOT
 from tests.reference import group_limited as reference
@@ -143,3 +143,18 @@ def test_deepseek_recipes(name: str, layers: int, experts: int) -> None:
     assert stored == layers * experts * 3 * model.d_model * width
     if experts == 256:
         assert round(stored / 1e9) == 654
+
+
+@pytest.mark.parametrize("select", [TopK(2, gate="sigmoid"), SkippingTopK(2, 0.5, gate="sigmoid", renormalize=False)])
+def test_gates_that_round_to_zero_stay_so(select: TopK) -> None:
+    """A sigmoid of -200 is 0 as a float: no shares of it can be taken."""
+    logits = torch.full((3, E), -200.0, requires_grad=True)
+    weight = select(logits).weight
+    weight.sum().backward()
+    assert not weight.any() and torch.isfinite(logits.grad).all()  # type: ignore[arg-type]
+
+
+def test_a_biased_router_whose_gates_round_to_zero_gives_zeros() -> None:
+    router = BiasedRouter(LinearScore(4, E), 2, renormalize=True)
+    torch.nn.init.constant_(router.score.weight, -100.0)
+    assert not router(torch.ones(3, 4)).weight.any()

@@ -9,7 +9,7 @@ from moestro.model import Attention, Block, Cache, Transformer
 from moestro.objectives import LoadBalance, WeightedBalance
 from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import load_recipe
-from moestro.routers import LinearScore, MutedTopK, ResidualRouter, ScoredRouter, TopK
+from moestro.routers import LinearScore, MutedTopK, RemappedRouter, ResidualRouter, ScoredRouter, TopK
 from tests.conftest import ROOT
 from tests.reference import zero_compute as reference
 from tests.tolerances import FLOAT64
@@ -187,3 +187,12 @@ def test_the_recipe_is_moe_plus_plus() -> None:
         assert isinstance(moe.router, ResidualRouter) and isinstance(moe.router.select, MutedTopK)
         assert [widths[expert] for expert in moe.router.select.muted] == [0] and widths.count(0) == 4
     assert build_training(recipe)[1] == [("weighted_balance", 0.01, WeightedBalance(0.75))]
+
+
+def test_a_router_whose_experts_became_others_still_follows_the_layer_before() -> None:
+    inner, x = ResidualRouter(LinearScore(6, 4), TopK(2), residual_std=1.0), torch.randn(10, 6)
+    earlier = ScoredRouter(LinearScore(6, 4), TopK(2))(x)
+    remapped = RemappedRouter(inner, [2, 0, 1, 3])
+    assert remapped.follows
+    torch.testing.assert_close(remapped(x, earlier).dense()[:, [2, 0, 1, 3]], inner(x, earlier).dense())
+    assert not torch.equal(inner(x, earlier).dense(), inner(x).dense())

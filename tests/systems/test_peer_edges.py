@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from moestro.experts import SingletonBank
 from moestro.routers import ProductKeyRouter
 from tests.systems.peer_layers import (
     D,
@@ -97,6 +98,12 @@ def test_impossible_routers_are_refused(arguments: dict, message: str) -> None:
     ProductKeyRouter(**good)
     with pytest.raises(ValueError, match=message):
         ProductKeyRouter(**(good | arguments))
+
+
+@pytest.mark.parametrize("name", ["heads", "top_k"])
+def test_no_heads_and_no_experts_a_head_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=0, allowed: at least 1"):
+        SingletonBank(D, 16, **{"heads": 2, "top_k": 3, name: 0})  # type: ignore[arg-type]
 
 
 def test_reindexing_experts_behind_product_keys_is_refused() -> None:
