@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moestro.ops import backend, triton_ffn
 from moestro.ops.activations import activation as find
-from moestro.ops.ffn import unit_major
+from moestro.ops.ffn import unit_major, wants_gradient
 from moestro.ops.glu import hidden
+from moestro.ops.native.few_rows import few_rows, reads_once
 from moestro.ops.precision import compute_dtype
 
 # Triton: at most one row for so many experts, vLLM's rule; beyond it, rows of one expert are worth reading together.
@@ -23,7 +24,7 @@ def skips_sorting(n_rows: int, n_tokens: int, n_experts: int, *leaves: Tensor) -
     A single token meets an expert once at most, so its rows are sorted as they are. The kernels for few rows of the
     backend `triton` have to be asked for (`TritonOptions.few_rows`): they are not yet measured.
     """
-    if torch.is_grad_enabled() and any(v.requires_grad for v in leaves):
+    if wants_gradient(*leaves):
         return False
     if backend.active() == "triton":
         return backend.triton_options().few_rows and EXPERTS_PER_ROW * n_rows <= n_experts
@@ -52,7 +53,19 @@ def few_rows_ffn(
         return triton_ffn.few_rows_ffn(
             x, token, expert, weight, w_in.to(dtype), unit_major(w_out).to(dtype), tuple(widths), activation
         )
+    if len(x) == 1 and reads_once(x, w_in, w_out, activation):
+        return _read_once(x, token, expert, weight, w_in, w_out, widths)  # type: ignore[call-arg]
     return _one_after_another(x, token, expert, weight, w_in, w_out, widths, activation)  # type: ignore[call-arg]
+
+
+@torch.compiler.disable
+def _read_once(
+    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, widths: Sequence[int]
+) -> Tensor:
+    ids = expert.tolist()
+    order = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__), dtype=torch.int64)
+    bounds = [0, *accumulate(map(ids.count, range(len(widths))))]
+    return few_rows(x, token[order], weight[order], bounds, w_in, w_out, widths)
 
 
 @torch.compiler.disable

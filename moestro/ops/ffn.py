@@ -11,7 +11,12 @@ from moestro.ops import backend, reference, triton_ffn
 from moestro.ops.activations import activation as find
 from moestro.ops.ffn_plan import Expert, Job, Plan
 from moestro.ops.glu import hidden, hidden_backward
+from moestro.ops.native.few_rows import few_rows, reads_once
 from moestro.ops.precision import compute_dtype
+
+# Without gradients, up to so many rows, and so many times the number of experts, take as long as reading the weights:
+# then nothing is gained by products of matrices, and the kernels for few rows are it.
+MOST_ROWS, ROWS_PER_EXPERT = 256, 4
 
 
 def expert_ffn(
@@ -37,6 +42,10 @@ def expert_ffn(
     """
     find(activation)
     dtype = compute_dtype(x)
+    few = len(token) <= min(MOST_ROWS, ROWS_PER_EXPERT * len(widths)) and not wants_gradient(x, weight, w_in, w_out)
+    if few and reads_once(x, w_in, w_out, activation):
+        # their weights need no other dtype: they are read once
+        return _few(x.to(dtype), token, weight.to(dtype), w_in, w_out, offsets, tuple(widths))  # type: ignore[call-arg]
     x, w_in, w_out, weight = (v.to(dtype) for v in (x, w_in, w_out, weight))
     if backend.active() == "reference":
         return reference.expert_ffn(x, token, weight, offsets, w_in, unit_major(w_out), widths, activation)
@@ -48,6 +57,18 @@ def expert_ffn(
 def unit_major(w_out: Float[Tensor, "s d"] | Float[Tensor, "e d w"]) -> Float[Tensor, "s d"]:
     """One row for each unit: a copy of stacked matrices, the tensor itself where it lies so already."""
     return w_out.mT.flatten(0, 1) if w_out.ndim == 3 else w_out
+
+
+def wants_gradient(*leaves: Tensor) -> bool:
+    """Whether autograd records what is done with these."""
+    return torch.is_grad_enabled() and any(v.requires_grad for v in leaves)
+
+
+@torch.compiler.disable
+def _few(
+    x: Tensor, token: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, offsets: Tensor, widths: tuple[int, ...]
+) -> Tensor:
+    return few_rows(x, token, weight, offsets.tolist(), w_in, w_out, widths)
 
 
 @torch.compiler.disable
@@ -62,7 +83,7 @@ def _fused(
     activation: str,
 ) -> Tensor:
     plan = Plan(token, len(x), offsets.tolist(), widths, roomy=x.device.type == "cpu" and x.dtype.itemsize == 2)
-    if torch.is_grad_enabled() and any(v.requires_grad for v in (x, weight, w_in, w_out)):
+    if wants_gradient(x, weight, w_in, w_out):
         return _ExpertFFN.apply(x, weight, w_in, w_out, plan, activation)  # type: ignore
     return _forward(x, weight, w_in, w_out, plan, activation, None)
 

@@ -3,9 +3,10 @@
 import ctypes
 import platform
 
-# glibc's mallopt parameters (malloc.h); 32 MiB is the largest threshold it accepts.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_SETTINGS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: (1 << 31) - 1, _TOP_PAD: 64 << 20}
+# glibc's mallopt parameters (malloc.h). No threshold above 32 MiB is accepted for what gets a mapping of its own, and
+# gradients of experts are larger: nothing gets one.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_SETTINGS = {_MMAP_MAX: 0, _TRIM_THRESHOLD: (1 << 31) - 1, _TOP_PAD: 64 << 20}
 
 
 def keep_freed_memory() -> bool:

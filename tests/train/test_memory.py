@@ -12,11 +12,14 @@ from moestro.train.memory import keep_freed_memory
 kept = keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    # 8 MiB, and more than any threshold of the C library's
+    torch.ones(1 << 21), torch.ones(1 << 24)
 for _ in range(3):
-    torch.ones(1 << 21)
+    work()
 before = faults()
 for _ in range(20):
-    torch.ones(1 << 21)
+    work()
 print(kept, faults() - before)
 """
 
