@@ -5,39 +5,51 @@
 A mixture is trained on two kinds of text, then trained on with one of them ("tuned"), on which everything is measured:
 experts go by the signed change of their router rows' norms, beside chance, the reverse order, the norm of the change
 (which the title is easily read as) and criteria that look at text. "zeroed": the router keeps all rows and what is gone
-answers 0, as in the authors' code; else its rows go, too. "trained on": with all weights, after experts went."""
+answers 0, as in the authors' code; else its rows go, too. "trained on": with all weights, after experts went. "free" is
+tuned without the load-balance loss, which holds router rows together."""
+
+from typing import Any
 
 from bench.effects.command import main
 from bench.effects.compression import COST, EXCESS, against, cost
 from bench.effects.corpora import MIXED
-from bench.effects.effect import Effect, Run
+from bench.effects.effect import Effect, Figure, Run
 from bench.effects.router_norm_probes import RATIOS, by_router_norms
 from bench.effects.study import SMALL, Arm, Study
 
-PAPER, TUNED = "arXiv:2405.16646", ("tuned",)
+PAPER = "arXiv:2405.16646"
+# Where letters before an effect's number stand for arms.
+ARMS = {"": "tuned", "F": "free"}
 WAYS = (
     *("change", "random", "reverse", "norm of change", "frequency", "reap", "recon"),
     *("change, zeroed", "random, zeroed", "reverse, zeroed"),
 )
 
 
-def compared(number: str, claim: str, way: str, other: str, source: str = PAPER, **bounds: float) -> list[Effect]:
+def one(letter: str, number: str, claim: str, value: Figure, source: str = "ours", **more: Any) -> Effect:
+    """A row of one arm."""
+    arm = ARMS[letter]
+    return Effect(f"{letter}{number}", f"{arm}: {claim}", source, more.pop("quantity", EXCESS), (arm,), value, **more)
+
+
+def compared(
+    letter: str, number: str, claim: str, way: str, other: str, source: str = PAPER, **bounds: float
+) -> list[Effect]:
     """One row for every ratio: one way against another."""
     return [
-        Effect(
+        one(
+            letter,
             f"{number}{'abc'[place]}",
-            f"{label}: {claim}",
-            source,
-            EXCESS,
-            TUNED,
+            f"{label}, {claim}",
             against(f"{way}, {label}", f"{other}, {label}"),
+            source,
             **(bounds or {"high": 0.0}),
         )
         for place, label in enumerate(RATIOS)
     ]
 
 
-def gap(label: str):
+def gap(label: str) -> Figure:
     """How far training on changes the cost of removing: cost after it, less cost before."""
 
     def figure(run: Run) -> float:
@@ -47,53 +59,52 @@ def gap(label: str):
     return figure
 
 
-def shrinks(place: int, label: str) -> Effect:
+def shrinks(letter: str, place: int, label: str) -> Effect:
     """Whether training on closes the gap to the whole model, trained on as long."""
-    claim = f"{label}: trained on, the gap to the whole model shrinks"
-    return Effect(f"P8{'abc'[place]}", claim, PAPER, "cost after, less cost before", TUNED, gap(label), high=0)
+    claim = f"{label}, trained on, the gap to the whole model shrinks"
+    return one(letter, f"P8{'abc'[place]}", claim, gap(label), PAPER, quantity="cost after, less cost before", high=0)
 
 
-def costs() -> list[Effect]:
-    """One row for every way and ratio: the curve of perplexity against ratio."""
+def of_arm(letter: str) -> list[Effect]:
+    """What is expected of one way of tuning, and the curve of perplexity against ratio."""
     ways = [f"{way}, {label}" for label in RATIOS for way in WAYS]
-    return [Effect(f"C{number}", way, "ours", COST, TUNED, cost(way), low=0) for number, way in enumerate(ways, 1)]
+    quarter, half, most = (f"change, {label}" for label in RATIOS)
+    return [
+        one(letter, "T1", "fine-tuning pays", against("whole", "untuned, whole"), high=0),
+        *compared(letter, "P1", "change beats chance", "change", "random"),
+        *compared(letter, "P2", "chance beats the reverse", "random", "reverse"),
+        *compared(letter, "P3", "change beats the reverse", "change", "reverse"),
+        *compared(letter, "P4", "change beats the norm of the change", "change", "norm of change"),
+        *compared(letter, "P5", "zeroed, change beats chance", "change, zeroed", "random, zeroed"),
+        *compared(letter, "P6", "zeroed, chance beats the reverse", "random, zeroed", "reverse, zeroed"),
+        *compared(letter, "P7", "zeroing beats slicing", "change, zeroed", "change", "ours"),
+        *(shrinks(letter, place, label) for place, label in enumerate(RATIOS)),
+        *compared(letter, "P9", "untuned, no better than chance", "untuned, change", "untuned, random", "ours", low=0),
+        *compared(letter, "D1", "frequency beats change", "frequency", "change", "ours"),
+        *compared(letter, "D2", "recon beats change", "recon", "change", "ours"),
+        one(letter, "D3a", "half costs more than a quarter", against(half, quarter), low=0),
+        one(letter, "D3b", "three quarters cost more than half", against(most, half), low=0),
+        *(one(letter, f"C{n}", way, cost(way), quantity=COST, low=0) for n, way in enumerate(ways, 1)),
+    ]
+
+
+def tuned(**settings: Any) -> Arm:
+    """A mixture that goes on with one of the kinds of text."""
+    probes = {"compression": by_router_norms}
+    return Arm("moe.yaml", {"optim.lr": 0.003, **settings}, start="general", text="speeches", probes=probes)
 
 
 STUDY = Study(
     name="router_norms",
     budget=3e11,
     common=SMALL,
-    arms={
-        "general": Arm("moe.yaml"),
-        "tuned": Arm(
-            "moe.yaml", {"optim.lr": 0.003}, start="general", text="speeches", probes={"compression": by_router_norms}
-        ),
-    },
+    arms={"general": Arm("moe.yaml"), "tuned": tuned(), "free": tuned(objectives=[])},
     seeds=(0, 1, 2, 3),
     corpora=(MIXED,),
     checkpoints=1,
     final_tokens=65_536,
 )
-quarter, half, most = RATIOS
-EFFECTS = (
-    Effect("T1", "fine-tuning pays", "ours", EXCESS, TUNED, against("whole", "untuned, whole"), high=0),
-    *compared("P1", "change beats chance", "change", "random"),
-    *compared("P2", "chance beats the reverse", "random", "reverse"),
-    *compared("P3", "change beats the reverse", "change", "reverse"),
-    *compared("P4", "change beats the norm of the change", "change", "norm of change"),
-    *compared("P5", "zeroed, change beats chance", "change, zeroed", "random, zeroed"),
-    *compared("P6", "zeroed, chance beats the reverse", "random, zeroed", "reverse, zeroed"),
-    *compared("P7", "zeroing beats slicing", "change, zeroed", "change", "ours"),
-    *(shrinks(place, label) for place, label in enumerate(RATIOS)),
-    *compared("P9", "untuned model: no better than chance", "untuned, change", "untuned, random", "ours", low=0),
-    *compared("D1", "frequency beats change", "frequency", "change", "ours"),
-    *compared("D2", "recon beats change", "recon", "change", "ours"),
-    Effect("D3a", "half costs more than a quarter", "ours", EXCESS, TUNED,
-           against(f"change, {half}", f"change, {quarter}"), low=0),
-    Effect("D3b", "three quarters cost more than half", "ours", EXCESS, TUNED,
-           against(f"change, {most}", f"change, {half}"), low=0),
-    *costs(),
-)  # fmt: skip
+EFFECTS = tuple(effect for letter in ARMS for effect in of_arm(letter))
 
 if __name__ == "__main__":
     main(STUDY, EFFECTS, __doc__)

@@ -25,6 +25,7 @@ def test_the_gap_is_beside_the_whole_model_trained_on_as_long() -> None:
 def test_every_effect_has_a_number_of_its_own() -> None:
     numbers = [effect.id for effect in study.EFFECTS]
     assert len(set(numbers)) == len(numbers)
+    assert {arm for effect in study.EFFECTS for arm in effect.arms} | {"general"} == set(study.STUDY.arms)
 
 
 def test_the_norm_of_the_change_is_another_thing_than_the_change_of_norms() -> None:
