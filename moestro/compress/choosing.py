@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from moestro.compress.applied import applied
-from moestro.compress.plan import LayerPlan, Semantics
+from moestro.compress.plan import LayerPlan, Semantics, rows_of
 from moestro.data import Batch
 from moestro.evaluate import evaluate
 
@@ -15,7 +15,7 @@ def measured(
     model: nn.Module, plans: Mapping[str, Sequence[LayerPlan]], batches: Sequence[Batch], semantics: Semantics
 ) -> dict[str, float]:
     """Nats a token of every plan's model, all of them plans of `model`."""
-    return {name: evaluate(applied(model, plan, semantics), batches)["loss"] for name, plan in plans.items()}
+    return {n: evaluate(applied(model, p, semantics, rows_of(p)), batches)["loss"] for n, p in plans.items()}
 
 
 def chosen_by_measuring(

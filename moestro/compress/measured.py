@@ -14,12 +14,12 @@ from moestro.compress.applied import layer_number
 from moestro.compress.calibration import Ask, Collected, calibrate
 from moestro.compress.choosing import chosen_by_measuring
 from moestro.compress.fingerprint import fingerprint
-from moestro.compress.merging import HC_SMOE, grouped, merge_plans
+from moestro.compress.merging import HC_SMOE, merge_plans
 from moestro.compress.merging import Settings as Merging
 from moestro.compress.merging import warnings as unlike
 from moestro.compress.methods import Request, checked, option, versions
 from moestro.compress.moe_i2 import Settings, moe_i2
-from moestro.compress.plan import LayerPlan, Plan, PlanError, Quantisation, TensorFile
+from moestro.compress.plan import LayerPlan, Plan, PlanError, Quantisation, TensorFile, rows_of
 from moestro.compress.pruning import Subject, by_damage, by_scores, layer_by_layer, most_removed, with_skipping
 from moestro.compress.search import Genetic
 from moestro.compress.source import RunSource, open_source
@@ -108,9 +108,10 @@ def _merge(asked: Asked, hc_smoe: bool = False) -> list[LayerPlan]:
         fewest = max(layer.router.n_experts - most_removed(layer) for layer in asked.subject.layers.values())
         settings = replace(settings, least=fewest)
     settings = replace(settings, ratio=asked.request.ratio, everywhere=asked.request.per_layer, bound=bound)
-    for line in unlike(grouped(asked.subject, settings)[1], settings.similarity):
+    plans = merge_plans(asked.subject, settings)
+    for line in unlike(plans, settings.similarity):
         warnings.warn(line, stacklevel=2)
-    return merge_plans(asked.subject, settings)
+    return plans
 
 
 def _auto(asked: Asked) -> list[LayerPlan]:
@@ -228,8 +229,7 @@ def _plan(
         fingerprint(checkpoint),
         tuple(layers),
         request.semantics,
-        # a mean where a group has no member that stands for it alone
-        merged_rows="mean" if any(layer.merges for layer in layers) else "kept",
+        merged_rows=rows_of(layers),
         quantise=how,
         tensors=moments_file(collected, layers, request.folder) if wanted else None,
         options=options,

@@ -3,6 +3,7 @@ arXiv:2407.09590; HC-SMoE, arXiv:2410.08589)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal, get_args
 
 import torch
@@ -17,10 +18,10 @@ from moestro.compress.plan import Group, LayerPlan
 from moestro.compress.pruning import Subject, groups_of, plan_of
 from moestro.compress.similarity import (
     UNLIKE,
-    mean_similarity,
     output_cka,
     output_cosine,
     output_distance,
+    to_others,
     weight_cka,
     weight_cosine,
 )
@@ -63,7 +64,7 @@ HC_SMOE = Settings(similarity="mean-outputs", merge="frequency", align=False)
 
 @torch.no_grad()
 def similarity(subject: Subject, name: str, kind: str) -> Float[Tensor, "e e"]:
-    """How alike the experts of one layer are; those of different routing groups at -inf, so that none are joined."""
+    """How alike the experts of one layer are, by one of `SIMILARITIES`."""
     layer = subject.layers[name]
     if kind in ("cosine-weights", "cka-weights"):
         bank = FeedForward.of(layer)
@@ -93,69 +94,90 @@ def all_outputs(layer: MoELayer, x: Float[Tensor, "n d"]) -> Float[Tensor, "e n 
     return torch.stack([expert_output(layer, e, x) for e in range(layer.router.n_experts)])
 
 
-def grouped(subject: Subject, settings: Settings) -> tuple[dict[str, Groups], dict[str, float]]:
-    """The groups of every layer, and how alike its experts are on average.
+def grouped(subject: Subject, settings: Settings, alike: Mapping[str, Float[Tensor, "e e"]]) -> dict[str, Groups]:
+    """The groups of every layer, from how alike its experts are; of a router that ranks groups of experts inside each
+    of these, as many in each.
 
-    Raises: ValueError where routers rank groups of experts and groups would join them.
+    Raises: ValueError for a share that such routers' groups cannot lose equally, or layers are to lose differently.
     """
-    alike = {name: similarity(subject, name, settings.similarity) for name in subject.layers}
-    means = {name: mean_similarity(values) for name, values in alike.items()}
-    bound = [name for name, layer in subject.layers.items() if groups_of(layer) > 1]
-    if bound:
-        raise ValueError(f"{', '.join(bound)}: routers rank groups of experts, which merging does not keep equal")
     if settings.everywhere:
+        ranked = [name for name, layer in subject.layers.items() if groups_of(layer) > 1]
+        if ranked:
+            raise ValueError(f"{', '.join(ranked)}: routers rank groups of experts, which must lose equally many")
         total = sum(map(len, alike.values()))
         left = agglomerate(
             list(alike.values()), total - share_of(settings.ratio, total), settings.largest, settings.least
         )
-        return dict(zip(alike, left, strict=True)), means
-    counts = {name: len(values) - share_of(settings.ratio, len(values)) for name, values in alike.items()}
-    if settings.similarity == "mean-outputs":
-        # average linkage is what the method is, however few the experts
-        return {n: agglomerate([v], counts[n], settings.largest)[0] for n, v in alike.items()}, means
-    return {n: group_experts(v, counts[n], settings.largest) for n, v in alike.items()}, means
+        return dict(zip(alike, left, strict=True))
+    return {name: _inside(values, groups_of(subject.layers[name]), settings) for name, values in alike.items()}
+
+
+def _inside(alike: Float[Tensor, "e e"], ranked: int, settings: Settings) -> Groups:
+    """The groups of one layer whose router ranks so many groups of consecutive experts (1: it ranks none)."""
+    removed, size = share_of(settings.ratio, len(alike)), len(alike) // ranked
+    if removed % ranked:
+        raise ValueError(f"{removed} of {len(alike)} experts, allowed: equally many of {ranked} routing groups")
+    found: Groups = []
+    for first in range(0, len(alike), size):
+        part, left = alike[first : first + size, first : first + size], size - removed // ranked
+        # average linkage is what HC-SMoE is, however few the experts
+        linked = settings.similarity == "mean-outputs"
+        groups = (
+            agglomerate([part], left, settings.largest)[0] if linked else group_experts(part, left, settings.largest)
+        )
+        found += [tuple(first + expert for expert in group) for group in groups]
+    return found
 
 
 def merge_plans(subject: Subject, settings: Settings) -> list[LayerPlan]:
-    """Diversified pruning and HC-SMoE: groups of experts that are alike, one expert for each.
+    """Diversified pruning and HC-SMoE: groups of experts that are alike, one expert for each. Scores of every expert
+    are its mean similarity to the others ("similarity") and, where tokens were sampled, the `merge_error` of its group.
 
     Raises: ValueError for a group whose merged expert errs by more than the bound.
     """
-    groups, _ = grouped(subject, settings)
-    return [_plan(subject, name, parts, settings) for name, parts in groups.items()]
+    alike = {name: similarity(subject, name, settings.similarity) for name in subject.layers}
+    groups = grouped(subject, settings, alike)
+    return [_plan(subject, name, groups[name], alike[name], settings) for name in subject.layers]
 
 
-def warnings(means: Mapping[str, float], kind: str) -> list[str]:
+def warnings(plans: Sequence[LayerPlan], kind: str) -> list[str]:
     """A line for every layer whose experts are hardly alike, where similarities are at most 1: merging such experts was
     worse than removing some."""
     if kind == "mean-outputs":
         return []
+    means = {plan.layer: fmean(plan.scores["similarity"]) for plan in plans}
     return [
-        f"{name}: mean similarity of experts {mean:.2f}, below {UNLIKE}: merging experts that are not alike tends to "
-        "cost more than removing some"
-        for name, mean in means.items()
+        f"layer {layer}: mean similarity of experts {mean:.2f}, below {UNLIKE}: merging experts that are not alike "
+        "tends to cost more than removing some"
+        for layer, mean in means.items()
         if mean < UNLIKE
     ]
 
 
-def _plan(subject: Subject, name: str, parts: Groups, settings: Settings) -> LayerPlan:
+def _plan(subject: Subject, name: str, parts: Groups, alike: Float[Tensor, "e e"], settings: Settings) -> LayerPlan:
     rows, layer = subject.seen(name).rows.tolist(), subject.layers[name]
-    found = []
-    for members in parts:
-        kept = max(members, key=lambda member: (rows[member], -member))
-        group = Group(members, group_weights(subject, name, members, kept, settings), settings.align)
-        if settings.merge == "prune":
-            group = Group(members, tuple(float(member == kept) for member in members))
-        if settings.bound is not None:
-            error = merge_error(layer, group, kept, sample_of(subject, name))
-            if error > settings.bound:
+    groups = {max(members, key=lambda member: (rows[member], -member)): members for members in parts}
+    made = {kept: _group(subject, name, groups[kept], kept, settings) for kept in sorted(groups)}
+    scores = {"similarity": to_others(alike)}
+    if settings.bound is not None or subject.seen(name).inputs is not None:
+        x = sample_of(subject, name)
+        errors = {g.members: merge_error(layer, g, kept, x) if g.weights != (1.0,) else 0.0 for kept, g in made.items()}
+        for members, error in errors.items():
+            if settings.bound is not None and error > settings.bound:
                 raise ValueError(f"{name}: merging {list(members)} errs by {error:.2f}, allowed: {settings.bound}")
-        found.append((kept, group))
-    found.sort(key=lambda pair: pair[0])
-    keep = tuple(kept for kept, _ in found)
-    gone = [expert for expert in range(layer.router.n_experts) if expert not in keep]
-    plan = plan_of(subject, name, gone)
-    return plan if len(keep) == plan.n_experts else replace(plan, groups=tuple(group for _, group in found))
+        scores["merge error"] = [
+            errors[members] for expert in range(len(rows)) for members in errors if expert in members
+        ]
+    gone = [expert for expert in range(len(rows)) if expert not in made]
+    plan = plan_of(subject, name, gone, scores)
+    return replace(plan, groups=tuple(made.values())) if gone else plan
+
+
+def _group(subject: Subject, name: str, members: Sequence[int], kept: int, settings: Settings) -> Group:
+    """What becomes of one group."""
+    if settings.merge == "prune":
+        return Group(tuple(members), tuple(float(member == kept) for member in members))
+    return Group(tuple(members), group_weights(subject, name, members, kept, settings), settings.align)
 
 
 def group_weights(

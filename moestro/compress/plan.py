@@ -241,6 +241,11 @@ class Plan:
         return next((found for found in self.layers if found.layer == layer), None)
 
 
+def rows_of(layers: Sequence[LayerPlan]) -> Literal["kept", "mean"]:
+    """`Plan.merged_rows` of plans that a method made: a mean where a group has no member that stands for it alone."""
+    return "mean" if any(layer.merges for layer in layers) else "kept"
+
+
 def ascending(values: Sequence[int], end: float = math.inf) -> bool:
     """Whether values ascend, none twice, from 0 to below `end`."""
     return all(0 <= value < end for value in values) and all(a < b for a, b in zip(values, values[1:], strict=False))

@@ -1,5 +1,7 @@
 """How alike experts are: of what they answer and of what they are made of (arXiv:2407.09590; Kornblith 2019, CKA)."""
 
+from statistics import fmean
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -90,7 +92,12 @@ def output_distance(means: Float[Tensor, "e d"]) -> Float[Tensor, "e e"]:
     return -torch.cdist(means.double(), means.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def to_others(alike: Float[Tensor, "e e"]) -> list[float]:
+    """Every expert's mean similarity to the others; 1 for a single expert."""
+    n = len(alike)
+    return [1.0] if n < 2 else ((alike.sum(1) - alike.diagonal()) / (n - 1)).tolist()
+
+
 def mean_similarity(alike: Float[Tensor, "e e"]) -> float:
     """Mean over the pairs of different experts; 1 for a single expert."""
-    n = len(alike)
-    return 1.0 if n < 2 else float((alike.sum() - alike.diagonal().sum()) / (n * (n - 1)))
+    return fmean(to_others(alike))

@@ -7,12 +7,12 @@ import torch
 
 from moestro.compress.applied import applied
 from moestro.compress.calibration import Ask, calibrate
+from moestro.compress.choosing import measured
 from moestro.compress.feed_forward import FeedForward
 from moestro.compress.merging import (
     HC_SMOE,
     SIMILARITIES,
     Settings,
-    grouped,
     learned,
     merge_error,
     merge_plans,
@@ -21,9 +21,11 @@ from moestro.compress.merging import (
 )
 from moestro.compress.observed import expert_output
 from moestro.compress.partition import agglomerate
-from moestro.compress.plan import Group
+from moestro.compress.plan import Group, rows_of
 from moestro.compress.pruning import Subject
 from moestro.compress.similarity import output_distance
+from moestro.evaluate import evaluate
+from moestro.routers.groups import GroupLimit
 from tests.compress.models import E, decoder, text
 
 
@@ -52,9 +54,8 @@ def logits(model):
 
 @pytest.mark.parametrize("kind", SIMILARITIES)
 def test_planted_copies_are_grouped_by_every_similarity(kind):
-    groups, means = grouped(planted(), Settings(ratio=0.5, similarity=kind))
-    assert groups == {f"blocks.{at}.ffn": [(0, 3), (1, 4), (2, 5)] for at in range(2)}
-    assert len(means) == 2
+    plans = merge_plans(planted(), Settings(ratio=0.5, similarity=kind))
+    assert [sorted(g.members for g in plan.groups) for plan in plans] == [[(0, 3), (1, 4), (2, 5)]] * 2
 
 
 @pytest.mark.parametrize("merge", ["uniform", "frequency", "learned"])
@@ -132,6 +133,33 @@ def test_groups_that_err_too_much_are_refused():
     assert merge_plans(planted(0.001), Settings(ratio=0.5, bound=0.05))
 
 
+def test_plans_say_how_alike_experts_are_and_by_how_much_groups_err():
+    given = subject("m")
+    (plan,) = merge_plans(given, Settings(ratio=0.5))
+    layer, x = given.layers["blocks.0.ffn"], given.seen("blocks.0.ffn").inputs
+    alike = similarity(given, "blocks.0.ffn", "cka-outputs")
+    others = [float(alike[e, [o for o in range(E) if o != e]].mean()) for e in range(E)]
+    assert plan.scores["similarity"] == pytest.approx(others)
+    for kept, group in zip(plan.keep, plan.groups, strict=True):
+        expected = merge_error(layer, group, kept, x) if len(group.members) > 1 else 0.0
+        assert [plan.scores["merge error"][member] for member in group.members] == [expected] * len(group.members)
+
+
+@pytest.mark.parametrize("kind", ["cka-outputs", "mean-outputs"])
+def test_a_router_that_ranks_groups_loses_equally_many_of_each(kind):
+    # 3 groups of 2 consecutive experts, of which a token looks in 2
+    given = planted()
+    for layer in given.layers.values():
+        layer.router.select.limit = GroupLimit(3, 2)
+    with pytest.raises(ValueError, match="2 of 6 experts, allowed: equally many of 3 routing groups"):
+        merge_plans(given, Settings(ratio=1 / 3, similarity=kind))
+    with pytest.raises(ValueError, match="must lose equally many"):
+        merge_plans(given, Settings(ratio=0.5, everywhere=True))
+    # copies lie in other groups, and are not joined
+    for plan in merge_plans(given, Settings(ratio=0.5, similarity=kind)):
+        assert [group.members for group in sorted(plan.groups, key=lambda g: g.members)] == [(0, 1), (2, 3), (4, 5)]
+
+
 def test_hc_smoe_links_mean_outputs_and_weighs_by_frequency():
     given = subject("m")
     (plan,) = merge_plans(given, replace(HC_SMOE, ratio=0.5))
@@ -158,11 +186,21 @@ def test_one_budget_for_all_layers_gives_unequal_counts():
 
 def test_unlike_experts_are_warned_of():
     given = subject()
-    _, means = grouped(given, Settings(similarity="cosine-outputs"))
-    assert len(warnings(means, "cosine-outputs")) == 2
-    assert "below 0.3" in warnings(means, "cosine-outputs")[0]
-    assert warnings({"a": 0.9}, "cka-outputs") == [] and warnings(means, "mean-outputs") == []
+    plans = merge_plans(given, Settings(similarity="cosine-outputs"))
+    assert len(warnings(plans, "cosine-outputs")) == 2
+    assert "layer 0: mean similarity of experts" in warnings(plans, "cosine-outputs")[0]
+    alike = [replace(plan, scores={"similarity": [0.9] * E}) for plan in plans]
+    assert warnings(alike, "cka-outputs") == warnings(plans, "mean-outputs") == []
     assert similarity(given, "blocks.0.ffn", "mean-outputs").max() <= 0
+
+
+def test_plans_to_choose_from_are_measured_with_the_router_rows_that_are_written():
+    given = subject()
+    plans = merge_plans(given, Settings(ratio=0.5))
+    assert rows_of(plans) == "mean" and rows_of(merge_plans(given, Settings(ratio=0.0))) == "kept"
+    written = evaluate(applied(given.model, plans, "slice", "mean"), text(4))["loss"]
+    assert measured(given.model, {"merge": plans}, text(4), "slice") == {"merge": written}
+    assert evaluate(applied(given.model, plans, "slice", "kept"), text(4))["loss"] != written
 
 
 def test_impossible_settings_are_refused():
