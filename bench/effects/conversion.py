@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench.effects.split_probes import splits
 from bench.effects.stories import model_settings, read_model, write_tokenizer
-from bench.effects.study import Work
+from bench.effects.study import Probe, Work
 from bench.harness import ROOT
 from moestro.compare.board import Board
 from moestro.compare.job import Job
@@ -41,10 +40,16 @@ class ConvertedJob(Job):
 
     source: Path = Path()
     conversion: tuple[str, ...] | None = None
+    probes: tuple[tuple[str, Probe], ...] = ()
 
     @property
     def question(self) -> dict[str, Any]:
-        return {**super().question, "conversion": None if self.conversion is None else list(self.conversion)}
+        probes = {"probes": [name for name, _ in self.probes]} if self.probes else {}
+        return {
+            **super().question,
+            "conversion": None if self.conversion is None else list(self.conversion),
+            **probes,
+        }
 
     def train(self) -> dict[str, Any]:
         if not list_checkpoints(self.folder / "checkpoints"):
@@ -67,14 +72,12 @@ class ConvertedJob(Job):
         write_run(self.folder, recipe, run.model, run.dataset, lambda folder: folder.write_json(REPORT, report))
 
     def measure(self) -> dict[str, Any]:
-        """`final` figures, what the conversion said (`start`); for the dense arm what splitting its source costs."""
+        """`final` figures, what the conversion said (`start`), and what each probe finds of this job."""
         run = opened_run(self.folder)
         batches = run.dataset.val_batches(run.batch_size, self.final_tokens)
         found = {"final": evaluate(run.model, batches, precision=run.precision)}
         found["start"] = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
-        if self.conversion is None:
-            found["splits"] = splits(opened_run(self.source), self.seed)
-        return found
+        return {**found, **{name: probe(self) for name, probe in self.probes}}
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ class ConversionWork(Work):
             sample=False,
             source=self.source(corpus, seed),
             conversion=tuple(f"{key}={json.dumps(value)}" for key, value in own.items()) or None,
+            probes=tuple(study.arms[arm].probes.items()),
         )
 
     def train(self, workers: int, board: Board | None = None) -> None:

@@ -11,18 +11,26 @@ gates and the language-model loss. pa-lm: the same, and taught on during trainin
 experts that are computed to be recorded count in its FLOPs. lm: routers from random rows, straight-through gates.
 frozen: hard gates, so that the random routers stay as they are. released: the same with scale n/k, what the released
 code does. upcycle, drop: 4 copies, 2 for each token; half of each copy's units redrawn.
+
+Unequal splits (ours) are of 8 experts, of which 4 serve a token: even-8 as pa; even-8-important: equal widths, units by
+falling importance; uneven-8: widths that share the importance evenly. All three have routers taught as pa's and a
+balance loss, which keeps about half of the units active. What they lose is also measured at half (`width_probes`).
 """
+
+from dataclasses import replace
 
 from bench.effects.command import main
 from bench.effects.conversion import DENSE, PRETRAINED, ConversionWork
 from bench.effects.effect import Effect, Run
-from bench.effects.split_probes import N_EXPERTS
+from bench.effects.split_probes import N_EXPERTS, splits
 from bench.effects.study import SMALL, Arm, Study
+from bench.effects.width_probes import ACTIVE, routed, widths
 
 SPLIT = {"kind": "split", "widths": {"kind": "equal", "n_experts": N_EXPERTS}, "top_k": 2, "scale": "fit"}
 TAUGHT = {"start": "probe", "labels": "subset", "steps": 300}
 COPIES = {"kind": "upcycle", "n_experts": N_EXPERTS, "top_k": 2}
 PA_LM = [{"kind": "router_target", "weight": 0.05}]
+BALANCED = [{"kind": "load_balance", "weight": 0.01}]
 
 
 def converted(method: dict, **keys: object) -> Arm:
@@ -30,12 +38,19 @@ def converted(method: dict, **keys: object) -> Arm:
     return Arm("dense.yaml", {"method": method, **keys})
 
 
+def eight(widths: str, grouping: str) -> Arm:
+    """8 experts, 4 for each token, by a rule for widths and one for groups."""
+    split = {"widths": {"kind": widths, "n_experts": 8}, "top_k": 4, "grouping": {"kind": grouping}}
+    arm = converted({**SPLIT, **split}, router=TAUGHT, **{"run.objectives": BALANCED})
+    return replace(arm, probes={"routed": routed})
+
+
 STUDY = Study(
     name="factorllm",
     budget=1.5e11,
     common={**SMALL, "model.ffn.width": 256, "optim.lr": 0.003},
     arms={
-        DENSE: Arm("dense.yaml"),
+        DENSE: Arm("dense.yaml", probes={"splits": splits, "widths": widths}),
         "pa": converted(SPLIT, router=TAUGHT),
         "pa-lm": converted(SPLIT, router=TAUGHT, taught=True, **{"run.objectives": PA_LM}),
         "lm": converted(SPLIT),
@@ -43,6 +58,9 @@ STUDY = Study(
         "released": converted({**SPLIT, "gate": "hard", "scale": "n/k"}),
         "upcycle": converted(COPIES),
         "drop": converted({**COPIES, "drop": 0.5}),
+        "even-8": eight("equal", "contiguous"),
+        "even-8-important": eight("equal", "importance"),
+        "uneven-8": eight("equal_importance", "importance"),
     },
     corpora=("wikitext-2", PRETRAINED),
     final_tokens=32_768,
@@ -83,7 +101,8 @@ def worse(run: Run, other: Run) -> float:
 
 def expect(number: str, claim: str, quantity: str, arms: tuple[str, ...], value, **bounds: float) -> Effect:
     """An effect of the specification of arXiv:2408.11855 or of its neighbours."""
-    source = {"U": "arXiv:2212.05055, arXiv:2502.19261", "G": "arXiv:2110.01786"}.get(number[0], "arXiv:2408.11855")
+    sources = {"U": "arXiv:2212.05055, arXiv:2502.19261", "G": "arXiv:2110.01786", "W": "ours, after arXiv:2408.10681"}
+    source = sources.get(number[0], "arXiv:2408.11855")
     return Effect(number, claim, source, quantity, arms, value, **bounds)
 
 
@@ -111,6 +130,35 @@ def kept(run: Run) -> float:
     return abs(start(run) - run["start"]["loss"]["dense"])
 
 
+def oracle(number: str, claim: str, above: str, below: str = "equal_importance") -> Effect:
+    """One split loses more than another where the best experts are chosen, with half of the units."""
+
+    def apart(run: Run) -> float:
+        return run["widths"][above]["loss"] - run["widths"][below]["loss"]
+
+    return expect(number, claim, "nats a token", (DENSE,), apart, low=0)
+
+
+def furthest(run: Run) -> float:
+    """The greatest distance of a split's share of active units from half."""
+    return max(abs(one["active"] - ACTIVE) for one in run["widths"].values())
+
+
+def active(run: Run, other: Run) -> float:
+    """Active units of the first run, as a share of the second's, as trained."""
+    return run["routed"]["as_trained"]["active"] / other["routed"]["as_trained"]["active"]
+
+
+def worse_at_half(run: Run, other: Run) -> float:
+    """Nats a token that the first run loses more with half of the units."""
+    return run["routed"]["half"]["loss"] - other["routed"]["half"]["loss"]
+
+
+def at_half(number: str, claim: str, above: str) -> Effect:
+    """A trained split loses more than the unequal one with half of the units."""
+    return expect(number, claim, "nats a token", (above, "uneven-8"), worse_at_half, low=0)
+
+
 EFFECTS = (
     gap("S1", "all 4 experts are the dense model", "k4", "dense", low=-1e-4, high=1e-4),
     expect("S2", "best subsets: each expert more helps", "least gain, nats", (DENSE,), least_step, low=0),
@@ -132,6 +180,19 @@ EFFECTS = (
     difference("U2", "dense training on above copies, equal FLOPs", DENSE, "upcycle"),
     expect("U3", "redrawn copies start worse", "nats a token", ("drop", "upcycle"), cheaper, low=0),
     difference("U4", "redrawn copies end above copies", "drop", "upcycle"),
+    expect("W1", "told: half of the units active", "greatest distance", (DENSE,), furthest, high=0.01),
+    oracle("W2", "told: equal above equal_importance", "equal"),
+    oracle("W3", "told: equal, k-means, above it", "equal kmeans"),
+    oracle("W4", "told: equal, by importance, above it", "equal by importance"),
+    oracle("W5", "told: equal above arithmetic", "equal", "arithmetic"),
+    oracle("W6", "told: equal above hybrid", "equal", "hybrid"),
+    oracle("W7", "told: equal above geometric", "equal", "geometric"),
+    expect(
+        "W8", "units as equal_importance routes", "ratio to equal", ("uneven-8", "even-8"), active, low=0.95, high=1.05
+    ),
+    difference("W9", "trained: equal above equal_importance", "even-8", "uneven-8"),
+    at_half("W10", "trained, half of the units: equal above it", "even-8"),
+    at_half("W11", "and equal, by importance, above it", "even-8-important"),
 )
 
 if __name__ == "__main__":

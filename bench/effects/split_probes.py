@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bench.effects.conversion import ConvertedJob
 from moestro.convert.grouping import BalancedKMeans, CoActivation, Contiguous, Grouping, Shuffled
 from moestro.convert.layers import inputs_of
 from moestro.convert.mixture import Mixture
@@ -15,11 +16,12 @@ from moestro.convert.routers import expert_outputs
 from moestro.convert.run import dense_sites
 from moestro.convert.seen import Seen
 from moestro.convert.split import Split
+from moestro.data import Batch
 from moestro.evaluate import evaluate
 from moestro.experts.widths import equal
 from moestro.layers import MoELayer
 from moestro.objectives.router_target import label_experts
-from moestro.recipe.evaluation import Run
+from moestro.recipe.evaluation import Run, opened_run
 from moestro.routers import Router
 from moestro.routing import SparseRouting
 
@@ -53,11 +55,12 @@ class Told(Router):
         return SparseRouting.from_topk(expert, torch.full(expert.shape, self.scale), self.n_experts)
 
 
-def splits(run: Run, seed: int) -> dict[str, float]:
-    """Held-out loss (nats a token) of a dense run: `dense`; split in 4 with the best subset of k = 1, ..., 4 experts
-    (`k1`...) and, at k = 2, with other choices; and with other groupings at k = 1."""
+def splits(job: ConvertedJob) -> dict[str, float]:
+    """Held-out loss (nats a token) of a job's dense source: `dense`; split in 4 with the best subset of k = 1, ..., 4
+    experts (`k1`...) and, at k = 2, with other choices; and with other groupings at k = 1."""
+    run, seed = opened_run(job.source), job.seed
     sites = dense_sites(run.model, None)
-    batches = [run.dataset.train_batch(i, run.batch_size, seed) for i in range(steps(run))]
+    batches = calibration_batches(run, seed)
     seen = [
         Seen(site.network, inputs_of(run.model, site.module, batches, "fp32"), seed * 1000 + site.index)
         for site in sites
@@ -83,9 +86,10 @@ def splits(run: Run, seed: int) -> dict[str, float]:
     return found
 
 
-def steps(run: Run) -> int:
-    """Training batches that calibration reads."""
-    return max(1, CALIBRATION // (run.batch_size * run.dataset.seq_len))
+def calibration_batches(run: Run, seed: int) -> list[Batch]:
+    """The training text that calibration reads."""
+    steps = max(1, CALIBRATION // (run.batch_size * run.dataset.seq_len))
+    return [run.dataset.train_batch(i, run.batch_size, seed) for i in range(steps)]
 
 
 def split(seen: Seen, grouping: Grouping) -> Mixture:

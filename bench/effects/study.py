@@ -74,7 +74,8 @@ SMALL: Mapping[str, Any] = {
     "train.batch_size": 8,
     "optim.lr": 0.01,
 }
-Probe = Callable[[Trained], Any]
+# Asked of a finished run: of its `Trained`; in studies of conversions, of its job.
+Probe = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from bench.effects.command import main
 from bench.effects.conversion import ConversionWork
 from bench.effects.split_probes import Told, split
 from bench.effects.stories import model_settings, read_model, write_tokenizer
-from moestro.convert.grouping import Contiguous
+from bench.effects.width_probes import ACTIVE, SPLITS, Priced, charge, told
+from moestro.convert.grouping import Contiguous, Importance, equal_importance
 from moestro.convert.plan import load_conversion
+from moestro.convert.split import Split
 from moestro.data import FileTokenizer
 from moestro.layers import MoELayer
 from moestro.recipe.build import build_model
@@ -47,7 +49,8 @@ def test_arms_are_conversions_that_differ_as_their_names_say():
         for name, arm in factorllm.STUDY.arms.items()
         if arm.settings
     }
-    assert {name for name, one in conversions.items() if one.router.steps} == {"pa", "pa-lm"}
+    eights = {"even-8", "even-8-important", "uneven-8"}
+    assert {name for name, one in conversions.items() if one.router.steps} == {"pa", "pa-lm"} | eights
     assert {name for name, one in conversions.items() if one.taught} == {"pa-lm"}
     assert {name for name, one in conversions.items() if getattr(one.method, "gate", "") == "hard"} == {
         "frozen",
@@ -72,6 +75,31 @@ def test_experts_that_are_told_are_the_best_ones():
     assert error("subset", 3) < error("subset") < error("subset", 1)
 
 
+@torch.no_grad()
+def test_prices_make_half_of_the_units_active_and_cost_nothing_where_experts_are_alike():
+    """Told routers of equal and unequal splits, and trained ones, whose equal experts are chosen as before."""
+    of = seen(tokens=200)
+    n_units = of.network.width
+    for rule in (equal_importance, SPLITS["equal"][0]):
+        made = Split(told(rule), 1, Importance())(of)
+        priced = Priced(made, of.network, of.x)
+        chosen = priced(of.x).dense() > 0
+        shares = chosen.double() @ priced.units.double() / n_units
+        assert float(shares.mean()) == pytest.approx(ACTIVE, abs=0.02)
+        # at that price no other set is cheaper
+        sets, errors = priced.choices(of.x)
+        costs = errors + priced.price * (sets.float() @ priced.units)
+        own = ((sets[None] == chosen[:, None]).all(-1)).nonzero()[:, 1]
+        torch.testing.assert_close(costs.gather(1, own[:, None])[:, 0], costs.min(1).values)
+    unequal = Split(told(equal_importance), 4, Importance())(of).layer
+    unequal.router.score.weight.copy_(torch.randn_like(unequal.router.score.weight))
+    charge(unequal, of.x)
+    units = unequal.expert_widths()
+    routing = unequal.router(of.x)
+    assert float((routing.dense() != 0).float().sum(1).unique()) == 4
+    assert float(((routing.dense() != 0).float() @ units.float()).mean() / n_units) == pytest.approx(ACTIVE, abs=0.02)
+
+
 def test_figures_of_runs():
     run = {"splits": {"k1": 3.0, "k2": 2.0, "k3": 1.9, "k4": 1.5}, "final": {"loss": 2.0}}
     run["start"] = {"loss": {"converted": 3.0, "dense": 1.0}, "layers": [{"agreement": 0.5}, {"agreement": 0.7}]}
@@ -80,6 +108,13 @@ def test_figures_of_runs():
     assert factorllm.recovered(run, other) == pytest.approx(1 / 1.5) and factorllm.worse(run, other) == 0.5
     assert factorllm.cheaper(run, other) == 0.5 and factorllm.kept(run) == 2.0 and factorllm.kept(other) == 0
     named = {effect.id: effect for effect in factorllm.EFFECTS}
+    told_ = {"equal": {"loss": 2.0, "active": 0.5}, "equal_importance": {"loss": 1.5, "active": 0.47}}
+    assert named["W2"].value({"widths": told_}) == 0.5
+    assert factorllm.furthest({"widths": told_}) == pytest.approx(0.03)
+    trained = {"as_trained": {"active": 0.6}, "half": {"loss": 2.0}}
+    even = {"as_trained": {"active": 0.5}, "half": {"loss": 2.25}}
+    assert factorllm.active({"routed": trained}, {"routed": even}) == pytest.approx(1.2)
+    assert factorllm.worse_at_half({"routed": even}, {"routed": trained}) == 0.25
     assert named["S4"].value({"splits": {"random": 3.0, "projection": 2.5}}) == 0.5
 
 
@@ -89,6 +124,6 @@ def test_the_quick_study_measures_every_effect(tmp_path):
     results = main(factorllm.STUDY, factorllm.EFFECTS, factorllm.__doc__, words, ConversionWork)
     assert [row["effect"] for row in results["rows"]] == [effect.id for effect in factorllm.EFFECTS]
     rows = {row["effect"]: row for row in results["rows"]}
-    assert rows["S1"]["holds"] == "yes" and rows["U1"]["holds"] == "yes"
+    assert rows["S1"]["holds"] == "yes" and rows["U1"]["holds"] == "yes" and rows["W1"]["holds"] == "yes"
     again = main(factorllm.STUDY, factorllm.EFFECTS, factorllm.__doc__, words, ConversionWork)
     assert again["rows"] == results["rows"]
