@@ -6,7 +6,7 @@ from moestro.train.environment import describe_machine
 from moestro.train.expert_dropout import ExpertDropout
 from moestro.train.folder import RunFolder, RunFolderError
 from moestro.train.gate_sparsity import GateSparsity
-from moestro.train.health import NonFiniteLoss
+from moestro.train.health import Diverged
 from moestro.train.loop import train
 from moestro.train.progress import Bar, Display, Lines, Silent, display_on
 from moestro.train.row_adamw import RowAdamW
@@ -19,7 +19,7 @@ from moestro.train.weights import best_checkpoint, load_weights, newest_checkpoi
 
 __all__ = [
     "WSD", "AdaptiveExperts", "Bar", "BiasBalance", "Budget", "CheckpointError", "Constant", "Cosine",
-    "Display", "ExpertDropout", "GateSparsity", "Lines", "NonFiniteLoss", "OptimSettings", "ParameterGroup",
+    "Display", "ExpertDropout", "GateSparsity", "Lines", "Diverged", "OptimSettings", "ParameterGroup",
     "QueryNormStatistics", "RowAdamW", "Rule", "RunFolder", "RunFolderError", "Schedule", "Silent",
     "SteerThreshold", "TrainSettings", "TrainingStopped", "best_checkpoint", "describe_machine", "display_on",
     "load_weights", "newest_checkpoint", "train",

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from moestro.train.settings import Budget
 from moestro.train.step import Measured
 
+# sound steps whose means are what is usual
+USUAL = 100
+
 
 @dataclass
 class Counters:
     """Everything that accumulates over a run. FLOPs are of training (3 x forward); `seconds` is time spent in optimizer
     steps; `metrics_bytes` and `metrics_sha256` are those of metrics.jsonl at the last checkpoint; `skipped` counts the
-    steps that were not finite and changed nothing, of which the last `skipped_in_a_row` followed one another."""
+    steps that were not sound and changed nothing, of which the last `skipped_in_a_row` followed one another;
+    `usual_loss` and `usual_norm` (of gradients) are running means over `usual_over` sound steps."""
 
     step: int = 0
     tokens: int = 0
@@ -25,6 +29,9 @@ class Counters:
     metrics_sha256: str = ""
     skipped: int = 0
     skipped_in_a_row: int = 0
+    usual_loss: float = 0.0
+    usual_norm: float = 0.0
+    usual_over: int = 0
 
     def add(self, measured: Measured) -> None:
         """Count one optimizer step."""
@@ -33,6 +40,12 @@ class Counters:
         self.flops += measured.flops
         self.flops_computed += measured.flops_computed
         self.active_params_sum += measured.active_params
+
+    def settle(self, measured: Measured) -> None:
+        """Take a sound step into what is usual: the mean of all so far, then one that forgets."""
+        self.usual_over = min(self.usual_over + 1, USUAL)
+        self.usual_loss += (measured.loss - self.usual_loss) / self.usual_over
+        self.usual_norm += (measured.grad_norm - self.usual_norm) / self.usual_over
 
     def share(self, budget: Budget) -> float:
         """Share of the budget that is used; above 1 where the last step went beyond it."""

@@ -52,7 +52,7 @@ def train(
     share of every batch. The main rank alone writes to `run_dir`, but for checkpoints, calls `claim` and has a display.
     A signal to any rank stops all.
 
-    Raises: RunFolderError, CheckpointError, NonFiniteLoss; TrainingStopped after SIGTERM or SIGINT, once saved.
+    Raises: RunFolderError, CheckpointError, Diverged; TrainingStopped after SIGTERM or SIGINT, once saved.
     """
     ranks = ranks or Ranks.alone(next(model.parameters()).device)
     check_precision(ranks.device, settings.precision)

@@ -99,7 +99,8 @@ class TrainSettings:
     files mapped into memory, in that folder (relative: of the run folder): for tables that are larger than memory.
 
     A step whose loss, objectives or gradient norm is not finite ends the run (`non_finite` stop), or is counted, logged
-    and changes neither weights nor what rules remember (skip), `most_skipped` such steps in a row at most.
+    and changes neither weights nor what rules remember (skip), `most_skipped` such steps in a row at most. With `spike`
+    so does one whose loss or gradient norm is more than so many times the mean of those before it.
 
     A run that is estimated to need more memory than there is does not begin (`check_memory`)."""
 
@@ -115,6 +116,7 @@ class TrainSettings:
     compile: bool = False
     recompute: bool = False
     non_finite: NonFinite = "stop"
+    spike: float | None = None
     most_skipped: int = 10
     eval_every: int = 100
     eval_tokens: int | None = None
@@ -140,6 +142,8 @@ class TrainSettings:
                 raise ValueError(f"train {name}={getattr(self, name)!r}: allowed are 'fp32', 'bf16'")
         if self.non_finite not in ("stop", "skip"):
             raise ValueError(f"train non_finite={self.non_finite!r}: allowed are 'stop', 'skip'")
+        if self.spike is not None and not self.spike > 1:
+            raise ValueError(f"train spike={self.spike}: must be above 1, times what is usual, or null")
         self._check_warmup_fits()
 
     @property

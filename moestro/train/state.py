@@ -41,7 +41,7 @@ from moestro.train.tensors import (
 # Settings that change what is written or shown, or when a run is given up, not what is learned until then.
 FREE = frozenset(
     {"eval_every", "eval_tokens", "save_every", "keep_last", "keep_best", "tensorboard", "table_folder"}
-    | {"non_finite", "most_skipped", "parallel", "check_memory"}
+    | {"non_finite", "spike", "most_skipped", "parallel", "check_memory"}
 )
 
 

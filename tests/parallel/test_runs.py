@@ -20,7 +20,7 @@ from moestro.ops.whole_files import HASHES
 from moestro.parallel.layout import whole, write_rows
 from moestro.parallel.ranks import Ranks, joined
 from moestro.parallel.settings import ParallelSettings
-from moestro.train import AdaptiveExperts, CheckpointError, NonFiniteLoss, Rule, TrainingStopped, load_weights, train
+from moestro.train import AdaptiveExperts, CheckpointError, Diverged, Rule, TrainingStopped, load_weights, train
 from moestro.train.checkpoint import join_model, read_state, read_tensors
 from tests.parallel.models import SYSTEMS
 from tests.parallel.processes import in_ranks
@@ -226,7 +226,7 @@ def test_a_damaged_piece_is_named(on_two: Path, tmp_path: Path) -> None:
 
 
 def not_finite(rank: int, run: Path) -> None:
-    with pytest.raises(NonFiniteLoss, match="step 2"):
+    with pytest.raises(Diverged, match="step 2"):
         go(rank, run, rules=partial(broken, rank))
 
 
@@ -257,7 +257,7 @@ def ended_while_saving(rank: int, run: Path) -> None:
         time.sleep(0.5)
         return write_tensors(path, tensors)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(NonFiniteLoss, match="step 3"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Diverged, match="step 3"):
         patch.setattr("moestro.parallel.storage.write_tensors", slowly)
         go(rank, run, rules=partial(broken, rank, 3))
 

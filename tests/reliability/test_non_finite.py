@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from moestro import FFNBank, LoadBalance, MoELayer, ScoredRouter
 from moestro.compare.results import curve, read_metrics
 from moestro.routers import BiasedRouter, CosineScore, LinearScore, ReLU, SteeredTopP, TopAny
-from moestro.train import AdaptiveExperts, BiasBalance, GateSparsity, Lines, NonFiniteLoss, SteerThreshold, train
+from moestro.train import AdaptiveExperts, BiasBalance, Diverged, GateSparsity, Lines, SteerThreshold, train
 from moestro.train.checkpoint import read_state
 from moestro.train.metrics import scalars
 from tests.train.test_loop import lines_of, timeless
@@ -41,6 +42,17 @@ class Broken(Counting):
     def val_batches(self, batch_size, max_tokens=None):
         self.now = 0
         return super().val_batches(batch_size, max_tokens)
+
+
+class Exploding(Broken):
+    """Data whose batches `steps` make the logits a thousand times too large."""
+
+    def __init__(self, steps=(), dies_at: int | None = None) -> None:
+        super().__init__(steps, 1e3, dies_at)
+
+    def in_front_of(self, model):
+        model.norm.register_forward_hook(lambda module, inputs, output: output * self.factor if self.now else None)
+        return model
 
 
 def run(folder, data, model=None, objectives=(), rules=(), steps=12, display=None, **settings):
@@ -91,16 +103,40 @@ def test_steps_in_a_row_are_bounded_and_the_count_survives_the_process(tmp_path)
     message = r"step 8: loss = nan.*, the last of 4 steps in a row \(train\.most_skipped=3\)\. Try, "
     with pytest.raises(Killed):
         run(tmp_path, Broken(range(4, 12), dies_at=6), most_skipped=3)
-    with pytest.raises(NonFiniteLoss, match=message):
+    with pytest.raises(Diverged, match=message):
         run(tmp_path, Broken(range(4, 12)), most_skipped=3)
     # the folder is as the step before left it: with a batch that is whole it goes on
     assert run(tmp_path, Broken({4, 5, 6}), most_skipped=3)["skipped"] == 3
 
 
 def test_a_run_that_stopped_goes_on_with_the_other_policy(tmp_path):
-    with pytest.raises(NonFiniteLoss, match=r"step 6: loss = nan.*leave such steps out \(train\.non_finite=skip\)"):
+    with pytest.raises(Diverged, match=r"step 6: loss = nan.*leave such steps out \(train\.non_finite=skip\)"):
         run(tmp_path, Broken({5}), non_finite="stop")
     assert run(tmp_path, Broken({5}))["skipped"] == 1
+
+
+@pytest.mark.parametrize("dies_at", [None, 25, 26])
+def test_an_exploding_loss_is_left_out_where_that_is_asked_for(tmp_path, dies_at):
+    """Finite, and far beyond the usual; what is usual survives the process."""
+    asked = {"spike": 3.0, "steps": 30, "save_every": 5, "keep_last": 2, "eval_every": 0}
+    if dies_at is not None:
+        with pytest.raises(Killed):
+            run(tmp_path, Exploding({10, 25}, dies_at), **asked)
+    result = run(tmp_path, Exploding({10, 25}), **asked)
+    # the tenth came before anything was usual
+    (line,) = (line for line in lines_of(tmp_path) if "skipped" in line)
+    assert line["step"] == 26 and result["skipped"] == 1
+    found = re.fullmatch(r"loss = ([\d.]+), usual ([\d.]+)(;.*)? \(train.spike=3\)", line["skipped"])
+    assert found and float(found[1]) > 3 * float(found[2])
+    whole = run(tmp_path / "whole", Exploding({10, 25}), **asked)
+    assert whole["eval"] == result["eval"]
+
+
+def test_an_exploding_loss_ends_a_run_that_says_so_and_is_nothing_else(tmp_path):
+    asked = {"steps": 30, "eval_every": 0, "non_finite": "stop"}
+    with pytest.raises(Diverged, match=r"step 26: loss = .* usual .*\(train.spike=3\).*train\.non_finite=skip"):
+        run(tmp_path, Exploding({25}), spike=3.0, **asked)
+    assert run(tmp_path, Exploding({25}), **asked)["skipped"] == 0
 
 
 def test_an_objective_alone_is_enough(tmp_path):
@@ -158,7 +194,11 @@ def test_a_report_shows_runs_with_skipped_steps(tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"non_finite": "ignore"}, "allowed are 'stop', 'skip'"), ({"most_skipped": 0}, "must be at least 1")],
+    [
+        ({"non_finite": "ignore"}, "allowed are 'stop', 'skip'"),
+        ({"most_skipped": 0}, "must be at least 1"),
+        ({"spike": 1.0}, "must be above 1"),
+    ],
 )
 def test_settings_are_checked(setting, message):
     with pytest.raises(ValueError, match=message):

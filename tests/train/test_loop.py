@@ -12,7 +12,7 @@ from moestro.evaluate import evaluate
 from moestro.train import (
     Budget,
     Cosine,
-    NonFiniteLoss,
+    Diverged,
     OptimSettings,
     TrainingStopped,
     best_checkpoint,
@@ -163,7 +163,7 @@ class Exploding(Counting):
 
 def test_a_diverging_run_stops_and_keeps_its_folder(tmp_path):
     model = tiny_model()
-    with pytest.raises(NonFiniteLoss, match=r"step 7: loss = (nan|inf).*Try, in a new run folder, a lower optim\.lr"):
+    with pytest.raises(Diverged, match=r"step 7: loss = (nan|inf).*Try, in a new run folder, a lower optim\.lr"):
         train(model, Exploding(model), tiny_settings(12), [], [], tmp_path)
     assert [line["step"] for line in lines_of(tmp_path) if "eval" not in line] == [1, 2, 3, 4, 5, 6]
     assert newest_checkpoint(tmp_path).name == "step-00000005"
@@ -189,7 +189,7 @@ class Poisoned(Counting):
 
 def test_a_broken_evaluation_stops_before_anything_is_saved(tmp_path):
     model = tiny_model()
-    with pytest.raises(NonFiniteLoss, match="step 4: held-out loss = nan"):
+    with pytest.raises(Diverged, match="step 4: held-out loss = nan"):
         train(model, Poisoned(model), tiny_settings(12), [], [], tmp_path)
     assert list_checkpoints(tmp_path / "checkpoints") == []
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moestro import LoadBalance
 from moestro.evaluate.scoring import check_precision, nats, score
 from moestro.routing import Trace
-from moestro.train import NonFiniteLoss, QueryNormStatistics
+from moestro.train import Diverged, QueryNormStatistics
 from moestro.train.health import require_finite
 from moestro.train.optim import clip_gradients
 from moestro.train.step import Measured, backward, check_names, measure
@@ -145,7 +145,7 @@ def test_a_batch_without_targets_is_refused():
 def test_a_non_finite_step_is_an_error_that_says_what_to_try(changes, culprit):
     fine = {"loss": 1.0, "total_loss": 1.0, "objectives": {}, "grad_norm": 1.0, "flops": 1.0, "flops_computed": 1.0}
     measured = Measured(**{**fine, "active_params": 1.0, "tokens": 1, "bytes": 1, **changes})
-    with pytest.raises(NonFiniteLoss, match=rf"step 7: {culprit} \(learning rate 0\.01\)\. Try, .* a lower optim\.lr"):
+    with pytest.raises(Diverged, match=rf"step 7: {culprit} \(learning rate 0\.01\)\. Try, .* a lower optim\.lr"):
         require_finite(measured.signs_of_health, 7, 0.01)
 
 
