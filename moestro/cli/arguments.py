@@ -5,10 +5,10 @@ import inspect
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moestro.cli.values import file_path, number, positive, whole
 from moestro.recipe.syntax import nearest
@@ -80,6 +80,14 @@ def add_checkpoint(parser: Parser) -> None:
 def add_dtype(parser: "argparse._ActionsContainer") -> None:
     """--dtype"""
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as they are stored)")
+
+
+def refuse(arguments: argparse.Namespace, unset: Mapping[str, Any], why: str) -> None:
+    """Raises: UsageError where the command gives one of these options, whose values where it gives none are `unset`;
+    `{}` in `why` is the option."""
+    for name, default in unset.items():
+        if getattr(arguments, name) != default:
+            raise UsageError(why.format("--set" if name == "settings" else f"--{name.replace('_', '-')}"))
 
 
 def opened_model(arguments: argparse.Namespace, model: Path) -> "Opened":

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moestro.cli.arguments import Parser, UsageError, add_device, device_named, extra
+from moestro.cli.arguments import Parser, UsageError, add_device, device_named, extra, refuse
 from moestro.cli.values import positive
 from moestro.recipe.syntax import parse_yaml
 
@@ -117,7 +117,7 @@ def run(arguments: Namespace) -> int:
 
     # texts and tasks that are none are refused before anything is done
     if arguments.plan_only:
-        _refuse(arguments, {"eval": None, "heal": None}, "--plan-only writes no model; it does not go with")
+        refuse(arguments, {"eval": None, "heal": None}, "--plan-only writes no model; it does not go with {}")
     question, heal = _question(arguments), _heal(arguments)
     if arguments.translate:
         from moestro.compress.deepseek import translated
@@ -125,7 +125,7 @@ def run(arguments: Namespace) -> int:
         print(f"wrote {translated(arguments.source, arguments.destination)}")
         return 0
     if arguments.plan is not None:
-        _refuse(arguments, OF_PLANS, "--plan says what is done; it does not go with")
+        refuse(arguments, OF_PLANS, "--plan says what is done; it does not go with {}")
         plan, output = read_plan(arguments.plan), _output(arguments)
         asked: dict[str, Any] = {"plan": plan, "output": output}
         quantise = plan.quantise
@@ -164,7 +164,7 @@ def _made(
 
 def _heal(arguments: Namespace) -> "Heal | None":
     if arguments.heal is None:
-        _refuse(arguments, {"heal_text": None, "heal_option": []}, "without --heal nothing is healed:")
+        refuse(arguments, {"heal_text": None, "heal_option": []}, "without --heal nothing is healed: {}")
         return None
     from dataclasses import fields
 
@@ -220,12 +220,6 @@ def _report(source: Path, folder: Path, question: "Question | None") -> None:
         print(f"{found['after']['quantised_share']:.1%} of its numbers are stored in 8 bits or fewer")
     for line in found["warnings"]:
         print(f"warning: {line}")
-
-
-def _refuse(arguments: Namespace, unset: Mapping[str, Any], why: str) -> None:
-    for name, default in unset.items():
-        if getattr(arguments, name) != default:
-            raise UsageError(f"{why} --{name.replace('_', '-')}")
 
 
 def _request(arguments: Namespace) -> Any:

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from moestro.cli.arguments import CHECKPOINT, Parser, UsageError, add_device, device_named
+from moestro.cli.arguments import Parser, UsageError, add_checkpoint, add_device, device_named
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="SRC is a converted run, DST the same without the frozen dense layers that taught it",
     )
-    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help=CHECKPOINT)
+    add_checkpoint(parser)
     add_device(parser)
 
 

@@ -2,14 +2,18 @@
 
 import sys
 from argparse import Namespace
+from typing import Any
 
-from moestro.cli.arguments import Parser, UsageError, add_dtype, add_run, extra, opened_model, run_of
+from moestro.cli.arguments import Parser, UsageError, add_dtype, add_run, extra, opened_model, refuse, run_of
 from moestro.cli.terminal import as_json
 from moestro.cli.values import positive
 
-# what only tasks take, and what they do not
-OF_TASKS = ("dtype", "limit", "seed", "batch_size", "max_length", "trust_task_code")
-OF_TEXT = ("tokens", "settings")
+# what only tasks take, and what they do not, as it is where nobody says so
+OF_TASKS: dict[str, Any] = {
+    **dict.fromkeys(("dtype", "limit", "seed", "batch_size", "max_length")),
+    "trust_task_code": False,
+}
+OF_TEXT: dict[str, Any] = {"tokens": None, "settings": []}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -50,7 +54,7 @@ def run(arguments: Namespace) -> int:
 
     from moestro.recipe.evaluation import evaluate_run, figures_table
 
-    _refuse(arguments, OF_TASKS, "needs --tasks")
+    refuse(arguments, OF_TASKS, "{} needs --tasks")
     figures = evaluate_run(run_of(arguments), arguments.tokens)
     if not as_json(arguments.json, figures):
         Console().print(figures_table(figures))
@@ -58,7 +62,7 @@ def run(arguments: Namespace) -> int:
 
 
 def _tasks(arguments: Namespace) -> int:
-    _refuse(arguments, OF_TEXT, "does not go with --tasks")
+    refuse(arguments, OF_TEXT, "{} does not go with --tasks")
     with extra("eval"):
         from moestro.harness import ScoredModel, evaluate_tasks, resolve_tasks, task_names, tasks_table
     if arguments.tasks == "help":
@@ -82,10 +86,3 @@ def _tasks(arguments: Namespace) -> int:
     if not as_json(arguments.json, figures):
         Console().print(tasks_table(figures))
     return 0
-
-
-def _refuse(arguments: Namespace, names: tuple[str, ...], why: str) -> None:
-    for name in names:
-        if getattr(arguments, name):
-            option = "set" if name == "settings" else name.replace("_", "-")
-            raise UsageError(f"--{option} {why}")

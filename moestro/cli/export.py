@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from moestro.cli.arguments import CHECKPOINT, Parser, size
+from moestro.cli.arguments import Parser, add_checkpoint, extra, size
 
 
 def add_arguments(parser: Parser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="SIZE",
         help="most bytes in one file: 500MB (default: 5GB)",
     )
-    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help=CHECKPOINT)
+    add_checkpoint(parser)
     parser.add_argument(
         "--license", metavar="NAME", help="licence of the weights, for the model card: apache-2.0, cc-by-4.0, ..."
     )
@@ -45,11 +45,8 @@ def run(arguments: Namespace) -> int:
       moestro export runs/hmoe-0 --out exported/hmoe
       moestro export runs/moe-0 --out exported/mixtral --format stock --dtype bfloat16
     """
-    try:
+    with extra("hf"):
         from moestro.export.folder import Choices, export_run
-    except ModuleNotFoundError as error:
-        raise ImportError(f'moestro export needs {error.name}: pip install "moestro[hf]"') from error
-
     choices = Choices(
         arguments.format, arguments.dtype, arguments.shard_size, arguments.checkpoint, arguments.unfinished,
         arguments.force, arguments.license,

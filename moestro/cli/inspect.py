@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from moestro.cli.arguments import Parser, add_run, run_of
+from moestro.cli.arguments import Parser, add_run, refuse, run_of
 from moestro.cli.terminal import as_json
 
 
@@ -34,9 +34,10 @@ def run(arguments: Namespace) -> int:
       moestro inspect runs/hmoe-0
       moestro inspect runs/hmoe-0 --probe --tokens 2048
     """
-    if arguments.generalization:
-        return _generalization(arguments)
-    return _probe(arguments) if arguments.probe else _page(arguments)
+    if not (arguments.generalization or arguments.probe):
+        return _page(arguments)
+    refuse(arguments, {"out": None}, "{} is where the page goes; --generalization and --probe write none")
+    return _probe(arguments) if arguments.probe else _generalization(arguments)
 
 
 def _generalization(arguments: Namespace) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moestro.cli.arguments import Parser, UsageError, device_named, extra, opened_model, size
+from moestro.cli.arguments import Parser, UsageError, device_named, extra, opened_model, refuse, size
 from moestro.cli.keeping import add_keeping
 
 if TYPE_CHECKING:
@@ -73,18 +73,14 @@ def opened_text_model(arguments: Namespace) -> "Iterator[TextModel]":
     Raises: UsageError for options that do not go together; what opening raises.
     """
     if arguments.memory is None:
-        if given := [name for name in OF_PLANS if getattr(arguments, name) != OF_PLANS[name]]:
-            value = getattr(arguments, given[0])
-            said = f"--{given[0].replace('_', '-')}" + ("" if value is True else f" {value}")
-            raise UsageError(f"{said} is for models larger than memory: give --memory, too")
+        refuse(arguments, OF_PLANS, "{} is for models larger than memory: give --memory, too")
         opened = opened_model(arguments, arguments.model)
         from moestro.generation import TextModel
 
         yield TextModel(*opened)
         return
-    for name, default in (("dtype", None), ("checkpoint", "newest")):
-        if getattr(arguments, name) != default:
-            raise UsageError(f"--{name} does not go with --memory: experts are computed as they lie")
+    whole = {"dtype": None, "checkpoint": "newest"}
+    refuse(arguments, whole, "{} does not go with --memory: experts are computed as they lie")
     if arguments.calibrate:
         raise UsageError("--calibrate does not go with it: moestro offload SRC --calibrate TEXT builds the copies once")
     device = device_named(arguments.device)

@@ -5,7 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from moestro.cli.arguments import Parser, add_device, add_recipe, device_named
+from moestro.cli.arguments import Parser, UsageError, add_device, add_recipe, device_named, refuse
+from moestro.cli.values import positive
 
 
 def add_arguments(parser: Parser) -> None:
@@ -14,7 +15,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE-SEED)")
     add_device(parser)
     parser.add_argument(
-        "--nproc", type=int, default=1, metavar="N", help="train with N processes on this host (default: 1)"
+        "--nproc", type=positive, default=1, metavar="N", help="train with N processes on this host (default: 1)"
     )
     parser.add_argument(
         "--max-restarts",
@@ -44,6 +45,7 @@ def run(arguments: Namespace) -> int:
     recipe = load(arguments)
     if arguments.nproc != 1:
         return on_ranks(arguments)
+    refuse(arguments, {"max_restarts": 0}, "{} needs --nproc")
     out = arguments.out or Path("runs") / f"{recipe.name}-{recipe.train.value('seed')}"
     try:
         result = run_training(recipe, out, device_named(arguments.device), display_on(sys.stderr, recipe.name))
@@ -81,18 +83,17 @@ def load(arguments: Namespace) -> Any:
 def on_ranks(arguments: Namespace) -> int:
     """The same command on several ranks of this host.
 
-    Raises: ValueError for impossible numbers.
+    Raises: UsageError where there cannot be as many.
     """
     from moestro.parallel.launch import launch
     from moestro.parallel.ranks import launched
 
-    if arguments.nproc < 1 or arguments.max_restarts < 0:
-        raise ValueError(
-            f"--nproc {arguments.nproc} --max-restarts {arguments.max_restarts}, allowed: at least 1 and at least 0"
-        )
+    if arguments.max_restarts < 0:
+        raise UsageError(f"--max-restarts {arguments.max_restarts}, allowed: at least 0")
     if launched():
-        raise ValueError("--nproc starts processes, which torchrun did here already: give one of the two")
+        raise UsageError("--nproc starts processes, which torchrun did here already: give one of the two")
     device = ["--device", arguments.device] if arguments.device else []
     out = ["--out", str(arguments.out)] if arguments.out else []
-    words = ["train", str(arguments.recipe), *arguments.overrides, *out, *device]
+    traceback = ["--traceback"] if arguments.traceback else []
+    words = ["train", str(arguments.recipe), *arguments.overrides, *out, *device, *traceback]
     return launch(arguments.nproc, words, arguments.max_restarts)

@@ -100,6 +100,9 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
         (["eval", "x", "--tokens", "0"], "argument --tokens: '0' is not a whole number above 0"),
         (["eval", "x", "--checkpoint", "last"], "argument --checkpoint: invalid choice: 'last' (choose from"),
         (["train", RECIPE, "--out"], "argument --out: expected one argument"),
+        (["train", RECIPE, "--nproc", "0"], "argument --nproc: '0' is not a whole number above 0"),
+        (["train", RECIPE, "--nproc", "2", "--max-restarts", "-1"], "--max-restarts -1, allowed: at least 0"),
+        (["train", RECIPE, "--max-restarts", "3"], "--max-restarts needs --nproc"),
         (["train", RECIPE, "--device", "gpu"], "device 'gpu'; did you mean 'cpu'? allowed: cpu, cuda, cuda:N, mps"),
         (
             ["train", RECIPE, "--device", "cuda:x"],
