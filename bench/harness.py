@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -43,13 +43,15 @@ class Row:
     spread: tuple[float, float]
 
 
-def arguments(description: str, **flags: str) -> argparse.Namespace:
-    """The options that every script under bench/ has, and switches of its own: name and help."""
+def arguments(description: str, paths: Mapping[str, str] | None = None, **flags: str) -> argparse.Namespace:
+    """The options that every script under bench/ has, and its own: paths and switches, by name and help."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="smaller shapes, under a minute on 2 cores")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each side")
+    for name, text in (paths or {}).items():
+        parser.add_argument(f"--{name}", type=Path, metavar="PATH", help=text)
     for name, text in flags.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parsed = parser.parse_args()
@@ -81,8 +83,8 @@ def wall(run: Callable) -> float:
 
 
 def compare(case: str, what: str, times: Times, unit: str = "ms") -> list[Row]:
-    """A row for every contestant but `ours`, in milliseconds or microseconds (`us`)."""
-    scale = {"ms": 1.0, "us": 1e3}[unit]
+    """A row for every contestant but `ours`: times in milliseconds or microseconds (`us`), other units as they are."""
+    scale = 1e3 if unit == "us" else 1.0
     mine = times["ours"]
     return [
         Row(case, what, unit, scale * median(mine), name, scale * median(theirs), *_ratios(theirs, mine))

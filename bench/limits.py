@@ -15,8 +15,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @contextmanager
 def memory_limit(size: int) -> Iterator[dict[str, str]]:
-    """How a child enters a limit of `size` bytes, as environment variables for `enter`: a control group, which limits
-    the page cache too, removed afterwards; or a limit of the process's own data, which does not."""
+    """How a child enters a limit of `size` bytes, as environment variables for `enter`: a control group, removed
+    afterwards, or a limit of the process's own data.
+
+    A group is charged for pages of files as well, but only for those that its own processes bring into memory: files
+    that must count have to be cold (`bench.cold_files`). The other limit does not know of them.
+    """
     group = _group(size)
     if group is None:
         yield {"BENCH_RLIMIT": str(size)}
@@ -58,14 +62,21 @@ def enter() -> str:
     return "none"
 
 
-def limited(command: Sequence[str], size: int) -> dict[str, Any]:
+def read_from_disk() -> int:
+    """Bytes that this process has had from disks so far, however it reads; 0 where the system does not say."""
+    path = Path("/proc/self/io")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
+
+
+def limited(command: Sequence[str], size: int, python: str = sys.executable) -> dict[str, Any]:
     """Run a command under the limit; the JSON object that is its last line of output.
 
     Raises: RuntimeError with the end of what it said where it failed.
     """
     with memory_limit(size) as variables:
         environment = {**os.environ, **variables, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+        done = subprocess.run([python, *command], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:3])} ended with {done.returncode}: {done.stderr[-600:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

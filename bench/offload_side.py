@@ -8,21 +8,36 @@ from typing import Any
 
 import torch
 
-from bench.limits import enter
+from bench.limits import enter, read_from_disk
 
 PROMPT = 8
 
 
 class Clock:
-    """A streamer that notes when each new token comes."""
+    """When each token came and what the disk had been asked for by then; also a streamer for transformers."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.marks: list[tuple[float, int]] = []
 
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
+    def mark(self, *said: object) -> None:
+        """Now: before the prompt, then after each token."""
+        self.marks.append((time.perf_counter(), read_from_disk()))
+
+    # the prompt is put when its pass begins
+    put = mark
 
     def end(self) -> None: ...
+
+    def found(self) -> dict[str, float]:
+        """Seconds and bytes from the disk: of the prompt's pass, which gives the first token, and of each one after."""
+        (start, before), (first, between), *_, (last, after) = self.marks
+        tokens = len(self.marks) - 2
+        return {
+            "prefill": first - start,
+            "prefill_disk": between - before,
+            "seconds": (last - first) / tokens,
+            "disk": (after - between) / tokens,
+        }
 
 
 def prompt(vocabulary: int) -> torch.Tensor:
@@ -50,7 +65,7 @@ def accelerated(folder: Path, memory: int, tokens: int) -> dict[str, Any]:
         out = model.generate(
             ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0, streamer=clock
         )
-        return _found(out, clock, float(away))
+        return {"tokens": out[0, PROMPT:].tolist(), "away": away, **clock.found()}
 
 
 def ours(folder: Path, memory: int, tokens: int, low: str | None) -> dict[str, Any]:
@@ -62,24 +77,23 @@ def ours(folder: Path, memory: int, tokens: int, low: str | None) -> dict[str, A
 
     plan = Plan(memory, codec_named(low), 0.4, Thresholds(0.6, 0.9)) if low else Plan(memory)
     with Session(folder, plan) as session:
-        ids = prompt(session.model.config.vocab_size)
-        found = generate(session, ids[0], tokens, eos_token_id=None, pad_token_id=0)
-        after = len(found.tokens) - 1
+        clock, ids = Clock(), prompt(session.model.config.vocab_size)
+        clock.mark()
+        found = generate(session, ids[0], tokens, clock.mark, eos_token_id=None, pad_token_id=0)
         rates = found.decode.rates()
-        return {
-            "tokens": found.tokens.tolist(),
-            "seconds": found.decode_seconds / after,
-            "prefill": found.prefill_seconds,
-            "bytes": found.decode.moved / after,
-            "hit_rate": rates["hit_rate"],
-        }
+        asked = found.decode.moved / (len(found.tokens) - 1)
+        return {"tokens": found.tokens.tolist(), "moved": asked, "hit_rate": rates["hit_rate"], **clock.found()}
 
 
-def _found(out: torch.Tensor, clock: Clock, each: float) -> dict[str, Any]:
-    # the streamer is given the prompt first; times[1] is the first new token
-    seconds = (clock.times[-1] - clock.times[1]) / (len(clock.times) - 2)
-    prefill = clock.times[1] - clock.times[0]
-    return {"tokens": out[0, PROMPT:].tolist(), "seconds": seconds, "prefill": prefill, "bytes": each}
+def copies(folder: Path) -> None:
+    """LOW copies beside the folder. Numbers that were drawn at random need no search for the best codes."""
+    from moestro.formats import Checkpoint
+    from moestro.offload.codecs import Grouped
+    from moestro.offload.folders import experts_in
+    from moestro.offload.store import open_store
+
+    codec = Grouped("int4", 4, searched=False)
+    open_store(folder.with_name(f"{folder.name}.offload-int4"), experts_in(Checkpoint(folder)), codec)
 
 
 def main() -> None:
@@ -91,18 +105,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.side == "store":
-        from moestro.formats import Checkpoint
-        from moestro.offload.codecs import CODECS
-        from moestro.offload.folders import experts_in
-        from moestro.offload.store import open_store
-
-        folder = options.folder
-        open_store(folder.with_name(f"{folder.name}.offload-int4"), experts_in(Checkpoint(folder)), CODECS["int4"])
-        print(json.dumps({"limit": "none"}))
-        return
     limit = enter()
-    if options.side == "accelerate":
+    if options.side == "store":
+        copies(options.folder)
+        found = {}
+    elif options.side == "accelerate":
         found = accelerated(options.folder, options.memory, options.tokens)
     else:
         found = ours(options.folder, options.memory, options.tokens, "int4" if options.side == "mixed" else None)

@@ -28,6 +28,7 @@ from moestro.offload.sources import FileSource, HostSource, Source, Tiers
 from moestro.offload.store import Store, open_store
 from moestro.offload.threads import ThreadTransport
 from moestro.offload.trace import Header, Recorder
+from moestro.ops.machine_memory import free_machine_memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Plan:
 
     `memory`: bytes of fast memory for weights, those besides the experts included. `low`: the codec of LOW copies, None
     for none; `low_share`: their part of the slots. `depth` layers are looked ahead. `host`: all experts in host memory
-    instead of files; `cooperative`: misses are computed there.
+    instead of files; `cooperative`: misses are computed there. `direct`: experts are read past the system's page cache;
+    None: where it could not hold their files beside `memory`.
     """
 
     memory: int
@@ -49,6 +51,7 @@ class Plan:
     cooperative: bool = False
     renormalise: bool = False
     per_sequence: bool = True
+    direct: bool | None = None
 
     def __post_init__(self) -> None:
         if self.depth < 0:
@@ -110,7 +113,17 @@ class Session:
         return open_store(folder, high, self.plan.low, calibration, progress)
 
     def _source(self) -> Source:
-        return (HostSource if self.plan.host else FileSource)(self.tiers, self.device)
+        if self.plan.host:
+            return HostSource(self.tiers, self.device)
+        return FileSource(self.tiers, self.device, self._direct)
+
+    @property
+    def _direct(self) -> bool:
+        if self.plan.direct is not None:
+            return self.plan.direct
+        free, files = free_machine_memory(), sum(total(tier) for tier in self.tiers.values())
+        slots = sum(self.capacity.values()) if self.device.type == "cpu" else 0
+        return free is not None and files + slots > free
 
     def _rows(self, memory: int) -> RowTables:
         """The rows of tables, with their share of the memory by the sizes of tables and experts in files."""

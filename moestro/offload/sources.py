@@ -31,10 +31,11 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Experts in files, read block by block; blobs written here are checked when they are first read."""
+    """Experts in files, read block by block, past the system's page cache where `direct`; blobs written here are
+    checked when they are first read."""
 
-    def __init__(self, tiers: Tiers, device: torch.device) -> None:
-        self.tiers, self.files = tiers, Files()
+    def __init__(self, tiers: Tiers, device: torch.device, direct: bool = False) -> None:
+        self.tiers, self.files = tiers, Files(direct)
         self._checked: set[tuple[Key, Precision]] = set()
         self._copies = DeviceCopies(device) if device.type == "cuda" else None
         for path in {e.file for tier in tiers.values() for layer in tier for stored in layer for e in stored.extents}:

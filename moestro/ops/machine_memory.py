@@ -10,6 +10,12 @@ from pathlib import Path
 CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 MEMORY_INFO, OWN_GROUP, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 OWN_SIZE = Path("/proc/self/statm")
+# How cgroup v2 and v1 say so: the line that names this process's group, where groups lie, the files of the limit and of
+# what is used, and what of that is pages of files.
+VERSIONS = (
+    (r"^0::/(.*)$", "", "memory.max", "memory.current", "inactive_file"),
+    (r"^\d+:memory:/(.*)$", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def machine_memory() -> int | None:
@@ -30,17 +36,18 @@ def free_machine_memory() -> int | None:
 
 
 def _left_to_groups() -> Iterator[int]:
-    """What each limit leaves that holds for this process: its own control group's and those above it (cgroup v2)."""
-    group = re.search(r"^0::/(.*)$", _text(OWN_GROUP), re.MULTILINE)
-    folders = [GROUPS / group[1], *(GROUPS / group[1]).parents] if group else [GROUPS]
-    for folder in folders:
-        limit, used = _limit(folder / "memory.max"), _limit(folder / "memory.current")
-        if limit is not None and used is not None:
-            # pages of files are given back when memory is asked for
-            cached = re.search(r"^inactive_file (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
-            yield limit - used + (int(cached[1]) if cached else 0)
-        if folder == GROUPS:
-            return
+    """What each limit leaves that holds for this process: its own control group's and those above it."""
+    for line, root, most, usage, unused in VERSIONS:
+        group, top = re.search(line, _text(OWN_GROUP), re.MULTILINE), GROUPS / root
+        own = top / group[1] if group else top
+        for folder in (own, *own.parents):
+            limit, used = _limit(folder / most), _limit(folder / usage)
+            if limit is not None and used is not None:
+                # pages of files are given back when memory is asked for
+                cached = re.search(rf"^{unused} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+                yield limit - used + (int(cached[1]) if cached else 0)
+            if folder == top:
+                break
 
 
 def _left_of_addresses() -> Iterator[int]:

@@ -1,6 +1,8 @@
 """The pieces of bench/offload.py and bench/effects/offload.py that need no large model."""
 
 import math
+import mmap
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench.cold_files import disk_speed, held_pages, make_cold
 from bench.effects.offload import EFFECTS, STUDY
 from bench.effects.offload_probes import replayed
 from bench.effects.study import Work
-from bench.limits import limited
+from bench.limits import limited, read_from_disk
+from bench.llama_cpp_side import Folder, paired, tensors
+from bench.offload import rows_of
+from bench.offload_side import Clock
 from bench.small_mixtral import drawn, library_text
 from moestro.compare.board import Board
 from moestro.formats import Checkpoint
@@ -34,6 +40,55 @@ def test_a_command_under_a_limit_answers_or_says_why() -> None:
     greedy = "from bench.limits import enter; enter(); x = bytearray(1 << 30); print('{}')"
     with pytest.raises(RuntimeError, match="ended with"):
         limited(["-c", greedy], 1 << 28)
+
+
+def test_cold_files_come_from_the_disk_again(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 << 20))
+    descriptor = os.open(path, os.O_RDONLY)
+    assert held_pages(descriptor) == 1024
+    make_cold([path])
+    assert held_pages(descriptor) == 0
+    before = read_from_disk()
+    path.read_bytes()
+    assert held_pages(descriptor) == 1024 and read_from_disk() - before == 4 << 20
+    with mmap.mmap(descriptor, 4 << 20, mmap.MAP_PRIVATE) as mapped:
+        assert mapped[:].count(0) == 4 << 20
+        with pytest.raises(RuntimeError, match="1024 pages stay in memory; does another process use it"):
+            make_cold([path])
+    os.close(descriptor)
+    assert disk_speed(path, True) > 0 < disk_speed(path, False)
+
+
+def test_contestants_are_put_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = iter([(1.0, 100), (3.0, 700), (4.0, 800), (7.0, 1100)])
+    clock = Clock()
+    monkeypatch.setattr("bench.offload_side.time.perf_counter", lambda: (mark := next(marks)) and mark[0])
+    monkeypatch.setattr("bench.offload_side.read_from_disk", lambda: 100 * len(clock.marks))
+    for _ in range(4):
+        clock.mark()
+    assert clock.found() == {"prefill": 2.0, "prefill_disk": 100, "seconds": 2.0, "disk": 100.0}
+    one = clock.found() | {"disk": 0.0}
+    found = {side: [one, one] for side in ("exact", "accelerate", "mixed")}
+    found["accelerate"] = [{**one, "seconds": 6.0, "disk": 8 << 20}] * 2
+    rows = {(row.what, row.peer): row for row in rows_of("case", found)}
+    assert len(rows) == 4 * 3
+    decode = rows["decode a token", "accelerate disk offload"]
+    assert (decode.ours, decode.theirs, decode.ratio, decode.unit) == (2000.0, 6000.0, 3.0, "ms")
+    read = rows["from the disk, a token, mixed int4", "accelerate disk offload"]
+    assert (read.ours, read.theirs, read.unit, read.ratio) == (2**-8, 8.0, "MiB", 2048)
+
+
+def test_a_folder_is_told_to_llama_cpp(tmp_path: Path) -> None:
+    folder = Folder(drawn(tmp_path / "model", SIZES))
+    found = {name: (shape, read()) for name, shape, read in tensors(folder)}
+    assert len(found) == 3 + 2 * 10 and all(bits.shape == shape for shape, bits in found.values())
+    second = Checkpoint(tmp_path / "model").expert(1, 3).up
+    assert (found["blk.1.ffn_up_exps.weight"][1][3] == second.view(torch.uint16).numpy()).all()
+    rows = torch.arange(12).view(12, 1).numpy()
+    # two heads of six rows: halves that turn together become neighbours
+    assert paired(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert paired(rows, 0) is rows
 
 
 def test_what_a_trace_says_for_the_effects() -> None:

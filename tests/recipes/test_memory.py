@@ -77,6 +77,16 @@ def test_free_memory_heeds_the_limits_of_every_control_group(tmp_path: Path, mon
     written("groups/memory.max", "500\n")
     written("groups/memory.current", "900\n")
     assert machine_memory.free_machine_memory() == 0
+    # the first version of control groups, where the second one is mounted beside it or not at all
+    written("cgroup", "4:memory:/jobs/two\n0::/\n")
+    written("groups/memory.max", "max\n")
+    written("groups/memory/jobs/two/memory.limit_in_bytes", "900000\n")
+    written("groups/memory/jobs/two/memory.usage_in_bytes", "500000\n")
+    written("groups/memory/jobs/two/memory.stat", "inactive_file 1\ntotal_inactive_file 20000\n")
+    assert machine_memory.free_machine_memory() == 420_000
+    written("groups/memory/memory.limit_in_bytes", "9223372036854771712\n")
+    written("groups/memory/memory.usage_in_bytes", "800000\n")
+    assert machine_memory.free_machine_memory() == 420_000
     monkeypatch.setattr(machine_memory, "MEMORY_INFO", tmp_path / "nowhere")
     assert machine_memory.free_machine_memory() is None
 
