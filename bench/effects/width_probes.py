@@ -29,7 +29,7 @@ from moestro.routing import SparseRouting
 N_EXPERTS = 8
 # Share of the units of a network that is active, mean over tokens.
 ACTIVE, NEARLY = 0.5, 0.005
-HALVINGS = 60
+HALVINGS = 24
 
 
 def listed(widths: Callable[..., list[int]]) -> Callable[..., list[int]]:

@@ -49,7 +49,7 @@ def test_arms_are_conversions_that_differ_as_their_names_say():
         for name, arm in factorllm.STUDY.arms.items()
         if arm.settings
     }
-    eights = {"even-8", "even-8-important", "uneven-8"}
+    eights = {"even-8", "uneven-8"}
     assert {name for name, one in conversions.items() if one.router.steps} == {"pa", "pa-lm"} | eights
     assert {name for name, one in conversions.items() if one.taught} == {"pa-lm"}
     assert {name for name, one in conversions.items() if getattr(one.method, "gate", "") == "hard"} == {
