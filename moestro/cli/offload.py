@@ -166,8 +166,8 @@ def _benched(session: "Session") -> "Generated":
 def _tokens(session: "Session", file: Path, most: int) -> Any:
     import torch
 
-    text = file.read_text(encoding="utf-8", errors="replace")[: 16 * most]
-    ids = session.host.tokenizer()(text).input_ids[:most]
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        ids = session.host.tokenizer()(opened.read(16 * most)).input_ids[:most]
     if len(ids) < 2:
         raise UsageError(f"{file} holds {len(ids)} tokens, at least 2 are needed")
     return torch.tensor(ids)

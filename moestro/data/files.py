@@ -21,7 +21,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Bytes of memory allowed for each of a document: up to 4 where it is held, 4 in the parts that a tokenizer is given,
 # and 8 for each of up to one id a byte, twice while they are joined.
 DOCUMENT_COPIES = 24
-# bytes of a document that are always tried
+# As much for a row group of Parquet: decoded twice over, and what is handed on of it.
+ROW_GROUP_COPIES = 4
+# bytes of a document or row group that are always tried
 SHORT = 2**20
 
 
@@ -127,6 +129,12 @@ def longest_document() -> int:
     known."""
     free = free_machine_memory()
     return sys.maxsize if free is None else max(SHORT, free // DOCUMENT_COPIES)
+
+
+def longest_row_group() -> int:
+    """Bytes of a row group's texts that may be decoded together: what is free now, over ROW_GROUP_COPIES."""
+    free = free_machine_memory()
+    return sys.maxsize if free is None else max(SHORT, free // ROW_GROUP_COPIES)
 
 
 def read_lines(path: Path, longest: int = sys.maxsize) -> Iterator[Line]:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from moestro.data.cache import digest
-from moestro.data.files import need_extra
-from moestro.data.sources import Document, text_of
+from moestro.data.files import longest_document, need_extra
+from moestro.data.records import text_of
+from moestro.data.sources import Document
 
 
 class HubSource:
@@ -49,10 +50,10 @@ class HubSource:
             stream = self._builder().as_streaming_dataset(self.split)
         except ValueError as error:
             raise ValueError(f"data set '{self.path}', split '{self.split}': {error}") from error
-        rows = self._rows()
+        rows, longest = self._rows(), longest_document()
         for row, record in enumerate(stream, 1):
             where = f"data set '{self.name}' row {row}"
-            text = text_of(record, self.text_field, where)
+            text = text_of(record, self.text_field, where, longest)
             yield Document(text, text, where, row / rows if rows else None)
             if row == self.max_documents:
                 return

@@ -1,6 +1,5 @@
 """Corpora: where documents come from. A source yields documents in a fixed order and can say what it holds."""
 
-import json
 import re
 import sys
 import sysconfig
@@ -10,7 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from moestro.data.cache import digest
-from moestro.data.files import HeldLines, find_files, longest_document, need_extra, read_lines, suffix, too_long
+from moestro.data.files import (
+    HeldLines,
+    find_files,
+    longest_document,
+    longest_row_group,
+    need_extra,
+    read_lines,
+    suffix,
+    too_long,
+)
+from moestro.data.records import MissingField, json_object, text_of
 from moestro.ops.whole_files import sha256
 
 WIKITEXT_HEADING = r" = [^=].* = $"
@@ -102,6 +111,8 @@ class StdlibSource(FileSource):
         return f"Python {sys.version.split()[0]} standard library"
 
     def read(self, path: Path, key: str) -> Iterator[Document]:
+        if path.stat().st_size > (longest := longest_document()):
+            raise too_long(str(path), "this file", longest, "Read other text")
         # tokenize.open honours a file's own coding line, as Python does
         try:
             with tokenize.open(path) as file:
@@ -197,7 +208,7 @@ class JsonlSource(FileSource):
         for number, line, done, _ in read_lines(path, longest_document()):
             if not line.isspace():
                 where = f"{path}:{number}"
-                record = _json_object(line, where)
+                record = json_object(line, where)
                 text = text_of(record, self.text_field, where)
                 yield Document(text, text, where, done, self._group(record, where))
 
@@ -211,10 +222,10 @@ class JsonlSource(FileSource):
 
 
 class ParquetSource(FileSource):
-    """Parquet files; the text is in the column `text_field`."""
+    """Parquet files; the text is in the column `text_field`. A row group's texts are decoded together, twice over."""
 
     suffixes = (".parquet", ".pq")
-    rows_at_once = 256
+    most_rows, most_bytes = 256, 2**23  # that are handed on together
 
     def __init__(self, paths: str | Path | Sequence[str | Path], text_field: str = "text"):
         super().__init__(paths)
@@ -227,19 +238,35 @@ class ParquetSource(FileSource):
         pyarrow = need_extra("pyarrow", f"{path}: reading Parquet")
         parquet = need_extra("pyarrow.parquet", f"{path}: reading Parquet")
         try:
-            file = parquet.ParquetFile(path)
+            # not the whole of a group's compressed bytes before its first row
+            file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
         with file:
-            columns = file.schema_arrow.names
-            if self.text_field not in columns:
-                raise MissingField(self.text_field, columns, str(path))
-            row, rows = 0, max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(self.rows_at_once, columns=[self.text_field]):
-                for record in batch.to_pylist():
-                    row += 1
-                    text = text_of(record, self.text_field, f"{path}: row {row}")
-                    yield Document(text, text, f"{path}: row {row}", row / rows)
+            if self.text_field not in file.schema_arrow.names:
+                raise MissingField(self.text_field, file.schema_arrow.names, str(path))
+            rows, longest = max(1, file.metadata.num_rows), longest_document()
+            for row, record in enumerate(self._records(file, path), 1):
+                where = f"{path}: row {row}"
+                text = text_of(record, self.text_field, where, longest)
+                yield Document(text, text, where, row / rows)
+
+    def _records(self, file: Any, path: Path) -> Iterator[dict[str, Any]]:
+        """Group by group: {the field: its value}."""
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            columns = [group.column(i) for i in range(group.num_columns)]
+            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text_field)
+            if size > (most := longest_row_group()):
+                raise ValueError(
+                    f"{path}: row group {number} holds {size / 1e6:,.1f} MB of '{self.text_field}', which are decoded "
+                    f"together; allowed with the memory that is free now: {most / 1e6:,.1f} MB. Write the file again "
+                    "with smaller row groups (row_group_size), or free memory"
+                )
+            rows = self.most_bytes * group.num_rows // max(1, size)
+            rows = max(1, min(self.most_rows, rows))
+            for batch in file.iter_batches(rows, row_groups=[number], columns=[self.text_field]):
+                yield from batch.to_pylist()
 
 
 def source_for(paths: str | Path | Sequence[str | Path], text_field: str = "text") -> FileSource:
@@ -250,40 +277,3 @@ def source_for(paths: str | Path | Sequence[str | Path], text_field: str = "text
     first = next(iter(find_files(text.paths, readable)))
     kind = kinds.get(suffix(first))
     return kind(paths, text_field) if kind else text
-
-
-def text_of(record: dict[str, Any], field: str, where: str) -> str:
-    """The text in a record's field. Raises: MissingField; ValueError where it holds no text."""
-    if field not in record:
-        raise MissingField(field, list(record), where)
-    text = record[field]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field '{field}' holds {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: field '{field}': character {error.start} is half of a surrogate pair") from error
-    return text
-
-
-class MissingField(ValueError):
-    """A record without the text's field; `there` are the fields that it has."""
-
-    def __init__(self, field: str, there: Sequence[str], where: str):
-        super().__init__(f"{where}: no field '{field}'; there are: {', '.join(there) or 'none'}. Set text_field")
-        self.there = tuple(there)
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: not valid JSON: nested too deep") from error
-    except ValueError as error:
-        # a number of thousands of digits
-        raise ValueError(f"{where}: cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object with a text field")
-    return record

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from moestro.data import Batch, Dataset, Source, TokenData, load_tokenizer, source_for, zlib_bpb
-from moestro.data.sources import MissingField
+from moestro.data.records import MissingField
 from moestro.evaluate import capacity_report, evaluate, routing_report
 from moestro.evaluate.knobs import KNOBS
 from moestro.model import Transformer

@@ -1,15 +1,18 @@
 """Text as it is found: binary, empty, in other encodings, without line breaks, larger than memory."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from moestro.cli import main
-from moestro.data import ByteTokenizer, Document, JsonlSource, TextSource, TokenData
+from moestro.data import ByteTokenizer, Document, HubSource, JsonlSource, StdlibSource, TextSource, TokenData
 from moestro.data.sources import Source
 from tests.conftest import ROOT
 
@@ -109,9 +112,10 @@ sys.exit(code)
 """
 
 
-def peak(tmp_path: Path, file: Path, split: str) -> int:
+def peak(tmp_path: Path, file: Path, split: str, kind: str = "text") -> int:
     """Peak resident bytes of `moestro prepare` on a file, in a process of its own."""
-    words = [f"data.source={{kind: text, paths: {file}, split: {split}}}", "data.tokenizer={kind: bytes}"]
+    splitting = f", split: {split}" if split else ""
+    words = [f"data.source={{kind: {kind}, paths: {file}{splitting}}}", "data.tokenizer={kind: bytes}"]
     words += [f"data.cache_dir={tmp_path / 'cache'}", "data.val_fraction=0.5", "data.seq_len=16"]
     command = [sys.executable, "-c", PREPARE, "prepare", str(ROOT / "recipes" / "dense.yaml"), *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -148,11 +152,13 @@ def test_training_on_hostile_text_ends_in_one_line(tmp_path: Path, capsys: pytes
 CONFINED = """
 import resource, sys
 from pathlib import Path
-from moestro.data import ByteTokenizer, JsonlSource, TextSource, TokenData
+from moestro.data import ByteTokenizer, JsonlSource, ParquetSource, TextSource, TokenData
 kind, path, other, cache, spare = sys.argv[1:]
+if kind == 'parquet':
+    import pyarrow.parquet
 pages = int(Path('/proc/self/statm').read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(spare), resource.RLIM_INFINITY))
-source = {'text': TextSource, 'json': JsonlSource}[kind](path)
+source = {'text': TextSource, 'json': JsonlSource, 'parquet': ParquetSource}[kind](path)
 data = TokenData(source, ByteTokenizer(), 8, val_source=TextSource(other), cache_dir=cache)
 try:
     print(data.prepare(progress=False).n_train_tokens)
@@ -166,7 +172,10 @@ def confined(tmp_path: Path, kind: str, path: Path, spare: int) -> str:
     """What is said of a file by a process that may have `spare` bytes more of addresses than its imports took."""
     (tmp_path / "other.txt").write_text("held out text")
     words = [kind, str(path), str(tmp_path / "other.txt"), str(tmp_path / "cache"), str(spare)]
-    done = subprocess.run([sys.executable, "-c", CONFINED, *words], capture_output=True, text=True, cwd=ROOT)
+    # Arrow's own pools take addresses ahead of need
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
+    command = [sys.executable, "-c", CONFINED, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -189,3 +198,48 @@ def test_a_record_that_may_not_fit_is_refused_with_its_line(tmp_path: Path) -> N
     path = tmp_path / "long.jsonl"
     path.write_bytes(b'{"text": "short"}\n{"text": "' + b"x" * SIZE + b'"}\n')
     assert confined(tmp_path, "json", path, 6 * SIZE).startswith(f"{path}:2: this line is longer than ")
+
+
+def parquet_of(path: Path, groups: list[list[str]]) -> Path:
+    """A file with these row groups."""
+    with pyarrow.parquet.ParquetWriter(path, pyarrow.schema([("text", pyarrow.string())])) as writer:
+        for texts in groups:
+            writer.write_table(pyarrow.table({"text": texts}))
+    return path
+
+
+def test_a_row_group_that_may_not_fit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = parquet_of(tmp_path / "a.parquet", [["short"], [f"{n}".zfill(500_000) for n in range(2 * SIZE // 500_000)]])
+    said = confined(tmp_path, "parquet", path, 6 * SIZE)
+    assert said.startswith(f"{path}: row group 1 holds 100.0 MB of 'text', which are decoded together; allowed with ")
+    assert "smaller row groups" in said and not list((tmp_path / "cache").glob("tokens/*"))
+
+
+def test_a_row_that_may_not_fit_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = parquet_of(tmp_path / "a.parquet", [["short"], ["x" * SIZE]])
+    said = confined(tmp_path, "parquet", path, 12 * SIZE)
+    assert said.startswith(f"{path}: row 2: this document (field 'text') is longer than ")
+
+
+@pytest.mark.slow
+def test_a_parquet_file_larger_than_the_memory_that_it_gets_is_prepared(tmp_path: Path) -> None:
+    small = parquet_of(tmp_path / "small.parquet", [[f"{n}" for n in range(100)]])
+    texts = [[f"{group} {n}".zfill(500_000) for n in range(20)] for group in range(40)]
+    large = parquet_of(tmp_path / "large.parquet", texts)
+    # not to 400 MB besides what the process itself takes
+    assert peak(tmp_path, large, "", "parquet") < peak(tmp_path, small, "", "parquet") + 150 * MIB
+
+
+@pytest.mark.parametrize("source", ["hub", "stdlib"])
+def test_documents_that_come_whole_are_refused_where_they_may_not_fit(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "é" * 600}) + "\n")
+    (tmp_path / "long.py").write_text("#" * 1001)
+    monkeypatch.setattr("moestro.data.hub.longest_document", lambda: 1000)
+    monkeypatch.setattr("moestro.data.sources.longest_document", lambda: 1000)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    made = StdlibSource() if source == "stdlib" else HubSource("json", data_files=str(tmp_path / "rows.jsonl"))
+    where = {"hub": r"data set 'json/train' row 2: this document \(field 'text'\)", "stdlib": r"long\.py: this file"}
+    with pytest.raises(ValueError, match=where[source] + r" is longer than 0\.0 MB, 1/24 of the memory that is free"):
+        list(made.documents())
