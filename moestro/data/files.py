@@ -124,17 +124,11 @@ def _below(folder: Path, left_out: frozenset[str]) -> Iterator[Path]:
         yield from (Path(at, name) for name in names)
 
 
-def longest_document() -> int:
-    """Bytes of a document that may be held whole: what is free now, over DOCUMENT_COPIES; no limit where that is not
-    known."""
+def longest_text(copies: int = DOCUMENT_COPIES) -> int:
+    """Bytes of text that may be held whole where each takes `copies`: what is free now, over them; no limit where that
+    is not known."""
     free = free_machine_memory()
-    return sys.maxsize if free is None else max(SHORT, free // DOCUMENT_COPIES)
-
-
-def longest_row_group() -> int:
-    """Bytes of a row group's texts that may be decoded together: what is free now, over ROW_GROUP_COPIES."""
-    free = free_machine_memory()
-    return sys.maxsize if free is None else max(SHORT, free // ROW_GROUP_COPIES)
+    return sys.maxsize if free is None else max(SHORT, free // copies)
 
 
 def read_lines(path: Path, longest: int = sys.maxsize) -> Iterator[Line]:

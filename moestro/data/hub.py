@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moestro.data.cache import digest
-from moestro.data.files import longest_document, need_extra
+from moestro.data.files import longest_text, need_extra
 from moestro.data.records import text_of
 from moestro.data.sources import Document
 
@@ -50,7 +50,7 @@ class HubSource:
             stream = self._builder().as_streaming_dataset(self.split)
         except ValueError as error:
             raise ValueError(f"data set '{self.path}', split '{self.split}': {error}") from error
-        rows, longest = self._rows(), longest_document()
+        rows, longest = self._rows(), longest_text()
         for row, record in enumerate(stream, 1):
             where = f"data set '{self.name}' row {row}"
             text = text_of(record, self.text_field, where, longest)

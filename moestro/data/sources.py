@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 from moestro.data.cache import digest
 from moestro.data.files import (
+    ROW_GROUP_COPIES,
     HeldLines,
     find_files,
-    longest_document,
-    longest_row_group,
+    longest_text,
     need_extra,
     read_lines,
     suffix,
@@ -111,7 +111,7 @@ class StdlibSource(FileSource):
         return f"Python {sys.version.split()[0]} standard library"
 
     def read(self, path: Path, key: str) -> Iterator[Document]:
-        if path.stat().st_size > (longest := longest_document()):
+        if path.stat().st_size > (longest := longest_text()):
             raise too_long(str(path), "this file", longest, "Read other text")
         # tokenize.open honours a file's own coding line, as Python does
         try:
@@ -151,7 +151,7 @@ class TextSource(FileSource):
         return {"split": self.split} | ({"heading": self.heading.pattern} if self.split == "heading" else {})
 
     def read(self, path: Path, key: str) -> Iterator[Document]:
-        held, longest = HeldLines(), longest_document()
+        held, longest = HeldLines(), longest_text()
         has_text, previous, number, opened, done = False, "", 0, 1, 0.0
         for number, line, line_done, size in read_lines(path, longest):
             if has_text and self._opens(line, previous):
@@ -205,7 +205,7 @@ class JsonlSource(FileSource):
         return {"text_field": self.text_field} | grouping
 
     def read(self, path: Path, key: str) -> Iterator[Document]:
-        for number, line, done, _ in read_lines(path, longest_document()):
+        for number, line, done, _ in read_lines(path, longest_text()):
             if not line.isspace():
                 where = f"{path}:{number}"
                 record = json_object(line, where)
@@ -245,7 +245,7 @@ class ParquetSource(FileSource):
         with file:
             if self.text_field not in file.schema_arrow.names:
                 raise MissingField(self.text_field, file.schema_arrow.names, str(path))
-            rows, longest = max(1, file.metadata.num_rows), longest_document()
+            rows, longest = max(1, file.metadata.num_rows), longest_text()
             for row, record in enumerate(self._records(file, path), 1):
                 where = f"{path}: row {row}"
                 text = text_of(record, self.text_field, where, longest)
@@ -257,7 +257,7 @@ class ParquetSource(FileSource):
             group = file.metadata.row_group(number)
             columns = [group.column(i) for i in range(group.num_columns)]
             size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self.text_field)
-            if size > (most := longest_row_group()):
+            if size > (most := longest_text(ROW_GROUP_COPIES)):
                 raise ValueError(
                     f"{path}: row group {number} holds {size / 1e6:,.1f} MB of '{self.text_field}', which are decoded "
                     f"together; allowed with the memory that is free now: {most / 1e6:,.1f} MB. Write the file again "

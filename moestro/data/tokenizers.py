@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import re
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,24 +13,19 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moestro.data.cache import appearing, digest
 from moestro.data.corpus import Corpus
+from moestro.data.files import longest_text
+from moestro.data.token_pieces import ALPHABET, pieces_of
 from moestro.ops.whole_files import forget_hashes, record_hashes, require_intact, write_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 # texts longer than this are encoded in parts, so that memory stays bounded and cores are used
 PART_CHARACTERS = 200_000
-PARTS_AT_ONCE = 16
+# encoded at once: a part for each core, up to a GB of what TOKEN_BYTES counts
+CHARACTERS_AT_ONCE = PART_CHARACTERS * min(32, os.cpu_count() or 1)
+# what the library holds of a token until it is asked for its ids; a byte of text is a token at most
+TOKEN_BYTES = 140
 PROBE = ("The  Quick\n\tbrown fox\n", "jumps over 13 dogs.")
-
-
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's letter for every byte: printable Latin-1 stands for itself, the rest for letters from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-ALPHABET = byte_alphabet()
 
 
 class Tokenizer(Protocol):
@@ -106,7 +101,7 @@ class FileTokenizer:
             special = [token.content for token in self._model.get_added_tokens_decoder().values() if token.special]
             raise ValueError(f"{path}: no end-of-document token {self.eos!r}; give eos, one of: {special or 'none'}")
         self.eos_id = vocab[self.eos]
-        self._pieces = _pieces(self._model, json.loads(self._json), self.vocab_size)
+        self._pieces = pieces_of(self._model, json.loads(self._json), self.vocab_size)
         self._pieces[self.eos_id] = b""
         text = "".join(PROBE)
         if (back := self.decode(self._ids([text])[0])) != text:
@@ -120,13 +115,11 @@ class FileTokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if not self._may_cut:
+            _require_room(texts)
         parts = [list(_parts(text)) if self._may_cut else [text] for text in texts]
-        flat = [part for text in parts for part in text]
-        ids = (
-            np.array(found, np.int64)
-            for start in range(0, len(flat), PARTS_AT_ONCE)
-            for found in self._ids(flat[start : start + PARTS_AT_ONCE])
-        )
+        groups = _grouped([part for text in parts for part in text])
+        ids = (np.array(found, np.int64) for group in groups for found in self._ids(group))
         return [np.concatenate([next(ids) for _ in text]) for text in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -209,35 +202,6 @@ def load_tokenizer(folder: str | Path) -> ByteTokenizer | FileTokenizer:
     return ByteTokenizer() if _json(config).get("moestro") == "bytes" else FileTokenizer(folder)
 
 
-def _pieces(model: Model, settings: dict[str, Any], size: int) -> list[bytes]:
-    """The bytes of text each token stands for; none for special tokens, which text never gives."""
-    kinds = _kinds([settings.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])
-    to_bytes = _byte_level if "ByteLevel" in kinds else _marked
-    pieces = [b""] * size
-    for token, i in model.get_vocab(with_added_tokens=True).items():
-        pieces[i] = to_bytes(token)
-    for i, added in model.get_added_tokens_decoder().items():
-        pieces[i] = b"" if added.special else added.content.encode()
-    return pieces
-
-
-def _byte_level(token: str) -> bytes:
-    # letters outside the alphabet belong to added tokens, whose text is known otherwise
-    return bytes(ALPHABET[letter] for letter in token if letter in ALPHABET)
-
-
-def _marked(token: str) -> bytes:
-    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
-
-
-def _kinds(node: Any) -> set[str]:
-    """Every "type" named in a tokenizer's settings."""
-    inner = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
-    own = {node["type"]} if isinstance(node, dict) and "type" in node else set()
-    return own.union(*map(_kinds, inner))
-
-
 def _parts(text: str) -> Iterator[str]:
     """The text cut after a line break at least every PART_CHARACTERS characters."""
     start = 0
@@ -247,6 +211,32 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start:cut]
         start = cut
     yield text[start:]
+
+
+def _grouped(parts: list[str]) -> Iterator[list[str]]:
+    """The parts in order, as many together as have CHARACTERS_AT_ONCE, one at least."""
+    group, size = list[str](), 0
+    for part in parts:
+        if group and size + len(part) > CHARACTERS_AT_ONCE:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += len(part)
+    if group:
+        yield group
+
+
+def _require_room(texts: Sequence[str]) -> None:
+    """Raises: ValueError where a text may not fit that is encoded in one piece: this tokenizer joins what lies on both
+    sides of a line break."""
+    longest = longest_text(TOKEN_BYTES)
+    for text in texts:
+        if (size := len(text.encode())) > longest:
+            raise ValueError(
+                f"a document of {size / 1e6:,.1f} MB for a tokenizer that cannot be given it in parts; with the memory "
+                f"that is free now, allowed: {longest / 1e6:,.1f} MB. Cut it into several documents, take a byte-level "
+                "tokenizer, or free memory"
+            )
 
 
 def _load(path: Path) -> tuple[Model, bytes]:

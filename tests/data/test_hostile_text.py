@@ -236,8 +236,8 @@ def test_documents_that_come_whole_are_refused_where_they_may_not_fit(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "short"}) + "\n" + json.dumps({"text": "é" * 600}) + "\n")
     (tmp_path / "long.py").write_text("#" * 1001)
-    monkeypatch.setattr("moestro.data.hub.longest_document", lambda: 1000)
-    monkeypatch.setattr("moestro.data.sources.longest_document", lambda: 1000)
+    monkeypatch.setattr("moestro.data.hub.longest_text", lambda: 1000)
+    monkeypatch.setattr("moestro.data.sources.longest_text", lambda: 1000)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     made = StdlibSource() if source == "stdlib" else HubSource("json", data_files=str(tmp_path / "rows.jsonl"))
     where = {"hub": r"data set 'json/train' row 2: this document \(field 'text'\)", "stdlib": r"long\.py: this file"}

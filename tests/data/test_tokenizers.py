@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Model
 
-from moestro.data import BPETokenizer, ByteTokenizer, FileTokenizer, JsonlSource, load_tokenizer
+from moestro.data import BPETokenizer, ByteTokenizer, FileTokenizer, JsonlSource, load_tokenizer, tokenizers
 from moestro.data.corpus import Corpus
 from moestro.data.tokenizers import PART_CHARACTERS
 from tests.data.tokenizer_files import metaspace, write
@@ -202,3 +202,18 @@ def test_published_tokenizers_count_bytes_exactly(shared, name: str):
     assert b"".join(tokenizer.token_bytes()[i] for i in ids) == text.encode()
     assert tokenizer.eos_id not in ids and tokenizer.byte_lengths()[tokenizer.eos_id] == 0
     assert np.count_nonzero(tokenizer.byte_lengths()) > 0.999 * tokenizer.vocab_size
+
+
+def test_parts_are_encoded_together_up_to_a_number_of_characters(monkeypatch):
+    monkeypatch.setattr(tokenizers, "CHARACTERS_AT_ONCE", 10)
+    assert list(tokenizers._grouped(["a" * 4, "b" * 6, "c", "d" * 20, "e" * 9, "f"])) == [
+        ["a" * 4, "b" * 6], ["c"], ["d" * 20], ["e" * 9, "f"]
+    ]  # fmt: skip
+    assert list(tokenizers._grouped([])) == []
+
+
+def test_a_text_that_cannot_be_cut_is_refused_where_it_may_not_fit(monkeypatch):
+    monkeypatch.setattr(tokenizers, "longest_text", lambda copies: 1000)
+    tokenizers._require_room(["x" * 1000])
+    with pytest.raises(ValueError, match=r"a document of 0\.0 MB for a tokenizer that cannot be given it in parts"):
+        tokenizers._require_room(["short", "é" * 501])
