@@ -1,10 +1,11 @@
-# make setup | demo | test | lint | bench | docs
+# make setup | demo | test | lint | audit | bench | docs
 # Each target does its own set-up in .venv; a second call reuses it until pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 VENV ?= .venv
 # Extra arguments for the line that installs torch, for example the index of another build of it.
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
+AUDIT_ARGS ?=
 BENCH_ARGS ?= --quick
 
 BIN := $(VENV)/bin
@@ -14,13 +15,14 @@ KERNELS := $(wildcard moestro/ops/native/*.[ch] moestro/ops/native/build.py)
 # no target talks to a model or data hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test lint bench docs help
+.PHONY: setup demo test lint audit bench docs help
 
 help:
 	@echo "make setup   create $(VENV) with moestro and its core dependencies"
 	@echo "make demo    train and compare four architectures at equal compute, and write the report"
 	@echo "make test    run the tests (PYTEST_ARGS=... adds arguments)"
 	@echo "make lint    ruff, formatting, types, import floors"
+	@echo "make audit   pins, ranges and licences of all dependencies; known vulnerabilities, where there is a network"
 	@echo "make bench   time the layers on this machine (BENCH_ARGS=$(BENCH_ARGS))"
 	@echo "make docs    build the pages of docs/ into site/"
 	@echo "PYTHON=python3.12 and VENV=dir choose the interpreter and the environment"
@@ -59,6 +61,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+# pip-audit has an environment of its own: none of its packages is among ours
+audit: $(VENV)/.dev
+	$(BIN)/python -m tools.dependencies
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/python -m pip install -q pip-audit; }
+	$(BIN)/python -m tools.dependencies --advisories $(VENV)-audit/bin/pip-audit $(AUDIT_ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.hmoe $(BENCH_ARGS)
