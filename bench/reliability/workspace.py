@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,16 +127,18 @@ def _state(folder: Path) -> dict[str, tuple[int, int]]:
 COUNTER = itertools.count()
 
 
-def made_workspace(folder: Path) -> Workspace:
-    """Fill an empty folder."""
+def made_workspace(
+    folder: Path, small: Sequence[str] = SMALL, stock: Mapping[str, int] = STOCK, memory: Sequence[str] = MEMORY
+) -> Workspace:
+    """Fill an empty folder; of what sizes its runs and its public folder are, and with which memory that is traced."""
     work = Workspace(folder)
     (folder / "made").mkdir(parents=True)
     draw = random.Random(0)
     (folder / "text.txt").write_text("\n\n".join(" ".join(draw.choices(WORDS, k=20)) for _ in range(200)))
     for name in ("dense", "hmoe"):
-        _said("train", str(RECIPES / f"{name}.yaml"), *work.quick, *SMALL, "--out", str(folder / name))
-    _write_stock(folder / "stock")
-    words = (*MEMORY, "--prompt", "a", "--tokens", "2", "--trace", str(folder / "trace.jsonl"))
+        _said("train", str(RECIPES / f"{name}.yaml"), *work.quick, *small, "--out", str(folder / name))
+    _write_stock(folder / "stock", stock)
+    words = (*memory, "--prompt", "a", "--tokens", "2", "--trace", str(folder / "trace.jsonl"))
     _said("offload", str(folder / "stock"), *words)
     return work
 
@@ -149,12 +152,12 @@ def _said(*words: str) -> None:
         raise RuntimeError(f"moestro {' '.join(words)}: {said.getvalue()}")
 
 
-def _write_stock(folder: Path) -> None:
+def _write_stock(folder: Path, sizes: Mapping[str, int]) -> None:
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
     from moestro.data import ByteTokenizer
 
     torch.manual_seed(0)
-    MixtralForCausalLM(MixtralConfig(**STOCK)).save_pretrained(folder)
+    MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(folder)
     ByteTokenizer().save(folder)
