@@ -24,8 +24,8 @@ from moestro.formats import Checkpoint
 from moestro.formats.complete import COUNTS_BY_LAYER
 from moestro.formats.shards import INDEX, SINGLE, Shards, read_json
 from moestro.formats.writer import Outgoing
-from moestro.ops.whole_files import HASHES, require_intact
-from moestro.train.durable import sha256_json, write_json, write_text
+from moestro.ops.whole_files import HASHES, require_intact, sha256_json
+from moestro.train.durable import write_json, write_text
 from moestro.train.folder_job import FolderJob, clear_finished
 
 # What a compressed folder says of how it was made, and the plan it was made by.

@@ -9,7 +9,7 @@ from moestro.compress.source import RunSource
 from moestro.formats import Checkpoint
 from moestro.formats.shards import INDEX
 from moestro.formats.writer import tensor_pieces
-from moestro.train.durable import sha256
+from moestro.ops.whole_files import sha256
 
 # What a difference in one of the hashes means.
 CHANGED = {

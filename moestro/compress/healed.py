@@ -20,8 +20,8 @@ from moestro.compress.source import RunSource, open_source
 from moestro.compress.text import healing_text
 from moestro.formats import Checkpoint
 from moestro.formats.writer import Outgoing, of_file, of_tensor
-from moestro.ops.whole_files import TEMPORARY, holding
-from moestro.train.durable import empty, sha256_json, write_json
+from moestro.ops.whole_files import TEMPORARY, holding, sha256_json
+from moestro.train.durable import empty, write_json
 from moestro.train.folder_job import FolderInUse, FolderJob, read_control
 
 # What a healed folder says of its healing.

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from moestro.compress.plan import Plan, PlanError, TensorFile
+from moestro.ops.whole_files import sha256
 from moestro.recipe.bind import Binder
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.syntax import RecipeError
-from moestro.train.durable import sha256, write_text
+from moestro.train.durable import write_text
 from moestro.upgrades import PLAN, VersionError
 
 

@@ -14,9 +14,9 @@ from moestro.compress.plan import Plan, PlanError
 from moestro.compress.plan_file import read_plan, write_plan
 from moestro.compress.projection import uniform
 from moestro.compress.source import RunSource, open_source
-from moestro.ops.whole_files import TEMPORARY, holding
+from moestro.ops.whole_files import TEMPORARY, holding, sha256_json
 from moestro.recipe.syntax import unknown
-from moestro.train.durable import empty, sha256_json, write_json
+from moestro.train.durable import empty, write_json
 from moestro.train.folder_job import FolderInUse, read_control
 
 REQUEST, PLAN_FILE = "request.json", "plan.json"

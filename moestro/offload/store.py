@@ -18,8 +18,8 @@ from moestro.offload.blobs import Blob, Experts, Extent, Stored, laid_out
 from moestro.offload.calibration import Calibration
 from moestro.offload.codecs import Codec, Grouped, relative_error
 from moestro.offload.files import Files, OffloadError
-from moestro.ops.whole_files import TEMPORARY, sync_file
-from moestro.train.durable import remove_temporary, sha256, sha256_json, write_json
+from moestro.ops.whole_files import TEMPORARY, sha256, sha256_json, sync_file
+from moestro.train.durable import remove_temporary, write_json
 from moestro.upgrades import STORE
 
 FORMAT = "moestro-offload-store"

@@ -17,17 +17,10 @@ from torch import Tensor
 
 from moestro.formats.shards import is_file_name
 from moestro.formats.writer import write_tensors
-from moestro.ops.whole_files import TEMPORARY, sync_file
+from moestro.ops.whole_files import TEMPORARY, sha256, sha256_json, sync_file
 from moestro.parallel.layout import Layout, whole_layout
 from moestro.parallel.ranks import Ranks
-from moestro.train.durable import (
-    publish_folder,
-    remove_folder,
-    remove_temporary,
-    sha256,
-    sha256_json,
-    write_text,
-)
+from moestro.train.durable import publish_folder, remove_folder, write_text
 from moestro.upgrades import CHECKPOINT, Shapes, VersionError
 
 STATE = "state.json"
@@ -228,8 +221,3 @@ def keep_checkpoints(checkpoints: Path, last: int, best_step: int | None) -> Non
     for path in list_checkpoints(checkpoints)[:-last]:
         if step_of(path) != best_step:
             remove_folder(path)
-
-
-def clear_unfinished(checkpoints: Path) -> None:
-    """Remove checkpoint folders whose writing or removal was interrupted."""
-    remove_temporary(checkpoints)

@@ -1,4 +1,4 @@
-"""Texts and folders that are either complete or absent, also after a crash or a power cut, and their hashes."""
+"""Texts and folders that are either complete or absent, also after a crash or a power cut."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moestro.ops.whole_files import TEMPORARY, sha256, sha256_json, sync_file, write_bytes
+from moestro.ops.whole_files import TEMPORARY, sync_file, write_bytes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,8 +51,3 @@ def remove_temporary(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-__all__ = [
-    "empty", "publish_folder", "remove_folder", "remove_temporary", "sha256", "sha256_json", "write_json", "write_text",
-]  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from moestro.ops.whole_files import forget_hashes, record_hashes, recorded_hashes, require_intact
-from moestro.train.checkpoint import clear_unfinished, list_checkpoints
+from moestro.train.checkpoint import list_checkpoints
 from moestro.train.durable import remove_temporary, write_json
 
 
@@ -43,7 +43,7 @@ class RunFolder:
             raise unwritable(self.path, error) from error
         self._take_lock()
         remove_temporary(self.path)
-        clear_unfinished(self.checkpoints)
+        remove_temporary(self.checkpoints)
         return self
 
     def _take_lock(self) -> None:

@@ -17,7 +17,7 @@ from moestro.compress import (
     read_plan,
     write_plan,
 )
-from moestro.train.durable import sha256
+from moestro.ops.whole_files import sha256
 
 H = "0123456789abcdef" * 4
 SOURCE = Fingerprint("mixtral", H, "", H, H)

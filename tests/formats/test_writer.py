@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from moestro.formats import writer
 from moestro.formats.shards import DTYPES, FormatError, header
 from moestro.formats.writer import Outgoing, computed, of_file, of_tensor, write_file, write_tensors
-from moestro.train.durable import sha256
+from moestro.ops.whole_files import sha256
 
 
 def test_every_dtype_and_shape_comes_back(tmp_path, monkeypatch):

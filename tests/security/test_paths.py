@@ -9,8 +9,8 @@ import pytest
 from moestro.cli import main
 from moestro.export import open_model
 from moestro.formats import FormatError
+from moestro.ops.whole_files import sha256_json
 from moestro.train.checkpoint import STATE, CheckpointError, read_state
-from moestro.train.durable import sha256_json
 from tests.security.test_untrusted_folders import verbs
 from tests.stock_models import stock_folder
 

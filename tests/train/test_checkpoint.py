@@ -9,13 +9,13 @@ import torch
 
 from moestro.train import CheckpointError, OptimSettings, load_weights
 from moestro.train.checkpoint import (
-    clear_unfinished,
     keep_checkpoints,
     list_checkpoints,
     read_state,
     read_tensors,
     write_checkpoint,
 )
+from moestro.train.durable import remove_temporary
 from moestro.train.optim import build_optimizer
 from moestro.train.tensors import (
     join,
@@ -82,7 +82,7 @@ def test_unfinished_folders_are_no_checkpoints_and_are_cleared(tmp_path):
     (tmp_path / ".writing-step-00000002").mkdir()
     (tmp_path / ".writing-step-00000002" / "model.safetensors").write_bytes(b"half")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
-    clear_unfinished(tmp_path)
+    remove_temporary(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
