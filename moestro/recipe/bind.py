@@ -150,8 +150,7 @@ class Binder:
 
         Raises: RecipeError for unknown and missing keys and for wrong types.
         """
-        if not isinstance(node, dict):
-            raise place.error(f"expected a mapping of keys to values; got {describe(node)}")
+        mapping_at(place, node)
         known = {name: hint for name, hint in parameters(make).items() if name not in hidden}
         for key in node:
             if key not in known:
@@ -168,10 +167,10 @@ class Binder:
                 raise place.error(f"missing key {name!r}")
         return Part(make, keywords, place, frozenset(absent), frozenset(hidden))
 
-    def part(self, slot: str, node: dict, place: Place, given: Collection[str] = ()) -> Part:
+    def part(self, slot: str, node: Any, place: Place, given: Collection[str] = ()) -> Part:
         """Bind `{kind: ..., ...}` to the constructor that `kind` names in a slot of the vocabulary."""
         kinds = self.parts[slot]
-        if "kind" not in node:
+        if "kind" not in mapping_at(place, node, "with a kind"):
             raise place.error(f"missing key 'kind'; allowed: {', '.join(sorted(kinds))}")
         if not isinstance(node["kind"], str) or node["kind"] not in kinds:
             raise (place / "kind").error(unknown("kind", node["kind"], kinds))
@@ -195,7 +194,7 @@ class Binder:
         if isinstance(kind, type) and issubclass(kind, Collection) and not issubclass(kind, Mapping):
             return self._sequence(value, kind, arguments, place, slot, given)
         if kind is dict or hint is dict:
-            return _mapping(value, place)
+            return mapping_at(place, value)
         if isinstance(hint, type) and is_dataclass(hint):
             return self.bind(hint, value, place, given)
         return self._leaf(value, hint, place, slot)
@@ -272,9 +271,10 @@ def _literal(value: Any, allowed: Sequence[Any], place: Place) -> Any:
     raise place.error(f"expected one of {', '.join(map(str, allowed))}; got {describe(value)}")
 
 
-def _mapping(value: Any, place: Place) -> dict:
+def mapping_at(place: Place, value: Any, of: str = "of keys to values") -> dict:
+    """Raises: RecipeError where the value at `place` is no mapping."""
     if not isinstance(value, dict):
-        raise place.error(f"expected a mapping of keys to values; got {describe(value)}")
+        raise place.error(f"expected a mapping {of}; got {describe(value)}")
     return value
 
 

@@ -19,10 +19,12 @@ def generalization_of_run(run: Run, max_tokens: int | None = TOKENS) -> dict[str
     """What `generalization_report` finds for a run, as JSON values: samples are the training tokens that it read, each
     once, or windows of them. Gates and inputs are measured on `max_tokens` of its text.
 
-    Raises: RecipeError where its model has no mixture layers.
+    Raises: RecipeError where its model has no mixture layers, or no step of training is over.
     """
     if not run.model.moe_layers():
         raise RecipeError(f"{run.folder}: its model has no mixture layers, and the bound is about what routers select")
+    if not run.step:
+        raise RecipeError(f"{run.folder}: its training has not begun, and the bound is about samples of training text")
     read = int(read_state(run.checkpoint)["counters"]["tokens"])
     tokens = min(read, run.dataset.n_train_tokens) if run.own_text else read
     units = {"tokens": tokens, "sequences": max(1, tokens // run.dataset.seq_len)}

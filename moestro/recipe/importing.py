@@ -78,12 +78,16 @@ def import_model(
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """{name: [bytes, time of the last change in nanoseconds]} of the files that make the model: shards, configuration,
-    tokenizer, texts."""
+    """{name: `stamp_of`} of the files that make the model: shards, configuration, tokenizer, texts."""
     shards = {checkpoint.file_of(name) for name in checkpoint.names()}
     there = [path for path in sorted(checkpoint.path.iterdir()) if path.is_file() and not path.name.startswith(".")]
     chosen = [p for p in there if p.name in shards or (p.suffix in BESIDE and not p.name.endswith(".bin.index.json"))]
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in chosen}
+    return {path.name: stamp_of(path) for path in chosen}
+
+
+def stamp_of(path: Path) -> list[int]:
+    """[bytes, time of the last change in nanoseconds]."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def require_unused(out: Path, manifest: Mapping[str, Any]) -> None:
@@ -119,7 +123,7 @@ def copy_files(source: Path, target: Path, files: Mapping[str, list[int]], repor
                 file.write(piece)
                 done += len(piece)
                 report("copying", done / max(1, total))
-        if (source / name).stat().st_size != size:
+        if stamp_of(source / name) != files[name]:
             raise FormatError(f"{source / name} changed while it was copied")
         sync_file(temporary)
         os.replace(temporary, target / name)

@@ -11,7 +11,7 @@ from moestro.model import Attention, Depths
 from moestro.ops.whole_files import require_intact
 from moestro.parallel.settings import ParallelSettings
 from moestro.recipe.adapt import Adapt
-from moestro.recipe.bind import Binder, Part, describe
+from moestro.recipe.bind import Binder, Part, describe, mapping_at
 from moestro.recipe.complete import completed
 from moestro.recipe.parts import PARTS
 from moestro.recipe.pretrained import PRETRAINED, Pretrained
@@ -132,11 +132,11 @@ class Recipe:
         place = Place(self.origin, ("model", "layers", key))
         if key not in range(n_layers):
             raise place.error(f"layer {key!r}, allowed: 0 to {n_layers - 1} (n_layers={n_layers})")
-        return BINDER.part("ffn", _mapping(node, place), place, given=("d_model", "shared_banks"))
+        return BINDER.part("ffn", node, place, given=("d_model", "shared_banks"))
 
     def _shared_bank(self, name: str, node: Any) -> Part:
         place = Place(self.origin, ("model", "shared_banks", name))
-        return BINDER.part("shared_part", _mapping(node, place), place, given=("d_model",))
+        return BINDER.part("shared_part", node, place, given=("d_model",))
 
     @cached_property
     def data(self) -> Part:
@@ -154,8 +154,7 @@ class Recipe:
         return bound
 
     def _objective(self, node: Any, place: Place) -> tuple[str, float | Part, Part]:
-        node = _mapping(node, place)
-        if "weight" not in node:
+        if "weight" not in mapping_at(place, node, "with a kind"):
             raise place.error("missing key 'weight'")
         weight = BINDER.convert(node["weight"], float, place / "weight", "weight")
         if "schedule" in node:
@@ -166,7 +165,7 @@ class Recipe:
     @cached_property
     def rules(self) -> list[Part]:
         """Makes the rules, in order."""
-        return [BINDER.part("rules", _mapping(node, place), place) for node, place in self._list("rules")]
+        return [BINDER.part("rules", node, place) for node, place in self._list("rules")]
 
     @cached_property
     def optim(self) -> Part:
@@ -237,12 +236,6 @@ def check_recipe(recipe: Recipe) -> Recipe:
 def _weighted(weight: float | Part, tree: dict) -> dict:
     weighting = completed(weight, BINDER) if isinstance(weight, Part) else {"weight": weight}
     return {"kind": tree["kind"], **weighting, **tree}
-
-
-def _mapping(node: Any, place: Place) -> dict:
-    if not isinstance(node, dict):
-        raise place.error(f"expected a mapping with a kind; got {describe(node)}")
-    return node
 
 
 __all__ = ["Decoder", "Paper", "Recipe", "RecipeError", "check_recipe", "load_recipe"]

@@ -9,7 +9,7 @@ import torch
 
 from moestro.data import FileTokenizer
 from moestro.formats import FormatError
-from moestro.recipe.bind import Binder, Part, describe
+from moestro.recipe.bind import Binder, Part
 from moestro.recipe.resolve import Origin, Place
 from moestro.recipe.shared_banks import SharedBanks, check_names
 from moestro.recipe.syntax import RecipeError
@@ -57,9 +57,6 @@ def bound(node: Mapping[str, Any], place: Place, binder: Binder) -> Pretrained:
 
 def _parts(slot: str, nodes: dict, place: Place, binder: Binder, given: tuple[str, ...]) -> dict[Any, Part]:
     """The parts of one slot in a mapping."""
-    for key, node in nodes.items():
-        if not isinstance(node, dict):
-            raise (place / key).error(f"expected a mapping with a kind; got {describe(node)}")
     return {key: binder.part(slot, node, place / key, given) for key, node in nodes.items()}
 
 

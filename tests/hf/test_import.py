@@ -68,6 +68,8 @@ def test_the_command_makes_a_run_that_is_evaluated_inspected_moved_and_trained(t
     figures = json.loads((tmp_path / "eval.json").read_text())
     assert figures["step"] == 0 and figures["checkpoint"] == "pretrained" and figures["bpb"] > 0
     assert main(["inspect", str(moved), *text, "--json", str(tmp_path / "inspect.json")]) == 0
+    assert main(["inspect", str(moved), *text, "--generalization"]) == 2
+    assert "its training has not begun, and the bound is about samples" in capsys.readouterr().err
     settings = [f"data.source={{kind: text, paths: {text_file}, split: blank-line}}", "data.seq_len=16"]
     settings += [f"data.tokenizer.path={moved / 'tokenizer'}", "train.budget={steps: 2}", "train.batch_size=2"]
     settings += ["train.eval_tokens=64", "train.tensorboard=false", "optim.lr=1e-2"]
@@ -101,6 +103,19 @@ def test_an_interrupted_import_goes_on_and_copies_nothing_twice(tmp_path, monkey
     assert all(path.read_bytes() == (source / path.name).read_bytes() for path in (run / "pretrained").iterdir())
     with pytest.raises(RunFolderError, match="holds a run already"):
         import_model(source, run)
+
+
+def test_a_file_that_changes_while_it_is_copied_is_refused(tmp_path, monkeypatch):
+    source, real = public(tmp_path / "public"), importing.file_pieces
+
+    def changes(path, start, stop):
+        yield from real(path, start, stop)
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(0, 0))
+
+    monkeypatch.setattr(importing, "file_pieces", changes)
+    with pytest.raises(FormatError, match="changed while it was copied"):
+        import_model(source, tmp_path / "run")
 
 
 def test_with_link_nothing_is_copied(tmp_path):
