@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from moestro.compare.job import Job
+from moestro.train.progress import duration
 
 
 class Board:
@@ -53,8 +54,7 @@ class Board:
         gained, elapsed = share - self.share_begun, time.monotonic() - self.begun
         if gained <= 0 or elapsed < 5:
             return "estimating the time that remains"
-        seconds = round(elapsed * (1 - share) / gained)
-        return f"about {seconds // 60}:{seconds % 60:02d} remaining"
+        return f"about {duration(elapsed * (1 - share) / gained)} remaining"
 
     def refresh(self) -> None:
         """Bring the bars up to date."""

@@ -5,8 +5,9 @@ from functools import partial
 
 from moestro.compare.isoflop import minimum_status, parabola
 from moestro.compare.looks import Look
-from moestro.compare.numerals import decimals_for, is_number, mean_and_spread, si
+from moestro.compare.numerals import is_number, mean_and_spread, si
 from moestro.compare.plots import (
+    PHONE,
     Axis,
     axes,
     bar,
@@ -20,8 +21,6 @@ from moestro.compare.plots import (
     text,
 )
 from moestro.compare.verdict import Cell, Verdict
-
-PHONE = 500
 
 
 def reach(low: float, high: float, reference: float | None, share: float = 0.6) -> tuple[float, float]:
@@ -177,6 +176,5 @@ def minimum_text(entry: Mapping) -> str:
     if status != "inside":
         where = {"below": "smaller than every measured size", "above": "larger than every measured size"}[status]
         return f"the minimum would be {where}: not marked"
-    decimals = decimals_for(None)
     exact = " (three sizes: the parabola passes through them exactly)" if len({p[0] for p in points}) == 3 else ""
-    return f"{fit['minimum_bpb']:.{decimals}f} at {si(fit['minimum_params'])} active parameters{exact}"
+    return f"{fit['minimum_bpb']:.3f} at {si(fit['minimum_params'])} active parameters{exact}"

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moestro.compare.charts import PHONE, level, reach, tick_decimals, with_level
+from moestro.compare.charts import level, reach, tick_decimals, with_level
 from moestro.compare.looks import Look
 from moestro.compare.numerals import is_number, scientific
 from moestro.compare.plots import (
+    PHONE,
     Axis,
     axes,
     band,

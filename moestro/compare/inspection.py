@@ -11,13 +11,12 @@ from moestro.compare.looks import Look
 from moestro.compare.markup import details, facts, paragraph, plain_table, section, tab_rules
 from moestro.compare.numerals import percent, scientific, si, significant
 from moestro.compare.page import html_page, write_page
-from moestro.compare.plots import Axis, bar, escape, marker, padded, responsive, segment, shorten, svg, text
+from moestro.compare.plots import PHONE, Axis, bar, escape, marker, padded, responsive, segment, shorten, svg, text
 from moestro.compare.token_text import coloured_text, view_rules, views
 from moestro.compare.usage import MAX_BARS, SHOWN_LAYERS, expert_shares, layer_figure
 
 MENU = {"width": "Width", "experts": "Experts", "knobs": "Settings", "text": "Text", "setup": "Setup"}
 SPREAD = ("mean", "p50", "p99")
-PHONE = 500
 ROW = 34
 
 

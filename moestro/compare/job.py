@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from moestro.data import Dataset
+from moestro.compare.plan import budget_name
 from moestro.evaluate import evaluate, routing_report, sample_text, token_sample
-from moestro.model import Transformer
 from moestro.recipe.build import build_data, build_model, first_difference, run_training
 from moestro.recipe.load import load_recipe
 from moestro.recipe.syntax import RecipeError
@@ -40,7 +39,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.arm} {self.size} {self.budget:.3g} seed {self.seed}"
+        return f"{self.arm} {self.size} {budget_name(self.budget)} seed {self.seed}"
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -74,7 +73,9 @@ class Job:
             "params_total": sum(p.numel() for p in model.parameters()),
             "final": evaluate(model, held_out(), precision=precision),
             "routing": routing_report(model, held_out(), precision=precision),
-            "sample": sample(model, dataset, precision) if self.sample else None,
+            "sample": token_sample(model, dataset.tokenizer, sample_text(dataset), precision=precision)
+            if self.sample
+            else None,
         }
 
     def check_same(self) -> None:
@@ -112,13 +113,10 @@ def run_job(job: Job) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     if job.summary is not None:
         return job.summary
+    # asked before the run: its recipe's file may be edited while it goes on
+    question = job.question
     result = job.train()
-    facts = {"question": job.question, "commit": source_commit(), "finished": time.time()}
+    facts = {"question": question, "commit": source_commit(), "finished": time.time()}
     summary = {**result, **job.measure(), **facts}
     write_json(job.folder / SUMMARY, summary)
     return summary
-
-
-def sample(model: Transformer, dataset: Dataset, precision: str) -> list[dict[str, Any]]:
-    """The coloured text."""
-    return token_sample(model, dataset.tokenizer, sample_text(dataset), precision=precision)

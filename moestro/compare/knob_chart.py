@@ -8,10 +8,9 @@ from moestro.compare.charts import tick_decimals
 from moestro.compare.looks import Look
 from moestro.compare.markup import details, paragraph, plain_table, tabs
 from moestro.compare.numerals import scientific, si, significant
-from moestro.compare.plots import Axis, axes, line, marker, padded, responsive, svg, text
+from moestro.compare.plots import PHONE, Axis, axes, line, marker, padded, responsive, svg, text
 
 KNOB_TITLES = {"threshold": "top-p threshold p", "top_k": "experts per token k"}
-PHONE = 500
 
 
 def knob_section(found: Mapping[str, Any], run: Look) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moestro.compare.plots import SHAPES, escape, marker
+from moestro.compare.verdict import title_of
 
 # Colours: template/page.css, .arm-0 to .arm-11; 0 is the neutral ink of the reference arm, 8 to 11 are dashed.
 N_LOOKS = 12
@@ -32,11 +33,11 @@ def arm_looks(results: Mapping) -> dict[str, Look]:
     """A look for every arm, by its place in the list; the reference arm is always drawn in ink."""
     looks = {}
     place = 0
-    for arm, about in results["arms"].items():
+    for arm in results["arms"]:
         if arm == results.get("reference"):
             number = 0
         else:
             place = place % (N_LOOKS - 1) + 1
             number = place
-        looks[arm] = Look(arm, str(about.get("title") or arm), f"arm arm-{number}", SHAPES[number % len(SHAPES)])
+        looks[arm] = Look(arm, title_of(results, arm), f"arm arm-{number}", SHAPES[number % len(SHAPES)])
     return looks

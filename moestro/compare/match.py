@@ -47,9 +47,10 @@ def training_flops(recipe: Recipe, vocab_size: int) -> float:
 
 
 def sizes(plan: Comparison, budget: float, vocab_size: int) -> list[Size]:
-    """For each ratio of the plan the width at which `budget` buys nearest to so many tokens a parameter.
+    """For each ratio of the plan the width at which `budget` buys nearest to so many tokens a parameter: the smallest
+    width where even that gets fewer.
 
-    Raises: RecipeError where two ratios lead to the same width, or the budget is too small for any.
+    Raises: RecipeError where two ratios lead to the same width.
     """
     found: list[Size] = []
     tried: list[tuple[float, Size]] = []

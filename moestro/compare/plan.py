@@ -98,6 +98,11 @@ class Comparison:
         return Path(os.path.normpath(self.path.parent / self.arms[arm].recipe))
 
 
+def budget_name(budget: float) -> str:
+    """A budget as runs and their folders are called by it: three digits."""
+    return f"{budget:.3g}"
+
+
 def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """A tree of settings as dotted keys; a part (a mapping with a kind) stays whole and replaces what was there."""
     keys: dict[str, Any] = {}
@@ -131,17 +136,21 @@ def _check(plan: Comparison, top: Place) -> None:
         raise (top / "reference").error(f"reference={plan.reference!r}, allowed: {', '.join(map(str, plan.arms))}")
     if plan.arms[plan.reference].solve is not None:
         raise (top / "arms" / plan.reference / "solve").error("the reference arm gives the sizes and solves nothing")
-    for key, values in {"budgets": plan.budgets, "seeds": plan.seeds}.items():
-        if not values or len(set(values)) < len(values):
-            raise (top / key).error(f"{key}={list(values)}, allowed: at least one, none twice")
-    if min(plan.budgets) <= 0:
-        raise (top / "budgets").error(f"budgets={list(plan.budgets)}, allowed: FLOPs above 0")
+    if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds) or min(plan.seeds) < 0:
+        allowed = "at least one, none twice, none below 0"
+        raise (top / "seeds").error(f"seeds={list(plan.seeds)}, allowed: {allowed}")
+    if not plan.budgets or min(plan.budgets) <= 0:
+        raise (top / "budgets").error(f"budgets={list(plan.budgets)}, allowed: FLOPs above 0, at least one number")
+    if len({budget_name(budget) for budget in plan.budgets}) < len(plan.budgets):
+        allowed = "none twice in its first three digits, which name its runs"
+        raise (top / "budgets").error(f"budgets={list(plan.budgets)}, allowed: {allowed}")
     ratios = plan.sizes.tokens_per_parameter
     if not ratios or min(ratios) <= 0:
         raise (top / "sizes" / "tokens_per_parameter").error(f"got {list(ratios)}, allowed: numbers above 0")
-    for key in ("evaluations", "threads"):
-        if getattr(plan, key) < 1:
-            raise (top / key).error(f"{key}={getattr(plan, key)}, allowed: at least 1")
+    for key in ("evaluations", "threads", "final_tokens"):
+        value = getattr(plan, key)
+        if value is not None and value < 1:
+            raise (top / key).error(f"{key}={value}, allowed: at least 1")
     if plan.sizes.d_model_multiple_of < 1:
         place = top / "sizes" / "d_model_multiple_of"
         raise place.error(f"d_model_multiple_of={plan.sizes.d_model_multiple_of}, allowed: at least 1")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 Format = Callable[[float], str]
+# Drawings narrower than this are for phones.
+PHONE = 500
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "wedge")
 
 # Control characters are not allowed in HTML; each has a picture of its own in Unicode.

@@ -7,14 +7,14 @@ from moestro.compare.markup import details, facts, paragraph, plain_table, scrol
 from moestro.compare.numerals import MISSING, byte_size, duration, is_number, percent, si, significant
 from moestro.compare.plots import escape
 from moestro.compare.table import run_rows
-from moestro.compare.verdict import Verdict, budget_text, compute_spread, run_status
+from moestro.compare.verdict import Verdict, budget_text, compute_spread, run_status, title_of
 
 COUNTING = (
     "A budget is a number of useful training FLOPs. In every step they are counted from what the routers really chose "
     "(the traces of that forward pass), not from a configured number of experts: a token routed to a wider expert, or "
     "to more experts, costs more. Attention, routers and the output head are counted for every arm alike; a training "
-    "step counts three times its forward pass. A run ends when its budget is used up, so an arm that spends less on a "
-    "token sees more tokens.",
+    "step counts three times its forward pass, less what frozen weights spare. A run ends when its budget is used up, "
+    "so an arm that spends less on a token sees more tokens.",
     "Computed FLOPs also contain what was executed and thrown away, such as the masked half of causal attention, "
     "padding, and rows whose result is not used. A better kernel could save the difference to the useful FLOPs.",
     "Bits per byte is the summed negative log2 likelihood of the validation text divided by its bytes of UTF-8, so "
@@ -96,11 +96,10 @@ def _largest_surprise(results: Mapping) -> str | None:
     if not deviations:
         return None
     deviation, arm = max(deviations, key=lambda pair: abs(pair[0]))
-    title = results["arms"][arm].get("title") or arm
     direction = "above" if deviation >= 0 else "below"
     return (
-        f"Measured forward FLOPs per token lie at most {percent(abs(deviation))} away from what the recipes' "
-        f"configuration predicts ({title}: {direction})."
+        f"Measured training FLOPs per token lie at most {percent(abs(deviation))} away from what the recipes' "
+        f"configuration predicts ({title_of(results, arm)}: {direction})."
     )
 
 

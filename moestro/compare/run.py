@@ -17,7 +17,7 @@ from typing import Any
 from moestro.compare.board import Board
 from moestro.compare.job import Job, run_job
 from moestro.compare.match import Match, Size, match, sizes
-from moestro.compare.plan import Comparison, load_comparison
+from moestro.compare.plan import Comparison, budget_name, load_comparison
 from moestro.compare.report import write_report
 from moestro.compare.results import collect
 from moestro.ops.whole_files import holding
@@ -78,7 +78,7 @@ def announcement(plan: Comparison, all_sizes: Sequence[Size]) -> str:
     """What is compared, in a line."""
     return (
         f"{len(plan.arms)} arms ({', '.join(plan.arms)}), sizes {', '.join(size.name for size in all_sizes)}, seeds "
-        f"{', '.join(map(str, plan.seeds))}, {', '.join(f'{b:.3g}' for b in plan.budgets)} useful training FLOPs each"
+        f"{', '.join(map(str, plan.seeds))}, {', '.join(map(budget_name, plan.budgets))} useful training FLOPs each"
     )
 
 
@@ -113,7 +113,7 @@ def plan_jobs(
                         seed=seed,
                         recipe=plan.recipe_path(arm),
                         settings=tuple(plan.overrides(arm, settings)),
-                        folder=out / "runs" / arm / f"{size.name}-{budget:.3g}-seed{seed}",
+                        folder=out / "runs" / arm / f"{size.name}-{budget_name(budget)}-seed{seed}",
                         expected_token_flops=matched.token_flops,
                         threads=plan.threads,
                         final_tokens=plan.final_tokens,

@@ -20,6 +20,7 @@ from moestro.compare.verdict import (
     compare,
     headline,
     judge,
+    title_of,
     unranked,
 )
 
@@ -81,11 +82,6 @@ def _lead(results: Mapping, verdict: Verdict) -> str:
         gap = f"{found.difference:.3f} bits per byte ({percent(found.difference / reference.mean)})"
         text += f" {title} lies {gap} below the reference, {other}: {said[found.separable]}."
     return text
-
-
-def title_of(results: Mapping, arm: str) -> str:
-    """The arm's title as the recipe gives it."""
-    return str(results["arms"][arm].get("title") or arm)
 
 
 def _other_budgets(results: Mapping, verdict: Verdict) -> str:

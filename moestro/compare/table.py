@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moestro.compare.numerals import MISSING, NO_BREAK, is_number, mean_and_spread, scientific, si, signed
-from moestro.compare.verdict import Cell, cells, common_decimals, headline, main_verdict, run_status
+from moestro.compare.verdict import Cell, cells, common_decimals, headline, main_verdict, run_status, title_of
 
 COLUMNS = {
     "arm": "Arm",
@@ -50,7 +50,7 @@ def column_titles(results: Mapping) -> dict[str, str]:
     titles = dict(COLUMNS)
     reference = results.get("reference")
     if reference in results["arms"]:
-        titles["gap"] = titles["gap"].format(reference=results["arms"][reference].get("title", reference))
+        titles["gap"] = titles["gap"].format(reference=title_of(results, results["reference"]))
     else:
         del titles["gap"]
     for column, plural in (("size", "sizes"), ("budget", "budgets")):
@@ -92,7 +92,7 @@ def _row(cell: Cell, reference: Cell | None, lowest: bool, results: Mapping, dec
         "seeds": len(cell.runs),
     }
     texts = {
-        "arm": str(results["arms"][cell.arm].get("title") or cell.arm),
+        "arm": title_of(results, cell.arm),
         "size": cell.size,
         "bpb": mean_and_spread(numbers["bpb"], cell.std, decimals),
         "gap": gap_text,
@@ -173,7 +173,7 @@ def run_rows(results: Mapping) -> list[list[str]]:
         bpb, perplexity = final.get("bpb"), final.get("perplexity")
         rows.append(
             [
-                str(results["arms"][run["arm"]].get("title") or run["arm"]),
+                title_of(results, run["arm"]),
                 scientific(run["budget"]),
                 str(run["size"]),
                 str(run.get("seed")),

@@ -181,8 +181,13 @@ def common_decimals(results: Mapping) -> int:
     return decimals_for(statistics.median(spreads)) if spreads else 3
 
 
+def title_of(results: Mapping, arm: str) -> str:
+    """What readers call an arm: its title, or its name where it has none."""
+    return str(results["arms"][arm].get("title") or arm)
+
+
 def _names(results: Mapping, arms: list[str]) -> str:
-    titles = [results["arms"][arm].get("title", arm) for arm in arms]
+    titles = [title_of(results, arm) for arm in arms]
     return titles[0] if len(titles) == 1 else ", ".join(titles[:-1]) + " and " + titles[-1]
 
 
@@ -264,4 +269,4 @@ def budget_text(budget: float) -> str:
 def unranked(results: Mapping, verdict: Verdict) -> list[str]:
     """Titles of the arms without a finished run at the verdict's budget."""
     ranked = {cell.arm for cell in verdict.ranked}
-    return [str(about.get("title") or arm) for arm, about in results["arms"].items() if arm not in ranked]
+    return [title_of(results, arm) for arm in results["arms"] if arm not in ranked]

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from moestro.compare.board import Board
-from moestro.compare.job import Job, last_flops
+from moestro.compare.job import Job, last_flops, run_job
 from moestro.compare.match import match, reference_size
 from moestro.compare.plan import load_comparison
 from moestro.compare.results import CURVE_POINTS, thinned
@@ -30,6 +30,12 @@ def finished(tmp_path_factory) -> tuple[Path, Path, dict]:
     path = write_comparison(folder)
     out = folder / "out"
     return path, out, compare(path, out, workers=1, board=quiet(), command="moestro compare tiny.yaml")
+
+
+def test_hours_that_remain_are_hours() -> None:
+    board = quiet()
+    board.begun, board.share_begun = time.monotonic() - 3725, 0.0
+    assert board.remaining(0.5) == "about 1:02:05 remaining"
 
 
 def quiet() -> Board:
@@ -67,6 +73,21 @@ def test_arms_differ_in_nothing_that_orders_the_text_and_seeds_differ(tmp_path):
     assert len({recipe.train.value("batch_size") for recipe in recipes}) == 1
     assert all(recipe.tree["data"] == recipes[0].tree["data"] for recipe in recipes)
     assert len({job.folder for job in jobs}) == 4
+
+
+def test_a_recipe_that_is_edited_while_its_run_goes_on_is_not_taken_for_the_one_trained(tmp_path, monkeypatch):
+    path = load_comparison(write_comparison(tmp_path)).recipe_path("dense")
+    job = Job("dense", "d16", 3e7, 0, path, (), tmp_path, 1.0, 1, None, False)
+
+    def train(job: Job) -> dict:
+        job.recipe.write_text(job.recipe.read_text().replace("lr: 2e-3", "lr: 9e-3"))
+        return {}
+
+    monkeypatch.setattr(Job, "train", train)
+    monkeypatch.setattr(Job, "measure", lambda job: {})
+    assert run_job(job)["question"]["recipe"]["optim"]["lr"] == 2e-3
+    with pytest.raises(RecipeError, match="recipe.optim.lr was 0.002, now 0.009"):
+        job.check_same()
 
 
 def test_final_figures_are_of_the_tokens_asked_for(finished):
