@@ -117,9 +117,9 @@ def _rank(case: Case, rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def tokens(size: int, seq_len: int) -> Batch:
+def tokens(size: int, seq_len: int, vocabulary: int = VOCABULARY) -> Batch:
     """Random text."""
-    text = torch.randint(VOCABULARY, (size, seq_len + 1))
+    text = torch.randint(vocabulary, (size, seq_len + 1))
     inputs, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     return Batch(inputs, targets, torch.zeros_like(inputs), torch.full_like(inputs, 2))
 

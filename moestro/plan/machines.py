@@ -28,7 +28,9 @@ class Machine:
     """One accelerator and its links: bytes, bytes a second (one way) and FLOP/s. `link` joins the `per_host` of one
     host, `network` hosts, each accelerator with its own share; `latency` and `network_latency` are seconds a message,
     `launch` seconds a kernel. `efficiency` is the share of `bf16` or `fp32` FLOP/s that the products of a training step
-    reach."""
+    reach; `overlap` that of computation behind which messages can hide: 0 where a rank's own core sends them;
+    `sharded_unit` the seconds that a block or router of its own costs FSDP in a forward and backward pass besides its
+    messages: 0 where the host runs ahead of the device."""
 
     name: str
     memory: float
@@ -42,14 +44,20 @@ class Machine:
     network_latency: float = 20e-6
     launch: float = 5e-6
     efficiency: float = 0.4
+    overlap: float = 1.0
+    sharded_unit: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "name" and not value > 0:
+            if field.name not in ("name", "overlap", "sharded_unit") and not value > 0:
                 raise ValueError(f"machine {field.name}={value!r}: must be above 0")
         if self.efficiency > 1:
             raise ValueError(f"machine efficiency={self.efficiency}: at most 1")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"machine overlap={self.overlap}: allowed are 0 to 1")
+        if not self.sharded_unit >= 0:
+            raise ValueError(f"machine sharded_unit={self.sharded_unit}: must not be negative")
 
     def flops(self, precision: str) -> float:
         """FLOP/s that a step's products are expected to reach."""
@@ -104,7 +112,9 @@ def this_cpu() -> Machine:
     if memory is None:
         raise RecipeError("machine cpu: the system does not say how much memory there is; give a YAML file")
     speed = 50e9 * torch.get_num_threads()
-    return Machine("CPU", memory, 20 * GB, speed, speed, per_host=1, link=10 * GB, network=GB, efficiency=0.5)
+    return Machine(
+        "CPU", memory, 20 * GB, speed, speed, per_host=1, link=10 * GB, network=GB, efficiency=0.5, overlap=0
+    )
 
 
 def this_machine() -> Machine:

@@ -1,9 +1,11 @@
 """How long a step takes, on paper: arithmetic, memory and messages, and which of them hide behind which.
 
-Stated: products run at the machine's `efficiency`; rows of tables and optimizer state move at the full memory
-bandwidth; every block launches 60 kernels forward and 120 backward; FSDP's messages hide behind computation but for the
-first gather and the last reduction; exchanges of rows hide behind nothing; the busiest rank's experts are what all wait
-for. Nothing else is counted: no input, evaluation or checkpoint.
+Stated: products run at the machine's `efficiency`; what other kernels read and write (`moved_per_token`), rows of
+tables and optimizer state move at the full memory bandwidth; every block launches 60 kernels forward and 120 backward,
+a layer of experts as many again; FSDP's messages hide behind the machine's `overlap` of computation but for the first
+gather and the last reduction; exchanges of rows hide behind nothing; the busiest rank's experts are what all wait for.
+Nothing else is counted: no input, evaluation or checkpoint. Blocks that `torch.compile` fuses move less than is counted
+here.
 """
 
 import math
@@ -16,14 +18,20 @@ from moestro.plan import traffic
 from moestro.plan.imbalance import even
 from moestro.plan.machines import Machine
 from moestro.plan.spread import Spread
-from moestro.plan.workload import training_flops
+from moestro.plan.workload import Workload, training_flops
+from moestro.train.estimate import ITEMSIZE, PER_LOGIT
 
-# Bytes that an AdamW update moves of a float32 number: weight, gradient and moments read, weight and moments written.
-ADAMW = 7 * 4
+# Bytes that a step moves of a float32 number that learns: AdamW reads weight, gradient and moments and writes weight
+# and moments; clipping reads the gradient twice and writes it.
+ADAMW = (7 + 3) * 4
+# Times that kernels other than products read or write, forward and backward: every byte that is kept for backward;
+# every float32 number of a block's input (norms, rotations, residuals); every number of a row that goes to an expert;
+# every byte that a logit holds (`PER_LOGIT`). Counted on small recipes, kernel by kernel (tests/plan/test_timing.py).
+KEPT_MOVED, STREAM_MOVED, ROWS_MOVED, LOGITS_MOVED = 4.5, 90, 20, 2
 # Times that a row of a table is read or written in a step besides the forward pass: for the gradients of x and of the
 # gates (2), the sum of its own gradient (1), its update (read and write of itself and two moments: 6).
 ROW_AGAIN = 9
-# Kernels that a block launches in a forward pass; backward launches twice as many.
+# Kernels that a block launches in a forward pass, and a layer of experts adds; backward launches twice as many.
 KERNELS = 60
 
 
@@ -59,6 +67,25 @@ class Message:
         return min(machine.network / outside, machine.link)
 
 
+def kernels(work: Workload) -> int:
+    """Kernels of a forward pass."""
+    return KERNELS * (len(work.blocks) + len(work.mixtures) + len(work.unspread) + len(work.tables))
+
+
+def units(work: Workload) -> int:
+    """What FSDP gathers by itself: blocks and routers; the model's other parameters come once more."""
+    return len(work.blocks) + work.routers
+
+
+def moved_per_token(work: Workload) -> float:
+    """Bytes that kernels other than products read and write for a token, forward and backward, but of tables."""
+    itemsize = ITEMSIZE[work.settings.precision]
+    kept = KEPT_MOVED * sum(kept.total(itemsize) for kept in work.kept)
+    stream = STREAM_MOVED * traffic.FLOAT32 * work.d_model * len(work.kept)
+    rows = ROWS_MOVED * itemsize * work.d_model * sum(mixture.rows for mixture in work.mixtures)
+    return kept + stream + rows + LOGITS_MOVED * PER_LOGIT[work.settings.precision] * work.vocab_size
+
+
 @dataclass(frozen=True)
 class StepTime:
     """What a step is made of."""
@@ -90,7 +117,7 @@ class StepTime:
 
     def _fsdp(self) -> Iterator[Message]:
         s = self.spread
-        blocks, n = s.sharded - s.work.rest, len(s.work.blocks)
+        blocks, n = s.sharded - s.work.rest, units(s.work)
         times = traffic.gathers(s.accumulate, s.settings.reshard)
         gathered = traffic.all_gather(s.itemsize * (times * blocks + s.work.rest), s.shards)
         learns = s.sharded - s.work.frozen
@@ -124,7 +151,8 @@ class StepTime:
 
     @cached_property
     def compute(self) -> float:
-        """Seconds of products in a step on the busiest rank, and of rows of tables."""
+        """Seconds of kernels in a step on the busiest rank: of products, of what others move, of launches and of
+        sharding."""
         s = self.spread
         tokens = s.accumulate * s.tokens
         flops = tokens * training_flops(s.work, s.recompute)
@@ -132,9 +160,11 @@ class StepTime:
         experts = tokens * again * sum(m.rows * m.row_flops for m in s.work.mixtures)
         late = experts * (s.balance.work - 1)
         moved = sum(t.count * t.rows * t.width * traffic.FLOAT32 * (1 + ROW_AGAIN) for t in s.work.tables) * tokens
-        launches = s.accumulate * len(s.work.blocks) * KERNELS * again
+        launches = s.accumulate * kernels(s.work) * again
+        moved += tokens * moved_per_token(s.work) * (again / TRAINING_FLOPS)
         products = (flops + late) / s.machine.flops(s.work.settings.precision)
-        return products + moved / s.machine.memory_bandwidth + launches * s.machine.launch
+        engine = s.accumulate * units(s.work) * s.machine.sharded_unit if s.world > 1 else 0.0
+        return products + moved / s.machine.memory_bandwidth + launches * s.machine.launch + engine
 
     @cached_property
     def optimizer(self) -> float:
@@ -150,7 +180,9 @@ class StepTime:
         seconds = {message.what: message.seconds(s.machine) for message in self.messages()}
         behind = sum(seconds.get(what, 0.0) for what in hidden)
         ends = behind / max(1, len(s.work.blocks))
-        return sum(t for what, t in seconds.items() if what not in hidden) + max(ends, behind - self.compute)
+        return sum(t for what, t in seconds.items() if what not in hidden) + max(
+            ends, behind - s.machine.overlap * self.compute
+        )
 
     @property
     def total(self) -> float:

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from moestro.cost import TRAINING_FLOPS, Kept
 from moestro.experts import ExpertBank
+from moestro.parallel.parallelize import outermost
 from moestro.recipe.bind import Part
 from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import Recipe
 from moestro.recipe.syntax import RecipeError
+from moestro.routers import Router
 from moestro.routers.query_norm import BatchQueryNorm
 from moestro.train.estimate import model_width, table_bytes, tables_met
 from moestro.train.settings import TrainSettings
@@ -48,7 +50,7 @@ class Workload:
     """A recipe in numbers. Parameters: `blocks` those of every block and `rest` those outside (embedding, norm, head),
     without experts that can be spread (`mixtures`) and `tables`; `frozen` of them do not learn. `token_flops` of a
     forward pass, `kept` by a token in every block, `query_features` of every layer with statistics
-    over the batch."""
+    over the batch, `routers` that have weights."""
 
     name: str
     settings: TrainSettings
@@ -65,6 +67,7 @@ class Workload:
     tables: tuple[Tables, ...]
     table_bytes: float
     query_features: tuple[int, ...]
+    routers: int
 
     @property
     def dense(self) -> int:
@@ -110,6 +113,7 @@ def workload(recipe: Recipe, vocab_size: int | None = None) -> Workload:
         tables=tuple(tables_of(model)),
         table_bytes=table_bytes(model, settings),
         query_features=tuple(m.features for m in model.modules() if isinstance(m, BatchQueryNorm)),
+        routers=len(outermost(model, Router)),
     )
 
 
