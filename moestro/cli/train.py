@@ -39,6 +39,7 @@ def run(arguments: Namespace) -> int:
       moestro train recipes/hmoe.yaml --nproc 2
     """
     from moestro.parallel.ranks import speaks
+    from moestro.plan import require_ranks_fit
     from moestro.recipe.build import run_training
     from moestro.train import TrainingStopped, display_on
 
@@ -48,7 +49,8 @@ def run(arguments: Namespace) -> int:
     refuse(arguments, {"max_restarts": 0}, "{} needs --nproc")
     out = arguments.out or Path("runs") / f"{recipe.name}-{recipe.train.value('seed')}"
     try:
-        result = run_training(recipe, out, device_named(arguments.device), display_on(sys.stderr, recipe.name))
+        display = display_on(sys.stderr, recipe.name)
+        result = run_training(recipe, out, device_named(arguments.device), display, require_ranks_fit=require_ranks_fit)
     except TrainingStopped as stopped:
         if speaks():
             print(f"moestro: {stopped}", file=sys.stderr)

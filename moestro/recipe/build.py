@@ -1,5 +1,6 @@
 """Recipes -> objects, and the whole of one training run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from moestro.data import TokenData, Tokenizer
 from moestro.model import Block, PassedBlock, Transformer
 from moestro.ops.tables import tables_in
 from moestro.ops.whole_files import forget_hashes, record_hashes
-from moestro.parallel.ranks import joined
+from moestro.parallel.ranks import Ranks, joined
 from moestro.recipe.adapt import require_same_tokenizer, start_adapted
 from moestro.recipe.bind import built
 from moestro.recipe.load import Decoder, Recipe, load_recipe
@@ -106,8 +107,11 @@ def run_training(
     device: str | torch.device = "cpu",
     progress: Display | None = None,
     show_preparation: bool = True,
+    require_ranks_fit: Callable[[Recipe, int, Ranks], None] | None = None,
 ) -> dict[str, Any]:
     """Train the recipe in `run_dir`, from its newest checkpoint where it has one; returns the final metrics.
+    `require_ranks_fit` (that of `moestro.plan`) refuses what does not fit the memory of several ranks; of one process
+    it is asked here.
 
     The folder gets the resolved recipe and the tokenizer besides what `train` writes, and nothing before the data is
     there.
@@ -123,7 +127,9 @@ def run_training(
             # others would read what this one may already be writing anew
             require_writable(folder)
             require_same_recipe(folder, recipe)
-        if not ranks.several:
+        if ranks.several and require_ranks_fit is not None:
+            require_ranks_fit(recipe, data.tokenizer.vocab_size, ranks)
+        elif not ranks.several:
             where = Place(recipe.origin, ("train",))
             require_memory(outline, data.tokenizer.vocab_size, data.seq_len, settings, ranks.device, where)
         with ranks.main_first("data"):
