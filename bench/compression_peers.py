@@ -1,4 +1,4 @@
-"""REAP here and by llm-compressor: the same checkpoint, the same windows of text; quality, time and memory.
+"""REAP here and by llm-compressor: the same checkpoint, the same text; quality, time and memory.
 
     python -m bench.compression_peers --peer PYTHON [--checkpoint FOLDER] [--text FILE] [--held-out FILE] [--quick]
 
@@ -6,6 +6,7 @@ PYTHON is the interpreter of an environment with llmcompressor, which asks for o
 compressed-tensors than we do. Without a checkpoint, a small Mixtral is trained on the bytes of the text first.
 Times are of a process each: reading the folder, calibration, pruning, writing. Perplexity is that of the experts each
 side keeps; theirs are taken from its report, because its folder names tensors as its own version of transformers does.
+Windows are the same but for the text's last one, shorter than the others, which we alone read.
 """
 
 import argparse
@@ -141,13 +142,15 @@ def compared(options: argparse.Namespace, source: Path, folder: Path) -> list[Ro
     peer = perplexity(source, held_out, theirs["kept"])
     same = sum(a == b for a, b in zip(mine["kept"], theirs["kept"], strict=True))
     print(f"perplexity before {before:.3f}; {same} of {len(mine['kept'])} layers keep the same experts")
+    # the ratio of perplexities, which a difference near 0 does not blow up
+    above = [100 * (found / before - 1) for found in (after, peer)]
     figures = [
-        ("perplexity", "", after, peer),
-        ("time", "s", mine["seconds"], theirs["seconds"]),
-        ("peak memory", "MiB", mine["mebibytes"], theirs["mebibytes"]),
-    ]
+        ("perplexity above the whole model's", "%", *above, peer / after),
+        *((what, unit, mine[key], theirs[key], theirs[key] / mine[key])
+          for what, unit, key in (("time", "s", "seconds"), ("peak memory", "MiB", "mebibytes"))),
+    ]  # fmt: skip
     case = f"REAP, {RATIO:.0%} of experts"
-    return [Row(case, what, unit, a, PEER, b, b / a, (b / a, b / a)) for what, unit, a, b in figures]
+    return [Row(case, what, unit, a, PEER, b, ratio, (ratio, ratio)) for what, unit, a, b, ratio in figures]
 
 
 def process(command: list[Any], threads: int) -> dict[str, Any]:

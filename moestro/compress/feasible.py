@@ -6,10 +6,11 @@ from typing import Literal
 from moestro.compress.budget import share_of
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Semantics
 from moestro.compress.source import RunSource, choice_of
-from moestro.formats import Checkpoint
+from moestro.formats import Checkpoint, Fused
 from moestro.routers.groups import EVERYWHERE
 
 Layout = Literal["stock", "padded", "custom"]
+FACTORS, SKIPPING = "low-rank factors (but multiplied out: --densify)", "skipping by gates"
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,44 @@ def check_request(checkpoint: Checkpoint | RunSource, layout: Layout, semantics:
         raise InfeasibleError(_cannot(layout, "a dead expert that is never chosen", checkpoint))
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a method will do to the experts that stay, whatever the text says."""
+
+    factors: bool = False
+    merges: bool = False
+    skips: bool = False
+    whitens: bool = False
+    quantises: bool = False
+
+
+def check_method(checkpoint: Checkpoint | RunSource, output: Output, per_layer: bool, wanted: Wanted) -> None:
+    """Raises: PlanError where no plan that does this could be applied to this source; InfeasibleError where such a
+    folder cannot say it."""
+    if isinstance(checkpoint, RunSource):
+        if wanted.skips or wanted.whitens:
+            raise PlanError(
+                "skip and whiten are for Hugging Face folders: a run's experts are dropped, merged or thinned"
+            )
+        return
+    factors = wanted.factors and not output.densify
+    if output.layout != "custom" and factors:
+        raise InfeasibleError(_cannot(output.layout, FACTORS, checkpoint))
+    if output.layout != "custom" and wanted.skips:
+        raise InfeasibleError(_cannot(output.layout, SKIPPING, checkpoint))
+    if factors and isinstance(checkpoint.family.experts, Fused):
+        raise PlanError(f"{one_tensor(checkpoint)}, which holds no factors: allowed: --densify")
+    if wanted.quantises and (factors or (per_layer and output.layout == "padded")):
+        raise PlanError("quantise: factors and dead experts are not stored so: allowed: --densify, no --format padded")
+    if "quantization_config" in checkpoint.config and (wanted.factors or wanted.merges):
+        raise PlanError(f"the experts of {checkpoint.path} are quantised; they can be dropped, not merged or factored")
+
+
+def one_tensor(checkpoint: Checkpoint) -> str:
+    """Words for what families do that do not store experts one by one."""
+    return f"{checkpoint.family.model_type} keeps the experts of a layer in one tensor"
+
+
 def check_plan(plan: Plan, checkpoint: Checkpoint, output: Output = STOCK) -> None:
     """Raises: PlanError where plan and checkpoint do not fit, InfeasibleError where routing would fail or such a folder
     cannot say what the plan does."""
@@ -147,12 +186,9 @@ def check_plan(plan: Plan, checkpoint: Checkpoint, output: Output = STOCK) -> No
     check_request(checkpoint, layout, plan.semantics, differ)
     if layout != "custom":
         for what, present in (
-            (
-                "low-rank factors (but multiplied out: --densify)",
-                not output.densify and any(map(_factors, plan.layers)),
-            ),
+            (FACTORS, not output.densify and any(map(_factors, plan.layers))),
             ("experts of different widths", len(_widths(plan)) > 1),
-            ("skipping by gates", any(layer.skip_below is not None for layer in plan.layers)),
+            (SKIPPING, any(layer.skip_below is not None for layer in plan.layers)),
         ):
             if present:
                 raise InfeasibleError(_cannot(layout, what, checkpoint))

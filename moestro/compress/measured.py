@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moestro.compress.applied import layer_number
 from moestro.compress.calibration import Ask, Collected, calibrate
 from moestro.compress.choosing import chosen_by_measuring
+from moestro.compress.feasible import Wanted, check_method
 from moestro.compress.fingerprint import fingerprint
 from moestro.compress.merging import HC_SMOE, merge_plans
 from moestro.compress.merging import Settings as Merging
@@ -159,6 +160,7 @@ def plan_by_measuring(request: Request) -> Plan:
     options = option(request, {**SHARED, **method.options})
     checkpoint, _, kept = checked(request)
     how = _quantisation(checkpoint, options)
+    check_method(checkpoint, request.output, request.per_layer, wanted(request, options))
     moments = options["calibrated"] or options.get("whiten", False)
     ask = Ask(options["sample"], method.everywhere, moments, request.seed)
     batches = batches_of(request)
@@ -184,6 +186,17 @@ def plan_by_measuring(request: Request) -> Plan:
     if keep is not None:
         shutil.rmtree(keep)
     return _plan(request, checkpoint, layers, options, collected, how)
+
+
+def wanted(request: Request, options: Mapping[str, Any]) -> Wanted:
+    """What the plan will do to experts that stay, known before anything is measured."""
+    return Wanted(
+        factors=request.method == "svd" or bool(options.get("fraction")),
+        merges=request.method in ("merge", "hc-smoe") and request.ratio > 0,
+        skips=options["skip"],
+        whitens=options.get("whiten", False),
+        quantises=bool(options["quantise"]),
+    )
 
 
 def _quantisation(source: Checkpoint | RunSource, options: Mapping[str, Any]) -> Quantisation | None:

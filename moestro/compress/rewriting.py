@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moestro.compress.experts import NewExperts
-from moestro.compress.feasible import Layout, limits_of
+from moestro.compress.feasible import Layout, limits_of, one_tensor
 from moestro.compress.plan import LayerPlan, Plan, PlanError
 from moestro.compress.slots import Slots, slots_of
 from moestro.compress.storing import Storing
@@ -58,8 +58,8 @@ class Rewriting:
             raise PlanError("quantise: factors, unequal widths and dead experts are not stored so: allowed: densify")
         if self.unequal and isinstance(self.family.experts, Fused):
             raise PlanError(
-                f"layer {min(self.unequal)}: {self.family.model_type} keeps the experts of a layer in one tensor, "
-                "which holds no factors and no unequal widths: allowed: densify, and equal widths"
+                f"layer {min(self.unequal)}: {one_tensor(self.checkpoint)}, which holds no factors "
+                "and no unequal widths: allowed: densify, and equal widths"
             )
 
     @property

@@ -1,10 +1,12 @@
 """What cannot be routed or written is refused before anything is measured, with what can be."""
 
+from dataclasses import replace
+
 import pytest
 
 from moestro.compress import PlanError
 from moestro.compress.applying import apply_plan
-from moestro.compress.feasible import InfeasibleError, Limits, Output, check_request, limits_of
+from moestro.compress.feasible import InfeasibleError, Limits, Output, Wanted, check_method, check_request, limits_of
 from moestro.formats import Checkpoint
 from tests.compress.folders import plan_for, saved
 
@@ -107,3 +109,44 @@ def test_plans_for_other_layers_experts_and_matrices_are_refused(tmp_path):
     broken = type(plan)(plan.method, plan.ratio, plan.source, deep.layers)
     with pytest.raises(PlanError, match=r"the plan has layers \[0, 1, 2\], .* has experts in layers \[0, 1\]"):
         apply_plan(tmp_path / "src", broken, tmp_path / "dst")
+
+
+@pytest.mark.parametrize(
+    ("family", "output", "per_layer", "wanted", "said"),
+    [
+        (
+            "mixtral",
+            Output(),
+            False,
+            Wanted(factors=True),
+            "a stock folder cannot say low-rank factors.*format 'custom'",
+        ),
+        (
+            "mixtral",
+            Output(),
+            False,
+            Wanted(skips=True),
+            "a stock folder cannot say skipping by gates.*format 'custom'",
+        ),
+        ("gpt_oss", Output("custom"), False, Wanted(factors=True), "in one tensor, which holds no factors"),
+        ("mixtral", Output("custom"), False, Wanted(factors=True, quantises=True), "factors and dead experts are not"),
+        ("deepseek_v3", Output("padded"), True, Wanted(quantises=True), "factors and dead experts are not stored"),
+    ],
+)
+def test_what_a_method_will_do_is_refused_before_anything_is_measured(
+    tmp_path, family, output, per_layer, wanted, said
+):
+    saved(family, tmp_path)
+    with pytest.raises(PlanError, match=said):
+        check_method(Checkpoint(tmp_path), output, per_layer, wanted)
+    check_method(Checkpoint(tmp_path), Output("custom", densify=True), False, replace(wanted, factors=False))
+
+
+def test_quantised_experts_are_neither_merged_nor_factored(tmp_path):
+    saved("mixtral", tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.config["quantization_config"] = {}
+    for wanted in (Wanted(merges=True), Wanted(factors=True)):
+        with pytest.raises(PlanError, match="are quantised; they can be dropped, not merged or factored"):
+            check_method(checkpoint, Output(densify=True), False, wanted)
+    check_method(checkpoint, Output(), False, Wanted())
