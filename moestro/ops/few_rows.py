@@ -10,8 +10,8 @@ from torch import Tensor
 from moestro.ops import backend, triton_ffn
 from moestro.ops.activations import activation as find
 from moestro.ops.ffn import unit_major, wants_gradient
-from moestro.ops.glu import hidden
-from moestro.ops.native.few_rows import few_rows, reads_once
+from moestro.ops.glu import compiled_experts, hidden
+from moestro.ops.native.few_rows import few_rows
 from moestro.ops.precision import compute_dtype
 
 # Triton: at most one row for so many experts, vLLM's rule; beyond it, rows of one expert are worth reading together.
@@ -53,7 +53,7 @@ def few_rows_ffn(
         return triton_ffn.few_rows_ffn(
             x, token, expert, weight, w_in.to(dtype), unit_major(w_out).to(dtype), tuple(widths), activation
         )
-    if len(x) == 1 and reads_once(x, w_in, w_out, activation):
+    if len(x) == 1 and compiled_experts(x, w_in, w_out, activation):
         return _read_once(x, token, expert, weight, w_in, w_out, widths)  # type: ignore[call-arg]
     return _one_after_another(x, token, expert, weight, w_in, w_out, widths, activation)  # type: ignore[call-arg]
 

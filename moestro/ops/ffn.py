@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 from moestro.ops import backend, reference, triton_ffn
 from moestro.ops.activations import activation as find
 from moestro.ops.ffn_plan import Expert, Job, Plan
-from moestro.ops.glu import hidden, hidden_backward
-from moestro.ops.native.few_rows import few_rows, reads_once
+from moestro.ops.glu import compiled_experts, hidden, hidden_backward
+from moestro.ops.native.few_rows import few_rows
 from moestro.ops.precision import compute_dtype
+from moestro.ops.tiled_ffn import multiplies, tiled_ffn
 
 # Without gradients, up to so many rows, and so many times the number of experts, take as long as reading the weights:
 # then nothing is gained by products of matrices, and the kernels for few rows are it.
@@ -42,8 +43,7 @@ def expert_ffn(
     """
     find(activation)
     dtype = compute_dtype(x)
-    few = len(token) <= min(MOST_ROWS, ROWS_PER_EXPERT * len(widths)) and not wants_gradient(x, weight, w_in, w_out)
-    if few and reads_once(x, w_in, w_out, activation):
+    if _reads_once(x, weight, w_in, w_out, len(widths), activation):
         # their weights need no other dtype: they are read once
         return _few(x.to(dtype), token, weight.to(dtype), w_in, w_out, offsets, tuple(widths))  # type: ignore[call-arg]
     x, w_in, w_out, weight = (v.to(dtype) for v in (x, w_in, w_out, weight))
@@ -64,6 +64,15 @@ def wants_gradient(*leaves: Tensor) -> bool:
     return torch.is_grad_enabled() and any(v.requires_grad for v in leaves)
 
 
+def _reads_once(x: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, n_experts: int, activation: str) -> bool:
+    """Whether the kernels for few rows are the way."""
+    return (
+        compiled_experts(x, w_in, w_out, activation)
+        and len(weight) <= min(MOST_ROWS, ROWS_PER_EXPERT * n_experts)
+        and not wants_gradient(x, weight, w_in, w_out)
+    )
+
+
 @torch.compiler.disable
 def _few(
     x: Tensor, token: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, offsets: Tensor, widths: tuple[int, ...]
@@ -82,6 +91,9 @@ def _fused(
     widths: tuple[int, ...],
     activation: str,
 ) -> Tensor:
+    if multiplies(x, w_in, w_out, activation):
+        gradient = wants_gradient(x, weight, w_in, w_out)
+        return tiled_ffn(x, token, weight, w_in, w_out, offsets.tolist(), widths, gradient)
     plan = Plan(token, len(x), offsets.tolist(), widths, roomy=x.device.type == "cpu" and x.dtype.itemsize == 2)
     if wants_gradient(x, weight, w_in, w_out):
         return _ExpertFFN.apply(x, weight, w_in, w_out, plan, activation)  # type: ignore

@@ -56,5 +56,17 @@ def hidden_backward(
     scaled.mul_(each)
 
 
+def compiled_experts(
+    x: Float[Tensor, "t d"],
+    w_in: Float[Tensor, "gs d"],
+    w_out: Float[Tensor, "s d"] | Float[Tensor, "e d w"],
+    activation: str,
+) -> bool:
+    """Whether compiled kernels for whole experts are for these: gated, with SiLU, and unit-major."""
+    return (
+        activation == "silu" and w_out.ndim == 2 and len(w_in) == 2 * len(w_out) and backend.runs_native(x, w_in, w_out)
+    )
+
+
 def _compiled(z: Tensor, width: int, activation: str) -> bool:
     return activation == "silu" and z.shape[1] == 2 * width and backend.runs_native(z)

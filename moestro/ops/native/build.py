@@ -17,10 +17,12 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 LIBRARY = FOLDER / "kernels.so"
 # From slowest to fastest: name, flags. `runtime.c` asks the processor for the same features.
+_AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 VARIANTS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx512": _AVX512,
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 FLAGS = [
     "-std=gnu11",
@@ -48,11 +50,20 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def variants() -> dict[str, list[str]]:
-    """The variants that exist for this machine's kind of processor."""
+def variants(cc: str) -> dict[str, list[str]]:
+    """The variants that exist for this machine's kind of processor and that the compiler knows."""
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return VARIANTS
+        return {name: flags for name, flags in VARIANTS.items() if not flags or _knows(cc, flags)}
     return {"baseline": []}
+
+
+def _knows(cc: str, flags: list[str]) -> bool:
+    """Whether a compiler takes these flags: older ones do not know newer processors."""
+    try:
+        done = subprocess.run([cc, *flags, "-x", "c", "-fsyntax-only", os.devnull], capture_output=True)
+    except OSError:
+        return False
+    return done.returncode == 0
 
 
 def compiler() -> str:
@@ -74,11 +85,12 @@ def build() -> Path:
     """
     cc = compiler()
     with tempfile.TemporaryDirectory() as folder:
-        define = [f'-DFINGERPRINT="{fingerprint()}"', f'-DVARIANTS="{" ".join(variants())}"']
+        known = variants(cc)
+        define = [f'-DFINGERPRINT="{fingerprint()}"', f'-DVARIANTS="{" ".join(known)}"']
         objects = [_compile(cc, FOLDER / RUNTIME, Path(folder, "runtime.o"), define)]
         for source in sorted(FOLDER.glob("*.c")):
             if source.name != RUNTIME:
-                for name, flags in variants().items():
+                for name, flags in known.items():
                     target = Path(folder, f"{source.stem}_{name}.o")
                     objects.append(_compile(cc, source, target, [*flags, f"-DVARIANT={name}"]))
         # on the same file system, so that replacing is atomic

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.ops import backend, native
+from moestro.ops import native
 
 # Parts of an expert's units that threads take in turn; so many sums are kept for every row. Always the same, so that
 # results do not depend on the number of threads.
@@ -43,9 +43,3 @@ def few_rows(
     native.run("few_rows", native.even_parts(CHUNKS * len(met)), *fields)
     native.run("few_rows_sum", native.even_parts(-(-d // COLUMNS)), *fields)
     return y.to(x.dtype)
-
-
-def reads_once(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> bool:
-    """Whether the kernels are there and are for these experts."""
-    gated = w_out.ndim == 2 and len(w_in) == 2 * len(w_out)
-    return activation == "silu" and gated and backend.runs_native(x, w_in, w_out)

@@ -9,6 +9,11 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 #define MOST_THREADS 256
@@ -71,15 +76,31 @@ EXPORT const char *moestro_variants(void) { return VARIANTS; }
 
 EXPORT const char *moestro_fingerprint(void) { return FINGERPRINT; }
 
+/* Whether there are tiles and products of bfloat16, and the system lets this process use them: it has to be asked. */
+static int tiles_allowed(void) {
+#if defined(__linux__) && defined(__x86_64__)
+    const long ask = 0x1023, data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    unsigned a, b, c, d, narrow;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1))
+        return 0;
+    if (!__get_cpuid_count(7, 1, &narrow, &b, &c, &d) || !(narrow >> 5 & 1))
+        return 0;
+    return syscall(SYS_arch_prctl, ask, data) == 0;
+#else
+    return 0;
+#endif
+}
+
 EXPORT int moestro_supports(const char *variant) {
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (!strcmp(variant, "avx2"))
         return avx2;
-    if (!strcmp(variant, "avx512"))
+    int amx = !strcmp(variant, "amx");
+    if (amx || !strcmp(variant, "avx512"))
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && (!amx || tiles_allowed());
 #endif
     return !strcmp(variant, "baseline");
 }

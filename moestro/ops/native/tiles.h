@@ -1,0 +1,169 @@
+/* Products of bfloat16 matrices in tiles of AMX: 16 rows of 64 bytes, sums in float32.
+
+   C[m, n] += sum over k of A[m, k] * B[k, n]. A tile of A is 16 rows of 32 numbers as they lie in memory; one of B is
+   16 pairs of k, each with 16 columns of two numbers ("paired"). Tiles of B follow each other along k. */
+
+#ifndef MOESTRO_TILES_H
+#define MOESTRO_TILES_H
+
+#include <immintrin.h>
+#include <stdlib.h>
+
+#include "vector.h"
+
+#define SIDE 16                 /* rows or columns of a tile of C */
+#define DEEP 32                 /* numbers along k of a tile */
+#define TILE (DEEP * SIDE)      /* numbers of a tile of A or B */
+#define UP_TO(n, step) (((n) + (step) - 1) / (step) * (step))
+
+struct expert {
+    int64_t n, row, slots, slot, width, unit, wide, hidden; /* wide: width up to DEEP; hidden: slots * wide before it */
+};
+
+struct tiles {
+    const uint16_t *x, *dy;        /* [t, d] */
+    const int64_t *token;          /* [n], rows in the order of their experts */
+    const float *weight;           /* [n] */
+    const struct expert *experts;  /* [e] */
+    const int64_t *items;          /* [e + 1]: where the items of every expert begin */
+    const uint16_t *w_in, *w_out;  /* [2 units, d], [units, d] */
+    uint16_t *x_across, *x_along;  /* rows of x, paired along d and along rows */
+    uint16_t *dy_across, *dy_along;
+    uint16_t *hidden;              /* an expert: [slots, wide] */
+    uint16_t *z, *dz_units;        /* an expert: [2 wide, slots]: gate, up */
+    uint16_t *dz;                  /* an expert: [slots, 2 wide] */
+    uint16_t *scaled;              /* an expert: [wide, slots], weight * hidden */
+    uint16_t *rows;                /* [slots, d], what an expert adds to a token */
+    float *part;                   /* an expert: [wide / DEEP, slots], gradients of weights */
+    uint16_t *out;                 /* [t, d] */
+    uint16_t *dw_in, *dw_out;
+    float *dweight;                /* [n] */
+    int64_t *starts, *order;       /* [t + 1], [n]: rows of every token, and their slots behind them [n] */
+    int64_t n, t, d, e, weighted;
+};
+
+static inline int64_t expert_of(const struct tiles *f, int64_t item) {
+    int64_t low = 0, high = f->e - 1;
+    while (low < high) {
+        int64_t middle = (low + high + 1) / 2;
+        if (f->items[middle] <= item)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+struct tile_config {
+    uint8_t palette, start, zero[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+};
+
+static inline void use_tiles(void) {
+    struct tile_config config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.bytes[i] = 64;
+        config.rows[i] = SIDE;
+    }
+    _tile_loadconfig(&config);
+}
+
+/* Memory that will be read soon, and how many lines of it to ask for with every tile. */
+struct soon {
+    const char *first, *second;
+    int64_t lines;
+};
+
+/* c = (a0, a1) times (b0, b1) over `deep` tiles of k: c[0] = a0 b0, c[1] = a0 b1, c[2] = a1 b0, c[3] = a1 b1. */
+static inline void product(const uint16_t *a0, const uint16_t *a1, int64_t stride, const uint16_t *b0,
+                           const uint16_t *b1, int64_t deep, float c[4][SIDE * SIDE], struct soon *soon) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < deep; k++) {
+        _tile_loadd(4, a0 + k * DEEP, stride * 2);
+        _tile_loadd(6, b0 + k * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b1 + k * TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a1 + k * DEEP, stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        for (int64_t i = 0; soon && i < soon->lines; i++, soon->first += 64, soon->second += 64) {
+            _mm_prefetch(soon->first, _MM_HINT_T1);
+            _mm_prefetch(soon->second, _MM_HINT_T1);
+        }
+    }
+    _tile_stored(0, c[0], 64);
+    _tile_stored(1, c[1], 64);
+    _tile_stored(2, c[2], 64);
+    _tile_stored(3, c[3], 64);
+}
+
+/* 16 x 16 numbers of 32 bits, rows and columns exchanged. */
+static inline __attribute__((always_inline)) void exchange(__m512i v[SIDE]) {
+    __m512i a[SIDE];
+    for (int i = 0; i < SIDE; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < SIDE; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < SIDE; j += 8) {
+            a[i + j] = _mm512_shuffle_i32x4(v[i + j], v[i + j + 4], 0x88);
+            a[i + j + 4] = _mm512_shuffle_i32x4(v[i + j], v[i + j + 4], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        v[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+    }
+}
+
+static inline __mmask32 first_columns(int64_t count) {
+    return count >= DEEP ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+/* Columns first..first+31 of two rows, paired, to one row of each of two tiles of B; a row may be missing. */
+static inline void pair(const uint16_t *even, const uint16_t *odd, int64_t first, int64_t d, uint16_t *left,
+                        uint16_t *right) {
+    __mmask32 mask = first_columns(d - first);
+    __m512i low = even ? _mm512_maskz_loadu_epi16(mask, even + first) : _mm512_setzero_si512();
+    __m512i high = odd ? _mm512_maskz_loadu_epi16(mask, odd + first) : _mm512_setzero_si512();
+    __m512i a = _mm512_unpacklo_epi16(low, high), b = _mm512_unpackhi_epi16(low, high);
+    /* the quarters of a and b in turn: 0a 0b 1a 1b, 2a 2b 3a 3b */
+    const __m512i one = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i two = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_storeu_si512(left, _mm512_permutex2var_epi64(a, one, b));
+    _mm512_storeu_si512(right, _mm512_permutex2var_epi64(a, two, b));
+}
+
+/* 32 numbers in bfloat16, of 16 and 16. */
+static inline __m512i narrow(const float *left, const float *right) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(right), _mm512_loadu_ps(left));
+}
+
+static inline __m256i narrow_half(vec values) { return (__m256i)_mm512_cvtneps_pbh((__m512)values); }
+
+/* `count` rows of a matrix with d columns as tiles of A want them: as they lie, or, where they are fewer than 16 or do
+   not end with a tile, copied to `copy` [16, d up to DEEP] with zeros behind; *stride is set. */
+static inline const uint16_t *whole_rows(const uint16_t *rows, int64_t count, int64_t d, uint16_t *copy,
+                                         int64_t *stride) {
+    *stride = UP_TO(d, DEEP);
+    if (count >= SIDE && *stride == d)
+        return rows;
+    memset(copy, 0, SIDE * *stride * 2);
+    for (int64_t i = 0; i < count && i < SIDE; i++)
+        memcpy(copy + i * *stride, rows + i * d, d * 2);
+    return copy;
+}
+
+static inline void *scratch(int64_t numbers) { return aligned_alloc(64, UP_TO(numbers * 2 + 64, 64)); }
+
+#endif

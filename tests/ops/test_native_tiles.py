@@ -1,0 +1,161 @@
+"""Experts in bfloat16 on tiles of the processor: against float64, each expert's gradients by themselves."""
+
+import pytest
+import torch
+
+from moestro import ops
+from moestro.ops import backend, native
+from moestro.ops.native import build
+from moestro.ops.tiled_ffn import tiled_ffn
+from tests.tolerances import BFLOAT16_NORM
+
+needs_tiles = pytest.mark.skipif("amx" not in native.variants(), reason="no tiles of bfloat16 here")
+# tokens, rows of every expert, widths, width of the model
+CASES = {
+    "whole tiles": (64, [32, 64], [32, 64], 64),
+    "odd everything": (63, [40, 0, 23, 63], [7, 5, 0, 13], 12),
+    "every expert its own width": (100, [1, 50, 2, 30, 17], [1, 2, 3, 33, 65], 100),
+    "all to one": (100, [0, 0, 200, 0], [8, 16, 24, 40], 33),
+    "17 units and rows more than tiles": (90, [49, 81, 33], [49, 47, 31], 130),
+    "one row": (1, [1], [1], 1),
+    "no rows": (5, [0, 0], [4, 6], 20),
+    "only width 0": (5, [3, 2], [0, 0], 20),
+}
+
+
+def inputs(n_tokens, counts, widths, d):
+    generator = torch.Generator().manual_seed(sum(counts) + sum(widths))
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    token = torch.randint(n_tokens, (sum(counts),), generator=generator)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    total = sum(widths)
+    return draw(n_tokens, d), token, draw(len(token)), offsets, draw(2 * total, d) / d**0.5, draw(total, d), widths
+
+
+def results(name, dtype, arguments, wanted=(True,) * 4):
+    """y and the gradients of x, weight, w_in and w_out, those that are wanted."""
+    x, token, weight, offsets, w_in, w_out, widths = arguments
+    pairs = zip((x, weight, w_in, w_out), wanted, strict=True)
+    leaves = [v.detach().to(dtype).requires_grad_(want) for v, want in pairs]
+    with backend.force(name):
+        y = ops.expert_ffn(leaves[0], token, leaves[1], offsets, leaves[2], leaves[3], widths, "silu")
+    (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Names of the kernels that were run."""
+    names: list[str] = []
+    run = native.run
+    monkeypatch.setattr(native, "run", lambda kernel, *rest: (names.append(kernel), run(kernel, *rest)))
+    return names
+
+
+@needs_tiles
+@pytest.mark.parametrize("case", CASES)
+def test_each_experts_results_equal_float64(case, counted):
+    arguments = inputs(*CASES[case])
+    *_, offsets, _, _, widths = arguments
+    have, want = results("native", torch.bfloat16, arguments), results("reference", torch.float64, arguments)
+    assert "tile_dweights" in counted and all(v.dtype == torch.bfloat16 for v in have)
+    rows, units = offsets.diff().tolist(), list(widths)
+    parts = [[len(have[0])], [len(have[1])], rows, [2 * w for w in units], units]
+    for index, (mine, true, sizes) in enumerate(zip(have, want, parts, strict=True)):
+        for e, (a, b) in enumerate(zip(mine.double().split(sizes), true.split(sizes), strict=True)):
+            assert (a - b).norm() <= BFLOAT16_NORM * b.norm(), (index, e)
+
+
+@needs_tiles
+def test_what_is_not_an_experts_own_is_not_read():
+    x, token, weight, offsets, w_in, w_out, widths = inputs(*CASES["every expert its own width"])
+    counts = [0, *offsets.diff().tolist(), 0]
+    token = token.clamp(max=98)
+    want = results("native", torch.bfloat16, (x, token, weight, offsets, w_in, w_out, widths))
+    around = [torch.full((n, x.shape[1]), float("nan")).bfloat16() for n in (6, 3)]
+    x[99] = float("nan")
+    padded_in, padded_out = (torch.cat([a, v, a]) for a, v in zip(around, (w_in, w_out), strict=True))
+    bounds = torch.tensor([0, *counts]).cumsum(0)
+    have = results("native", torch.bfloat16, (x, token, weight, bounds, padded_in, padded_out, [3, *widths, 3]))
+    for index, (mine, true) in enumerate(zip(have, want, strict=True)):
+        own = mine[len(mine) - len(true) >> 1 :][: len(true)]
+        assert torch.equal(own[:99] if index < 2 else own, true[:99] if index < 2 else true), index
+        assert mine.isfinite().all()
+
+
+@needs_tiles
+def test_threads_and_calls_change_no_bit(two_threads):
+    arguments = inputs(*CASES["17 units and rows more than tiles"])
+    runs = [results("native", torch.bfloat16, arguments) for _ in range(2)]
+    torch.set_num_threads(1)
+    runs.append(results("native", torch.bfloat16, arguments))
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+@needs_tiles
+@pytest.mark.parametrize("wanted", range(4))
+def test_gradients_that_nobody_wants_are_not_computed(wanted, counted):
+    arguments = inputs(*CASES["odd everything"])
+    every = results("native", torch.bfloat16, arguments)
+    counted.clear()
+    have = results("native", torch.bfloat16, arguments, [i == wanted for i in range(4)])
+    assert [v is None for v in have[1:]] == [i != wanted for i in range(4)]
+    assert torch.equal(have[1 + wanted], every[1 + wanted])
+    assert counted.count("tile_rows") == (2 if wanted == 0 else 1)
+    assert counted.count("tile_dweights") == (1 if wanted > 1 else 0)
+
+
+@needs_tiles
+def test_without_gradients_outputs_are_the_same_bits_and_backward_may_run_twice(counted):
+    many = (300, [150, 0, 133], [40, 5, 33], 70)
+    x, token, weight, offsets, w_in, w_out, widths = inputs(*many)
+    want = results("native", torch.bfloat16, (x, token, weight, offsets, w_in, w_out, widths))
+    with torch.no_grad():
+        assert torch.equal(ops.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, "silu"), want[0])
+    assert "few_rows" not in counted
+    y = ops.expert_ffn(x.requires_grad_(), token, weight, offsets, w_in.requires_grad_(), w_out, widths, "silu")
+    first, second = (torch.autograd.grad(y.float().square().sum(), [x, w_in], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_tiles
+@pytest.mark.parametrize("why", ["float32", "another variant", "another activation", "no gate", "stacked"])
+def test_everything_else_runs_without_tiles(why, counted):
+    x, token, weight, offsets, w_in, w_out, widths = inputs(*CASES["whole tiles"])
+    activation, variant = "silu", "avx512" if why == "another variant" else "amx"
+    if why == "float32":
+        x, weight, w_in, w_out = (v.float() for v in (x, weight, w_in, w_out))
+    elif why == "another activation":
+        activation = "gelu"
+    elif why == "no gate":
+        w_in = w_in[: len(w_out)]
+    elif why == "stacked":
+        widths, w_out = [48, 48], torch.zeros(2, 64, 48).bfloat16()
+    with native.variant(variant):
+        y = ops.expert_ffn(x, token, weight, offsets, w_in.requires_grad_(), w_out, widths, activation)
+        (gradient,) = torch.autograd.grad(y.float().sum(), [w_in])
+    assert not any(name.startswith("tile") for name in counted) and gradient.isfinite().all()
+
+
+def test_what_does_not_go_together_is_refused(unchecked_shapes):
+    x, token, weight, offsets, w_in, w_out, widths = inputs(*CASES["whole tiles"])
+    bounds = offsets.tolist()
+    for said, changed in (
+        (r"w_out \[95, 64\], allowed: those of 96 units", (x, token, weight, w_in, w_out[1:])),
+        ("96 tokens, 95 weights, allowed: 96 of both", (x, token, weight[1:], w_in, w_out)),
+        ("allowed: 0 to 63", (x, token + 64, weight, w_in, w_out)),
+    ):
+        with pytest.raises(ValueError, match=said):
+            tiled_ffn(*changed, bounds, widths, False)
+
+
+def test_a_compiler_that_does_not_know_a_processor_builds_the_rest(tmp_path):
+    old = tmp_path / "old-compiler"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\n')
+    old.chmod(0o755)
+    known = build.variants(str(old))
+    assert "baseline" in known and "amx" not in known
+    assert set(build.variants(str(tmp_path / "none"))) == {"baseline"}
