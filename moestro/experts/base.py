@@ -32,6 +32,11 @@ class ExpertBank(nn.Module):
         does the rest of `forward`."""
         return partial(self, x, routing)
 
+    def expert_of_rows(self, offsets: Int[Tensor, "e1"], n_rows: int) -> Int[Tensor, "n"]:
+        """The expert that computes each row."""
+        every = torch.arange(self.n_experts, device=offsets.device)
+        return every.repeat_interleave(offsets.diff(), output_size=n_rows)
+
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""
         raise NotImplementedError

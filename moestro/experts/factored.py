@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moestro.cost import Cost, Kept
 from moestro.experts.base import ExpertBank
+from moestro.ops.reindexed import reindexed
 from moestro.routing import Routing, SlotRouting, SoftRouting, SparseRouting
 
 
@@ -80,8 +81,7 @@ class FactoredBank(ExpertBank):
         return self._out(self.join(code, self.inputs))
 
     def run(self, z: Float[Tensor, "n i"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n o"]:
-        expert = torch.arange(self.n_experts, device=z.device).repeat_interleave(offsets.diff(), output_size=len(z))
-        return self._finish(self.codes(expert), z)
+        return self._finish(self.codes(self.expert_of_rows(offsets, len(z))), z)
 
     def forward(self, x: Float[Tensor, "t i"], routing: Routing) -> Float[Tensor, "t o"]:
         if self._by_rows(routing):
@@ -132,10 +132,7 @@ class FactoredBank(ExpertBank):
         """
         if len(self.experts) > 1:
             raise ValueError("an expert of several modes is named by its place in the grid and cannot be moved")
-        old = self.experts[0].detach()
-        fresh = self.fresh_codes(len(index)).to(old)
-        kept = (index >= 0).view(-1, *[1] * (old.ndim - 1))
-        self.experts[0] = nn.Parameter(torch.where(kept, old[index.clamp(min=0)], fresh))
+        self.experts[0] = nn.Parameter(reindexed(self.experts[0], index, self.fresh_codes(len(index))))
 
     def fresh_codes(self, n: int) -> Float[Tensor, "n ..."]:
         """Rows for the first mode's table, drawn as at the start."""

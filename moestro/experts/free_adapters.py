@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.cost import Cost
+from moestro.ops.reindexed import reindexed
 from moestro.routing import Routing, SparseRouting
 
 
@@ -40,14 +41,11 @@ class FreeAdapters(nn.Module):
         rows = torch.cat([F.linear(F.relu(F.linear(z, d, a)), u, b) for z, d, a, u, b in weights])
         return torch.zeros_like(x, dtype=rows.dtype).index_add(0, routing.token, rows)
 
-    @torch.no_grad()
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Make new expert j's adapter that of the old expert `index[j]`; -1 makes a fresh one."""
-        fresh = FreeAdapters(self.down.shape[2], len(index), self.rank).to(self.down)
-        for name, old in list(self.named_parameters()):
-            new = getattr(fresh, name)
-            kept = (index >= 0).view(-1, *[1] * (old.ndim - 1))
-            setattr(self, name, nn.Parameter(torch.where(kept, old[index.clamp(min=0)], new)))
+        fresh = FreeAdapters(self.down.shape[2], len(index), self.rank)
+        for name, new in fresh.named_parameters():
+            setattr(self, name, nn.Parameter(reindexed(getattr(self, name), index, new)))
 
     def expected_token_flops(self, rows_per_token: float = 1.0) -> float:
         """Forward FLOPs of a token that meets so many experts."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moestro.cost import Cost
 from moestro.ops.precision import without_autocast
+from moestro.ops.reindexed import normal_like, reindexed
 from moestro.routing import Routing, SparseRouting
 
 
@@ -146,12 +147,10 @@ class HyperExpert(nn.Module):
             del self._kept[key]
         return Adapters(*(torch.stack(each) for each in zip(*found, strict=True))) if found else self.generated(sets)
 
-    @torch.no_grad()
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Make new expert j the old expert `index[j]`; -1 makes a fresh one."""
-        fresh = torch.randn(len(index), self.experts.shape[1]).to(self.experts) * self.init_std
-        moved = torch.where(index[:, None].to(fresh.device) < 0, fresh, self.experts[index.clamp(min=0)])
-        self.experts = nn.Parameter(moved)
+        fresh = normal_like(self.experts, len(index)) * self.init_std
+        self.experts = nn.Parameter(reindexed(self.experts, index, fresh))
 
     def expected_token_flops(self, rows_per_token: float = 1.0) -> float:
         """Forward FLOPs of one token; generation, which all tokens of a batch share, is not counted."""

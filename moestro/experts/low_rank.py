@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank
 from moestro.experts.norms import ExpertNorms, norms_of
+from moestro.ops.reindexed import reindexed
 from moestro.routing import Routing, SoftRouting
 
 
@@ -64,10 +65,8 @@ class LowRankBank(ExpertBank):
         return self.up.mT @ self.down
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        fresh = (index < 0)[:, None, None].to(self.down.device)
-        down, up = self._fresh_down(len(index)).to(self.down), self._fresh_up(len(index)).to(self.up)
-        self.down = nn.Parameter(torch.where(fresh, down, self.down.detach()[index.clamp(min=0)]))
-        self.up = nn.Parameter(torch.where(fresh, up, self.up.detach()[index.clamp(min=0)]))
+        self.down = nn.Parameter(reindexed(self.down, index, self._fresh_down(len(index))))
+        self.up = nn.Parameter(reindexed(self.up, index, self._fresh_up(len(index))))
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
         own = slice(expert, expert + 1)

@@ -14,6 +14,7 @@ from moestro.experts.linears import ConcatLinear, ExpertLinear
 from moestro.experts.shared import SharedExpert
 from moestro.ops.mpo import mpo_bonds, mpo_cores, mpo_factors, mpo_flops, mpo_matrix, padded
 from moestro.ops.precision import at_least_fp32, without_autocast
+from moestro.ops.reindexed import reindexed
 from moestro.routing import Routing
 
 Factors = tuple[tuple[int, ...], tuple[int, ...]]
@@ -98,11 +99,9 @@ class MPOLinear(ExpertLinear):
 
     def reindex(self, index: Int[Tensor, "m"], widths: Sequence[int]) -> None:
         """As in the base class; all widths are this one's. A fresh expert starts with isometries of its own."""
-        fresh = index < 0
         for place, old in enumerate(self.outer):
-            new = self._isometries(len(index), old.shape[2:], place < self.middle).to(old)
-            moved = torch.where(fresh.view(-1, 1, 1, 1, 1, 1), new, old.detach()[index.clamp(min=0)])
-            self.outer[place] = nn.Parameter(moved)
+            fresh = self._isometries(len(index), old.shape[2:], place < self.middle)
+            self.outer[place] = nn.Parameter(reindexed(old, index, fresh))
         self.widths = (self.width,) * len(index)
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ class QuantizedBank(ExpertBank):
         return {name: table for name, table in named.items() if table is not None}
 
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
-        expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
+        expert = self.expert_of_rows(offsets, len(z))
         rows = {name: table.rows(expert, z.dtype) for name, table in self.tables().items()}
         return one_neuron_each(z, rows, self.activation)
 
@@ -61,9 +61,7 @@ class QuantizedBank(ExpertBank):
             return super().forward(x, routing)
         ids, weight = routing.matrix()
         tables = self.tables()
-        return quantized_singletons(
-            x, ids, weight, tables["up"], tables["down"], self.activation, tables.get("gate")
-        )  # fmt: skip
+        return quantized_singletons(x, ids, weight, tables["up"], tables["down"], self.activation, tables.get("gate"))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """As in `SingletonBank`: a fresh expert (-1) gets normal rows of the table's standard deviation."""

@@ -73,11 +73,10 @@ class RaggedBank(TableBank):
         self.n_experts, self.starts = end - first, bounds - bounds[0]
 
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
-        expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
-        one = torch.ones_like(z[:, :1])
+        ids, one = self.expert_of_rows(offsets, len(z))[:, None], torch.ones_like(z[:, :1])
         return reference.ragged_experts(
-            z, expert[:, None], one, self.starts, self.up, self.down, self.activation, self.sparse_gradients
-        )
+            z, ids, one, self.starts, self.up, self.down, self.activation, self.sparse_gradients
+        )  # fmt: skip
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         if not isinstance(routing, SparseRouting):

@@ -44,7 +44,7 @@ class SingletonBank(TableBank):
         self.add_table("down", n_experts, d_model, out_std)
 
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
-        expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
+        expert = self.expert_of_rows(offsets, len(z))
         rows = {name: F.embedding(expert, t, sparse=self.sparse_gradients) for name, t in self.tables().items()}
         return one_neuron_each(z, rows, self.activation)
 

@@ -8,6 +8,7 @@ from moestro.experts.base import ExpertBank
 from moestro.experts.norms import ExpertNorms, activation_remarks, norms_of
 from moestro.ops import backend, expert_ffn, few_rows_ffn, skips_sorting
 from moestro.ops.activations import activation as find
+from moestro.ops.reindexed import normal_like, reindexed
 from moestro.routing import Routing, SparseRouting
 
 
@@ -26,12 +27,8 @@ class StackedExperts(ExpertBank):
         return super().forward(x, by_rank(routing) if isinstance(routing, SparseRouting) else routing)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        kept = index.clamp(min=0)
-        for name, old in [*self._parameters.items()]:
-            if old is not None:
-                rows = old.detach()[kept]
-                fresh = (index < 0).view(-1, *[1] * (rows.ndim - 1)).to(rows.device)
-                self._parameters[name] = nn.Parameter(torch.where(fresh, self._fresh(name, rows), rows))
+        for name, old in [*self.named_parameters(recurse=False)]:
+            setattr(self, name, nn.Parameter(reindexed(old, index, self._fresh(name, normal_like(old, len(index))))))
 
     def weights_of(self, expert: int) -> tuple[tuple[nn.Parameter, slice], ...]:
         return tuple((parameter, slice(expert, expert + 1)) for parameter in self.parameters(recurse=False))
@@ -45,8 +42,8 @@ class StackedExperts(ExpertBank):
     def row_widths(self) -> float:
         return float(self.width)
 
-    def _fresh(self, name: str, like: Tensor) -> Tensor:
-        """New entries of the parameter `name`."""
+    def _fresh(self, name: str, normal: Tensor) -> Tensor:
+        """New entries of the parameter `name`, from as many standard normal numbers."""
         raise NotImplementedError
 
 
@@ -88,8 +85,8 @@ class StackedBank(StackedExperts):
     def norms(self) -> ExpertNorms:
         return norms_of([*zip(self.gate_up, self.down, strict=True)], activation_remarks(self.activation, glu=True))
 
-    def _fresh(self, name: str, like: Tensor) -> Tensor:
-        return torch.randn_like(like) * like.shape[-1] ** -0.5
+    def _fresh(self, name: str, normal: Tensor) -> Tensor:
+        return normal * normal.shape[-1] ** -0.5
 
 
 class ClampedBank(StackedExperts):
@@ -129,8 +126,8 @@ class ClampedBank(StackedExperts):
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
-    def _fresh(self, name: str, like: Tensor) -> Tensor:
-        return torch.zeros_like(like) if name.endswith("bias") else torch.randn_like(like) * like.shape[1] ** -0.5
+    def _fresh(self, name: str, normal: Tensor) -> Tensor:
+        return torch.zeros_like(normal) if name.endswith("bias") else normal * normal.shape[1] ** -0.5
 
 
 def by_rank(routing: SparseRouting) -> SparseRouting:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moestro.cost import Kept
 from moestro.experts.base import ExpertBank
 from moestro.ops.met_rows import Columns, Met, met_experts
+from moestro.ops.reindexed import normal_like, reindexed
 from moestro.ops.tables import new_table
 from moestro.routing import SparseRouting
 
@@ -91,11 +92,9 @@ class TableBank(ExpertBank):
         return Kept(rows_per_token * len(self.tables()))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        for name, parameter in self.tables().items():
-            table = parameter.detach()
-            rows = table[index.clamp(min=0)]
-            fresh = torch.randn_like(rows) * table.std()
-            setattr(self, name, nn.Parameter(torch.where((index >= 0)[:, None], rows, fresh)))
+        for name, table in self.tables().items():
+            fresh = normal_like(table, len(index)) * table.detach().std()
+            setattr(self, name, nn.Parameter(reindexed(table, index, fresh)))
         self.n_experts = len(index)
 
 

@@ -1,6 +1,5 @@
 """A memory: experts that are plain vectors."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -39,8 +38,7 @@ class ValueBank(TableBank):
         return {"down": self.values}
 
     def run(self, z: Float[Tensor, "n d"], offsets: Int[Tensor, "e1"]) -> Float[Tensor, "n d"]:
-        expert = torch.repeat_interleave(torch.arange(self.n_experts, device=z.device), offsets.diff())
-        return F.embedding(expert, self.values, sparse=self.sparse_gradients).to(z.dtype)
+        return F.embedding(self.expert_of_rows(offsets, len(z)), self.values, sparse=self.sparse_gradients).to(z.dtype)
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         if not isinstance(routing, SparseRouting):

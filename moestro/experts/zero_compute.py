@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank
 from moestro.ops.precision import at_least_fp32
+from moestro.ops.reindexed import normal_like, reindexed
 
 
 class CopyBank(ExpertBank):
@@ -67,11 +68,9 @@ class ConstantBank(ExpertBank):
         return tuple((parameter, slice(expert, expert + 1)) for parameter in (self.weight, self.vector))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
-        kept = (index >= 0)[:, None].to(self.vector.device)
-        weight, vector = (old.detach()[index.clamp(min=0)] for old in (self.weight, self.vector))
-        fresh = torch.randn_like(weight) * weight.shape[-1] ** -0.5
-        self.weight = nn.Parameter(torch.where(kept[..., None], weight, fresh))
-        self.vector = nn.Parameter(torch.where(kept, vector, torch.randn_like(vector)))
+        fresh = normal_like(self.weight, len(index)) * self.weight.shape[-1] ** -0.5
+        self.weight = nn.Parameter(reindexed(self.weight, index, fresh))
+        self.vector = nn.Parameter(reindexed(self.vector, index, normal_like(self.vector, len(index))))
 
     def row_flops(self) -> float:
         return 6.0 * self.vector.shape[1]

@@ -120,16 +120,9 @@ class StratifiedLayer(TokenLayer):
 
 def pass_probabilities(strata: Sequence[int]) -> list[float]:
     """How likely a token is to make each pass where every visible expert is equally likely: 1, then that of passing
-    the stratum before, n_j / (n_j + ... + n_L)."""
+    the stratum before, n_j / (n_j + ... + n_L). Their sum, the expected number of passes, reproduces every FLOP count
+    of the paper (Xu 2023, arXiv:2305.02176, Tables 1 and 2)."""
     return [1.0, *(n / sum(strata[j:]) for j, n in enumerate(strata[:-1]))]
-
-
-def expected_passes(strata: Sequence[int]) -> float:
-    """Passes of a token where every visible expert is equally likely: sum_j n_j / (n_j + ... + n_L).
-
-    It reproduces every FLOP count of the paper (Xu 2023, arXiv:2305.02176, Tables 1 and 2).
-    """
-    return sum(pass_probabilities(strata))
 
 
 def _norms(form: str, d_model: int, n: int, eps: float) -> tuple[nn.ModuleList, nn.ModuleList, nn.Module]:

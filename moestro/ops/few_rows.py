@@ -10,7 +10,7 @@ from torch import Tensor
 from moestro.ops import backend, triton_ffn
 from moestro.ops.activations import activation as find
 from moestro.ops.ffn import unit_major, wants_gradient
-from moestro.ops.glu import compiled_experts, hidden
+from moestro.ops.glu import compiled_experts, gates_of, hidden
 from moestro.ops.native.few_rows import few_rows
 from moestro.ops.precision import compute_dtype
 
@@ -80,7 +80,7 @@ def _one_after_another(
     activation: str,
 ) -> Tensor:
     units = [0, *accumulate(widths)]
-    gates = w_in.numel() // max(w_out.numel(), 1)
+    gates = gates_of(w_in, w_out)
     rows = x.new_zeros(len(token), x.shape[1])
     for n, (t, e) in enumerate(zip(token.tolist(), expert.tolist(), strict=True)):
         first, last = units[e], units[e + 1]

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from moestro.ops import backend, reference, triton_ffn
 from moestro.ops.activations import activation as find
 from moestro.ops.ffn_plan import Expert, Job, Plan
-from moestro.ops.glu import compiled_experts, hidden, hidden_backward
+from moestro.ops.glu import compiled_experts, gates_of, hidden, hidden_backward
 from moestro.ops.native.few_rows import few_rows
 from moestro.ops.precision import compute_dtype
 from moestro.ops.tiled_ffn import multiplies, tiled_ffn
@@ -104,7 +104,7 @@ def _forward(
     x: Tensor, weight: Tensor, w_in: Tensor, w_out: Tensor, plan: Plan, activation: str, z_all: Tensor | None
 ) -> Tensor:
     """y; writes the pre-activations of all experts to `z_all` where it is given."""
-    gates = _gates(w_in, w_out)
+    gates = gates_of(w_in, w_out)
     rows = plan.gather(x)
     z_one, h_one = _scratch(plan, x, gates if z_all is None else 0), _scratch(plan, x)
     for job in plan.jobs:
@@ -118,7 +118,7 @@ def _forward(
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, w_in, w_out, plan, activation):  # type: ignore[override]
-        z_all = x.new_empty(plan.n_hidden * _gates(w_in, w_out))
+        z_all = x.new_empty(plan.n_hidden * gates_of(w_in, w_out))
         ctx.save_for_backward(x, weight, w_in, w_out, z_all)
         ctx.plan, ctx.activation = plan, activation
         return _forward(x, weight, w_in, w_out, plan, activation, z_all)
@@ -127,7 +127,7 @@ class _ExpertFFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, weight, w_in, w_out, z_all = ctx.saved_tensors
-        plan, gates = ctx.plan, _gates(w_in, w_out)
+        plan, gates = ctx.plan, gates_of(w_in, w_out)
         needs_x, _, needs_in, needs_out = ctx.needs_input_grad[:4]
         dw_in = _gradient(w_in, plan, gates) if needs_in else None
         dw_out = _gradient(w_out, plan) if needs_out else None
@@ -183,10 +183,6 @@ def _out(w_out: Tensor, job: Job) -> Tensor:
     """An expert's output matrix, [w, d]."""
     own = _own(w_out, job.expert)
     return own.T if w_out.ndim == 3 else own
-
-
-def _gates(w_in: Tensor, w_out: Tensor) -> int:
-    return w_in.numel() // max(w_out.numel(), 1)
 
 
 def _scaled(s: slice, factor: int) -> slice:

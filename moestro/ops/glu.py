@@ -4,12 +4,17 @@ All tensors are contiguous and of one dtype.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from moestro.ops import backend
 from moestro.ops.activations import activation as find
 from moestro.ops.native import glu as native_glu
+
+
+def gates_of(w_in: Shaped[Tensor, "..."], w_out: Shaped[Tensor, "..."]) -> int:
+    """Input matrices of an expert, from all experts' weights however they lie: two with a gate, one without."""
+    return max(1, w_in.numel() // max(1, w_out.numel()))
 
 
 def hidden(z: Float[Tensor, "n gw"], out: Float[Tensor, "n w"], activation: str) -> Float[Tensor, "n w"]:

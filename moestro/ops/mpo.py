@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +39,8 @@ def mpo_bonds(rows: Sequence[int], columns: Sequence[int], most: int | None = No
     """D_0 ... D_n: the smaller of the products of i_m j_m up to a bond and beyond it, and at most `most` (Gao 2022,
     arXiv:2203.01104; D_0 = D_n = 1)."""
     pairs = [i * j for i, j in zip(rows, columns, strict=True)]
-    full = [min(_product(pairs[:k]), _product(pairs[k:])) for k in range(len(pairs) + 1)]
+    full = [min(prod(pairs[:k]), prod(pairs[k:])) for k in range(len(pairs) + 1)]
     return [bond if most is None else min(bond, most) for bond in full]
-
-
-def _product(numbers: Sequence[int]) -> int:
-    return reduce(lambda a, b: a * b, numbers, 1)
 
 
 def mpo_cores(
@@ -111,20 +108,11 @@ def _joined(left: Tensor, right: Tensor) -> Tensor:
 
 def mpo_flops(shapes: Sequence[Sequence[int]]) -> float:
     """FLOPs of `mpo_matrix` for cores of these shapes [a, i, j, b]."""
-    total, size = 0.0, _product(shapes[0])
+    total, size = 0.0, prod(shapes[0])
     for a, i, j, b in shapes[1:]:
         total += 2.0 * size * i * j * b
         size = size // a * i * j * b
     return total
-
-
-def mpo_linear(x: Float[Tensor, "n i"], cores: Sequence[Float[Tensor, "_ _ _ _"]]) -> Float[Tensor, "n j"]:
-    """x W through the cores, W never built. At full bonds this costs more than building W for all but a few rows."""
-    n, rows = len(x), [core.shape[1] for core in cores]
-    hidden = x.reshape(n, 1, -1)  # (n, a, i_k .. i_n j_1 .. j_{k-1})
-    for i, core in zip(rows, cores, strict=True):
-        hidden = torch.einsum("naiz,aijb->nbzj", hidden.unflatten(2, (i, -1)), core).flatten(2)
-    return hidden.squeeze(1)
 
 
 def padded(core: Float[Tensor, "a i j b"], before: int, after: int) -> Float[Tensor, "c i j d"]:

@@ -40,7 +40,7 @@ def product_key_topk(
     else:
         scores = torch.einsum("thsc,shnc->thsn", halves, keys)
     best, position = scores.topk(k, dim=-1)
-    rows, columns = torch.tensor(_staircase(k), device=query.device)
+    rows, columns = torch.tensor(staircase(k), device=query.device)
     candidates = best[:, :, 0, rows] + best[:, :, 1, columns]
     top, pick = candidates.topk(k, dim=-1)
     ids = position[:, :, 0].gather(-1, rows[pick]) * n + position[:, :, 1].gather(-1, columns[pick])
@@ -58,7 +58,8 @@ def _check(query: torch.Size, keys: torch.Size, k: int) -> None:
 
 
 @lru_cache(maxsize=64)
-def _staircase(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def staircase(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The pairs (p, r), counted from 0, that can be among the k best of both sides: (p + 1)(r + 1) <= k."""
     pairs = [(p, r) for p in range(k) for r in range(k) if (p + 1) * (r + 1) <= k]
     rows, columns = zip(*pairs, strict=True)
     return rows, columns

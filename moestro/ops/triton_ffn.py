@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moestro.ops import backend
 from moestro.ops.activations import activation as find
+from moestro.ops.glu import gates_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -96,7 +97,7 @@ def _forward(
     from moestro.ops.triton_ffn_plan import make_plan
 
     x, token, offsets, w_in, w_out = (v.contiguous() for v in (x, token, offsets, w_in, w_out))
-    gates = _gates(w_in, w_out)
+    gates = gates_of(w_in, w_out)
     sorted_token, order = token.sort(stable=True)
     starts = torch.searchsorted(sorted_token, torch.arange(len(x) + 1, device=x.device))
     plan = make_plan(offsets, experts, x.shape[1], blocks, split)
@@ -109,7 +110,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, token, weight, offsets, experts, w_in, w_out, capacity, widest, activation, save_z, split):
-    gates = _gates(w_in, w_out)
+    gates = gates_of(w_in, w_out)
     order, starts = (token.new_empty(n, dtype=torch.int64) for n in (token.shape[0], x.shape[0] + 1))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(capacity * gates if save_z else 0), order, starts
@@ -128,7 +129,7 @@ def _backward(
 
     dy, x, token, offsets = (v.contiguous() for v in (dy, x, token, offsets))
     weight, w_in, w_out = (v.contiguous() for v in (weight, w_in, w_out))
-    gates = _gates(w_in, w_out)
+    gates = gates_of(w_in, w_out)
     # planned again, because the forward pass may have run with tile sizes that were the best then
     plan = make_plan(offsets, experts, x.shape[1], blocks, split)
     if not len(z):
@@ -178,17 +179,13 @@ def _few_rows(
 
     x, weight, w_in, w_out = (v.contiguous() for v in (x, weight, w_in, w_out))
     rows = kernels.Rows(token.contiguous(), expert.contiguous(), experts[0], widest)
-    hidden = kernels.up(x, rows, w_in, activation, _gates(w_in, w_out))
+    hidden = kernels.up(x, rows, w_in, activation, gates_of(w_in, w_out))
     return kernels.combine(kernels.down(hidden, rows, w_out), rows, weight, x)
 
 
 @_few_rows.register_fake
 def _(x, token, expert, weight, experts, w_in, w_out, widest, activation):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _gates(w_in: Tensor, w_out: Tensor) -> int:
-    return max(1, w_in.shape[0] // max(1, w_out.shape[0]))
 
 
 def _blocks(x: Tensor, token: Tensor, offsets: Tensor, widest: int):

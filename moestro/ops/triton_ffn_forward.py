@@ -22,6 +22,7 @@ from moestro.ops.triton_ffn_plan import (
     _padded,
     _place,
     launch,
+    power_of_two,
     programs,
     search_steps,
 )
@@ -64,7 +65,7 @@ def combine(rows: Tensor, weight: Tensor | None, order: Tensor, starts: Tensor) 
     out = rows.new_empty(n_tokens, d)
     if not out.numel():
         return out
-    block = min(1024, 1 << (d - 1).bit_length())
+    block = min(1024, power_of_two(d))
     launch(
         _combine_kernel, n_tokens * -(-d // block), rows, rows if weight is None else weight, order, starts, out, d,
         WEIGHTED=weight is not None, BD=block,

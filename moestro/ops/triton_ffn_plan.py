@@ -65,11 +65,16 @@ def choose_blocks(n_rows: int, n_experts: int, d_model: int, widest: int, dtype:
     rows = 128 if mean >= 256 else 64 if mean >= 64 else 32 if mean >= 16 else 16
     wide = dtype.itemsize > 2
     most = 64 if wide else 128
-    units, model = (min(most, max(16, 1 << (n - 1).bit_length())) for n in (max(widest, 1), d_model))
+    units, model = (min(most, max(16, power_of_two(n))) for n in (widest, d_model))
     row_warps, weight_warps = (
         8 if tile * dtype.itemsize >= 2 * 128 * 128 else 4 for tile in (rows * max(units, model), units * model)
     )
     return Blocks(rows, units, model, 32 if wide else 64, row_warps, weight_warps, stages=3)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def interpreted() -> bool:
@@ -112,7 +117,7 @@ def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks, sp
     busiest_first = offsets.diff().argsort(descending=True, stable=True)
     launch(
         _plan_kernel, 1, offsets, experts, busiest_first, plan, d_model, n_experts, split,
-        BM=blocks.rows, BU=blocks.units, BD=blocks.model, BLOCK=triton.next_power_of_2(n_experts + 1),
+        BM=blocks.rows, BU=blocks.units, BD=blocks.model, BLOCK=power_of_two(n_experts + 1),
     )  # fmt: skip
     return plan
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moestro.ops.cache_folder import cache_root
-from moestro.ops.triton_ffn_plan import Blocks, choose_blocks, interpreted
+from moestro.ops.triton_ffn_plan import Blocks, choose_blocks, interpreted, power_of_two
 
 _trying: Blocks | None = None
 
@@ -36,8 +36,8 @@ class Kind(NamedTuple):
 def kind(n_rows: int, n_experts: int, d_model: int, widest: int, dtype: torch.dtype, device: str) -> Kind:
     """The kind of a layer with that many rows on the device of that name."""
     mean = n_rows // max(n_experts, 1)
-    rows, width = (1 << max(n - 1, 0).bit_length() for n in (mean, widest))
-    return Kind(device, str(dtype).removeprefix("torch."), d_model, n_experts, rows, width)
+    name = str(dtype).removeprefix("torch.")
+    return Kind(device, name, d_model, n_experts, power_of_two(mean), power_of_two(widest))
 
 
 def blocks_for(

@@ -12,8 +12,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from moestro.ops.triton_ffn_plan import interpreted, launch
-from moestro.ops.triton_peer_rows import power_of_two
+from moestro.ops.product_key import staircase
+from moestro.ops.triton_ffn_plan import interpreted, launch, power_of_two
 
 _LOWEST = tl.constexpr(-(2**63))
 _PLACES = tl.constexpr(2**32 - 1)
@@ -59,10 +59,9 @@ def best_pairs(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def _staircase(k: int, device: torch.device) -> Tensor:
-    """The pairs (p, r), counted from 0, that can be among the k best: (p + 1)(r + 1) <= k; int32 [2, pairs]."""
-    pairs = [(p, r) for p in range(k) for r in range(k) if (p + 1) * (r + 1) <= k]
+    """`staircase`, int32 [2, pairs]."""
     with torch.inference_mode(False):
-        return torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous()
+        return torch.tensor(staircase(k), dtype=torch.int32, device=device)
 
 
 @triton.jit

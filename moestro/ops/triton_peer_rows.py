@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moestro.ops.triton_ffn_backward import _act_gradient
 from moestro.ops.triton_ffn_forward import _act
-from moestro.ops.triton_ffn_plan import interpreted, launch
+from moestro.ops.triton_ffn_plan import interpreted, launch, power_of_two
 
 # What a row is: a plain value, a neuron (a row of `up` and one of `down`), a gated one (a row of `gate`, too).
 VALUES, NEURONS, GATED = 0, 1, 2
@@ -33,11 +33,6 @@ class Sizes(NamedTuple):
     def options(self) -> dict[str, int]:
         """How kernels are launched."""
         return {"BR": self.rows, "BD": self.columns, "num_warps": self.warps}
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def sizes(d: int) -> Sizes:

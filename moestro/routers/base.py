@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moestro.cost import Kept
+from moestro.ops.reindexed import reindexed
 from moestro.routers.family import SelectionFamily, size_of
 from moestro.routers.scores import Score
 from moestro.routers.selects import Select
@@ -125,8 +126,7 @@ class ScoredRouter(Router):
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Experts take their availability with them; a fresh one is available and does not rest."""
-        available = (index < 0) | self.available[index.clamp(min=0)]
-        resting = (index >= 0) & self.resting[index.clamp(min=0)]
+        available, resting = reindexed(self.available, index, True), reindexed(self.resting, index, False)
         self._check(available, resting)
         self.score.reindex(index)
         self.select.reindex(index)

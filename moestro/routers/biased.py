@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moestro.ops.precision import at_least_fp32
+from moestro.ops.reindexed import reindexed
 from moestro.routers.base import Router
 from moestro.routers.family import SelectionFamily, size_of
 from moestro.routers.gates import gate as find
@@ -75,7 +76,7 @@ class BiasedRouter(Router):
             raise ValueError(f"top_k={self.top_k} > {len(index)} experts")
         self.limit.check(len(index), self.top_k)
         self.score.reindex(index)
-        self.bias = torch.where(index >= 0, self.bias[index.clamp(min=0)], self.bias.mean())
+        self.bias = reindexed(self.bias, index, self.bias.mean())
 
     def selection_family(self) -> SelectionFamily:
         remarks = ("scores are biased, so the best ones are not those of a linear map: parameters are counted",)

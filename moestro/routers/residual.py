@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.ops import linear_fp32
+from moestro.ops.reindexed import normal_like, reindexed
 from moestro.routers.base import ScoredRouter
 from moestro.routers.scores import Score
 from moestro.routers.selects import Select
@@ -54,9 +55,8 @@ class ResidualRouter(ScoredRouter):
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Rows of M move with their experts, fresh ones are drawn; columns belong to the layer before."""
         super().reindex(index)
-        rows = self.residual.detach()[index.clamp(min=0)]
-        fresh = torch.randn_like(rows) * self.residual_std
-        self.residual = nn.Parameter(torch.where((index >= 0)[:, None], rows, fresh))
+        fresh = normal_like(self.residual, len(index)) * self.residual_std
+        self.residual = nn.Parameter(reindexed(self.residual, index, fresh))
 
     def flops(self, n_tokens: int) -> float:
         return super().flops(n_tokens) + 2.0 * n_tokens * self.residual.numel()

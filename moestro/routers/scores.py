@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moestro.ops import linear_fp32
 from moestro.ops.precision import at_least_fp32
+from moestro.ops.reindexed import normal_like, reindexed
 
 
 class Score(nn.Module):
@@ -42,10 +43,9 @@ class Score(nn.Module):
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Make row j the old row `index[j]`; -1 draws a fresh one, of length 1 where rows started so."""
-        rows = self.weight.detach()[index.clamp(min=0)]
-        fresh = torch.randn_like(rows)
+        fresh = normal_like(self.weight, len(index))
         fresh = F.normalize(fresh, dim=-1) if self.orthogonal else fresh * self.init_std
-        self.weight = nn.Parameter(torch.where((index >= 0)[:, None], rows, fresh))
+        self.weight = nn.Parameter(reindexed(self.weight, index, fresh))
 
     def flops(self, n_tokens: int) -> float:
         """Forward FLOPs."""
@@ -73,7 +73,7 @@ class AffineScore(LinearScore):
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         super().reindex(index)
-        self.bias = nn.Parameter(self.bias.detach()[index.clamp(min=0)] * (index >= 0))
+        self.bias = nn.Parameter(reindexed(self.bias, index, 0.0))
 
 
 class NoisyScore(LinearScore):
@@ -96,8 +96,7 @@ class NoisyScore(LinearScore):
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         super().reindex(index)
-        rows = self.spread.detach()[index.clamp(min=0)]
-        self.spread = nn.Parameter(rows * (index >= 0)[:, None])
+        self.spread = nn.Parameter(reindexed(self.spread, index, 0.0))
 
     def flops(self, n_tokens: int) -> float:
         return super().flops(n_tokens) + 2.0 * n_tokens * self.spread.numel()

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moestro.ops.reindexed import reindexed
 from moestro.routers.selects import Select
 from moestro.routing import SparseRouting
 
@@ -73,8 +74,7 @@ class TopAny(Select):
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Thresholds move with their experts; a fresh expert's is 0."""
-        old = self.thresholds.detach()[index.clamp(min=0)]
-        self.thresholds = nn.Parameter(torch.where(index >= 0, old, torch.zeros_like(old)))
+        self.thresholds = nn.Parameter(reindexed(self.thresholds, index, 0.0))
 
     def rows_per_token(self, n_experts: int) -> float:
         """Half of the experts: a cosine with a random vector is as often above 0 as below."""

@@ -27,7 +27,7 @@ from moestro.experts import FFNBank, MPOBank, MPOLinear, SharedExpert
 from moestro.layers import MoELayer
 from moestro.model import Attention, Block, Transformer
 from moestro.model.active import idle_parameters
-from moestro.ops.mpo import balanced, mpo_bonds, mpo_cores, mpo_factors, mpo_flops, mpo_linear, mpo_matrix
+from moestro.ops.mpo import balanced, mpo_bonds, mpo_cores, mpo_factors, mpo_flops, mpo_matrix
 from moestro.routers import LinearScore, ScoredRouter, Soft, TopK
 from moestro.train import train
 from moestro.train.central_mask import CentralMask
@@ -133,13 +133,6 @@ def test_matrices_without_full_rank() -> None:
     # a product of two factors needs one term between them, and nothing needs one
     assert [core.shape[3] for core in mpo_cores(kron, (4, 3, 2), (4, 1, 3))] == [1, 3, 1]
     assert [core.shape[3] for core in mpo_cores(0 * kron, (4, 3, 2), (4, 1, 3))] == [1, 1, 1]
-
-
-def test_through_the_cores() -> None:
-    w, x = random(W, D), random(T, W, seed=3)
-    for most in (None, 2):
-        cores = mpo_cores(w, ROWS, COLUMNS, most)
-        close(mpo_linear(x, cores), x @ mpo_matrix(cores), **FLOAT64)
 
 
 @pytest.mark.parametrize("n_experts", [1, 3])

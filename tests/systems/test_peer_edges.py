@@ -100,10 +100,16 @@ def test_impossible_routers_are_refused(arguments: dict, message: str) -> None:
         ProductKeyRouter(**(good | arguments))
 
 
-@pytest.mark.parametrize("name", ["heads", "top_k"])
-def test_no_heads_and_no_experts_a_head_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}=0, allowed: at least 1"):
-        SingletonBank(D, 16, **{"heads": 2, "top_k": 3, name: 0})  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"heads": 0}, "heads=0, allowed: at least 1"),
+        ({"top_k": 0}, "top_k=0, allowed: at least 1"),
+    ],
+)
+def test_impossible_starts_of_tables_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SingletonBank(D, 16, **({"heads": 2, "top_k": 3} | arguments))
 
 
 def test_reindexing_experts_behind_product_keys_is_refused() -> None:
