@@ -17,6 +17,7 @@ from bench.harness import Row, Times, arguments, compare, report
 from bench.limits import limited
 from bench.offload_side import prompt
 from bench.small_mixtral import TRAINED, drawn, trained
+from moestro.ops import native
 
 # 6.1 GB of experts
 LARGE = {"hidden_size": 1536, "intermediate_size": 3072, "num_hidden_layers": 14, "num_local_experts": 16}
@@ -77,6 +78,11 @@ def speeds(
     case = f"{_gib(_size(folder))} in {_gib(memory)} + {_gib(BESIDES)}"
     return [*rows_of(case, found), disk_row(folder)], [
         f"limit: {', '.join(sorted(kinds))}, weights {memory >> 20} MiB and {BESIDES >> 20} MiB besides",
+        *(
+            []
+            if native.available()
+            else ["compiled kernels: absent (python -m moestro.ops.native.build), int4 is decoded"]
+        ),
         *([] if options.llama_cpp else ["llama.cpp: absent (--llama-cpp PYTHON, with llama-cpp-python and gguf)"]),
     ]
 

@@ -50,7 +50,8 @@ class SlotMemory:
             self._buffers[key, precision] = buffer
         if self.poison:
             buffer.view(torch.uint8).fill_(0xFF)
-        return Job(key, precision, size, self._blocks(key, precision, buffer))
+        ordered = self.source.ordered(key, precision)
+        return Job(key, precision, size, self._blocks(key, precision, buffer), ordered)
 
     def _blocks(self, key: Key, precision: Precision, buffer: Tensor) -> list[Callable[[], object]]:
         blocks = self.source.blocks(key, precision, buffer)

@@ -22,8 +22,10 @@ class Source(Protocol):
     """Where copies come from."""
 
     def blocks(self, key: Key, precision: Precision, into: Tensor) -> list[Callable[[], object]]:
-        """Steps that fill an expert's bytes, in order."""
+        """Steps that fill an expert's bytes; one after another where they are `ordered`, which is asked for first."""
         ...
+
+    def ordered(self, key: Key, precision: Precision) -> bool: ...
 
     def lying(self, key: Key, precision: Precision) -> Tensor | None:
         """The bytes of an expert where they lie, None where that is no memory."""
@@ -41,9 +43,17 @@ class FileSource:
         for path in {e.file for tier in tiers.values() for layer in tier for stored in layer for e in stored.extents}:
             self.files.open(path)
 
+    def ordered(self, key: Key, precision: Precision) -> bool:
+        """Where a checksum is still to be taken, or copies to a GPU follow one another."""
+        return self._copies is not None or self._unchecked(key, precision)
+
+    def _unchecked(self, key: Key, precision: Precision) -> bool:
+        written_here = self.tiers[precision][key[0]][key[1]].checksum is not None
+        return written_here and (key, precision) not in self._checked
+
     def blocks(self, key: Key, precision: Precision, into: Tensor) -> list[Callable[[], object]]:
         stored = self.tiers[precision][key[0]][key[1]]
-        check = Check(stored, key) if stored.checksum is not None and (key, precision) not in self._checked else None
+        check = Check(stored, key) if self._unchecked(key, precision) else None
         pieces = [piece for extent in stored.extents for piece in extent.pieces(BLOCK)]
         steps: list[Callable[[], object]] = [lambda piece=piece: self._piece(piece, into, check) for piece in pieces]
         if check is not None:
@@ -106,6 +116,9 @@ class HostSource:
     def size(self) -> int:
         """Bytes held."""
         return sum(buffer.nbytes for buffer in self._held.values())
+
+    def ordered(self, key: Key, precision: Precision) -> bool:
+        return self._copies is not None
 
     def blocks(self, key: Key, precision: Precision, into: Tensor) -> list[Callable[[], object]]:
         held = self._held[key, precision]

@@ -9,7 +9,8 @@ from moestro.offload.transport import DEMAND, Job, Ticket
 
 
 class ThreadTransport:
-    """Jobs run their blocks in threads; between two blocks a more urgent job goes first and a cancelled one ends.
+    """Jobs run their blocks in threads, all threads those of one job where these need no order; between two blocks a
+    more urgent job goes first and a cancelled one ends.
 
     An error in a block is raised by `wait`. `close` ends the threads; what still waits is cancelled.
     """
@@ -18,8 +19,8 @@ class ThreadTransport:
         if workers < 1:
             raise ValueError(f"workers={workers}, allowed: at least 1")
         self.moved = 0
+        # tickets with blocks that may begin now
         self._queue: list[Ticket] = []
-        self._running: set[Ticket] = set()
         self._orders, self._changed, self._closed = itertools.count(), Condition(), False
         self._threads = [Thread(target=self._work, name=f"offload-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
@@ -47,9 +48,12 @@ class ThreadTransport:
         """Give a job up; returns once none of its blocks runs, so that its memory may be used again."""
         with self._changed:
             ticket.cancelled = not ticket.done
-            self._queue = [other for other in self._queue if other is not ticket]
-            heapq.heapify(self._queue)
-            self._changed.wait_for(lambda: ticket not in self._running)
+            self._withdraw(ticket)
+            self._changed.wait_for(lambda: not ticket.running)
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        self._queue = [other for other in self._queue if other is not ticket]
+        heapq.heapify(self._queue)
 
     def arrived(self, ticket: Ticket) -> bool:
         return ticket.done and ticket.error is None
@@ -74,35 +78,45 @@ class ThreadTransport:
             thread.join()
 
     def _work(self) -> None:
-        while (ticket := self._next()) is not None:
-            self._step(ticket)
+        while (begun := self._next()) is not None:
+            self._step(*begun)
 
-    def _next(self) -> Ticket | None:
+    def _next(self) -> tuple[Ticket, int] | None:
+        """A ticket and the number of its block that begins."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if self._closed:
                 return None
-            ticket = heapq.heappop(self._queue)
-            self._running.add(ticket)
-            return ticket
+            ticket = self._queue[0]
+            ticket.begun += 1
+            ticket.running += 1
+            if ticket.job.ordered or ticket.begun >= len(ticket.job.blocks):
+                heapq.heappop(self._queue)
+            return ticket, ticket.begun - 1
 
-    def _step(self, ticket: Ticket) -> None:
-        """One block; the job goes back into the queue while there are more."""
+    def _step(self, ticket: Ticket, block: int) -> None:
+        """One block; an ordered job goes back into the queue while there are more."""
         blocks, error = ticket.job.blocks, None
         try:
             if blocks:
-                blocks[ticket.moved]()
+                blocks[block]()
         except Exception as raised:
             error = raised
         with self._changed:
-            self._running.discard(ticket)
-            ticket.moved += 1
-            ticket.error = error
-            ticket.done = error is not None or ticket.moved >= len(blocks)
-            if not ticket.done and not ticket.cancelled and not self._closed:
-                heapq.heappush(self._queue, ticket)
-            elif not ticket.done:
-                ticket.cancelled = True
-            if ticket.done and error is None:
-                self.moved += ticket.job.size
+            self._ended(ticket, error)
             self._changed.notify_all()
+
+    def _ended(self, ticket: Ticket, error: Exception | None) -> None:
+        ticket.running -= 1
+        ticket.moved += 1
+        ticket.error = ticket.error or error
+        whole = ticket.moved >= len(ticket.job.blocks)
+        ticket.done = whole or ticket.error is not None
+        if ticket.error is not None:
+            self._withdraw(ticket)
+        elif whole:
+            self.moved += ticket.job.size
+        elif ticket.cancelled or self._closed:
+            ticket.cancelled = True
+        elif ticket.job.ordered:
+            heapq.heappush(self._queue, ticket)

@@ -15,23 +15,28 @@ DEMAND, AHEAD = 0, 1
 
 @dataclass
 class Job:
-    """One copy to bring: `blocks` do the work in pieces; a transport of a clock only counts `size` bytes."""
+    """One copy to bring: `blocks` do the work in pieces, one after another, or several at once where they are not
+    `ordered`; a transport of a clock only counts `size` bytes."""
 
     key: Key
     precision: Precision
     size: int
     blocks: Sequence[Callable[[], object]] = ()
+    ordered: bool = True
 
 
 @dataclass(eq=False)
 class Ticket:
-    """The state of a job in a transport."""
+    """The state of a job in a transport; of its blocks so many have begun, are `running`, and have `moved` (bytes,
+    where a clock counts them)."""
 
     job: Job
     urgency: int
     order: int = 0
     done: bool = False
     cancelled: bool = False
+    begun: int = 0
+    running: int = 0
     moved: int = 0
     ready_at: float = 0.0
     error: BaseException | None = None

@@ -95,3 +95,56 @@ def test_closing_ends_what_waits() -> None:
         transport.submit(job(2, []), DEMAND)
     with pytest.raises(ValueError, match="workers=0"):
         ThreadTransport(0)
+
+
+def test_blocks_that_need_no_order_run_at_once() -> None:
+    transport, together, order = ThreadTransport(2), threading.Barrier(2, timeout=10), []
+    # each waits for the other: one thread alone would never end them
+    free = Job((0, 0), Precision.HIGH, 10, [together.wait, together.wait, together.wait, together.wait], ordered=False)
+    transport.wait(transport.submit(free, DEMAND))
+    assert transport.moved == 10
+    steps = [lambda i=i: order.append(i) for i in range(50)]
+    transport.wait(transport.submit(job(1, steps), DEMAND))
+    assert order == list(range(50)) and transport.moved == 20
+    transport.close()
+
+
+def test_a_block_that_fails_ends_the_others_of_its_job() -> None:
+    transport, go, begun, later = ThreadTransport(2), threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        begun.set()
+        go.wait(10)
+        later.append("slow")
+
+    def fails() -> None:
+        begun.wait(10)
+        raise OffloadError("the disk is gone")
+
+    blocks = [slow, fails, lambda: later.append("never")]
+    ticket = transport.submit(Job((0, 0), Precision.HIGH, 10, blocks, ordered=False), DEMAND)
+    with pytest.raises(OffloadError, match="the disk is gone"):
+        transport.wait(ticket)
+    assert not later
+    threading.Timer(0.05, go.set).start()
+    # its memory is used again only once nothing writes there
+    transport.cancel(ticket)
+    assert later == ["slow"] and transport.moved == 0 and not transport.arrived(ticket)
+    transport.wait(transport.submit(job(1, [lambda: None]), DEMAND))
+    transport.close()
+
+
+def test_a_job_without_order_is_given_up_between_its_blocks() -> None:
+    transport, go, begun, done = ThreadTransport(2), threading.Event(), threading.Barrier(3, timeout=10), []
+
+    def block() -> None:
+        begun.wait()
+        go.wait(10)
+        done.append(1)
+
+    ticket = transport.submit(Job((0, 0), Precision.HIGH, 10, [block] * 9, ordered=False), AHEAD)
+    begun.wait()
+    threading.Timer(0.05, go.set).start()
+    transport.cancel(ticket)
+    assert len(done) == 2 and ticket.cancelled and not ticket.done and transport.moved == 0
+    transport.close()
