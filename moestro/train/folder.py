@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
@@ -151,23 +152,28 @@ class MetricsFile:
     def __init__(self, path: Path, size: int, sha256: str = "") -> None:
         self.path = path
         try:
-            self.file: FileIO = path.open("ab", buffering=0)
-            actual = self.file.tell()
-            if actual < size:
-                raise RunFolderError(
-                    f"{path} has {actual} bytes, its checkpoint was written at {size}: lines are missing. Restore the "
-                    "file, or train again in another folder"
-                )
-            # Devices such as /dev/full have no size to cut.
-            if actual > size:
-                self.file.truncate(size)
-            self.hash = hashlib.sha256(path.read_bytes() if size else b"")
+            with ExitStack() as refused:
+                self.file: FileIO = refused.enter_context(path.open("ab", buffering=0))
+                self._cut_back(size, sha256)
+                refused.pop_all()
         except OSError as error:
             raise unwritable(path, error) from error
+
+    def _cut_back(self, size: int, sha256: str) -> None:
+        actual = self.file.tell()
+        if actual < size:
+            raise RunFolderError(
+                f"{self.path} has {actual} bytes, its checkpoint was written at {size}: lines are missing. Restore the "
+                "file, or train again in another folder"
+            )
+        # Devices such as /dev/full have no size to cut.
+        if actual > size:
+            self.file.truncate(size)
+        self.hash = hashlib.sha256(self.path.read_bytes() if size else b"")
         if sha256 and self.sha256 != sha256:
             raise RunFolderError(
-                f"{path} is damaged: its first {size} bytes have sha256 {self.sha256}, its checkpoint says {sha256}. "
-                "Restore the file, or train again in another folder"
+                f"{self.path} is damaged: its first {size} bytes have sha256 {self.sha256}, its checkpoint says "
+                f"{sha256}. Restore the file, or train again in another folder"
             )
 
     @property

@@ -128,8 +128,9 @@ def test_metrics_are_cut_back_to_their_checkpoint(tmp_path):
 def test_missing_metrics_are_an_error(tmp_path):
     with pytest.raises(
         RunFolderError, match=r"metrics\.jsonl has 0 bytes, its checkpoint was written at 90: lines are"
-    ):
+    ) as refused:
         MetricsFile(tmp_path / "metrics.jsonl", 90)
+    assert refused.traceback[-1].frame.f_locals["self"].file.closed
 
 
 def test_a_file_that_changed_while_training_ran_is_not_taken_for_what_was_written(tmp_path):
