@@ -53,8 +53,9 @@ def write_sparse(folder: Path) -> int:
 
 
 APPLY = """
-import resource, sys
+import resource, shutil, sys
 from pathlib import Path
+from types import SimpleNamespace
 from moestro.compress import LayerPlan, Plan, Group
 from moestro.compress.applying import apply_plan
 from moestro.compress.fingerprint import fingerprint
@@ -64,6 +65,8 @@ folder = Path(sys.argv[1])
 groups = (Group((0, 1), (0.5, 0.5)), *(Group((e,), (1.0,)) for e in range(2, 7)))
 layers = [LayerPlan(layer, 8, (0, 2, 3, 4, 5, 6), groups if layer == 3 else None) for layer in range(16)]
 plan = Plan("by hand", 0.25, fingerprint(Checkpoint(folder)), tuple(layers))
+# zeros are written as holes: the disk need not have room for all that the files seem to hold
+shutil.disk_usage = lambda path: SimpleNamespace(free=10**12)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 apply_plan(folder, plan, Path(sys.argv[2]))
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
