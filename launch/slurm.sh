@@ -20,7 +20,8 @@ out=${2:?a run folder}
 shift 2
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-srun --kill-on-bad-exit=0 torchrun \
+# torchrun, whose connections do not wait for a host that is cut off
+srun --kill-on-bad-exit=0 python -m moestro.parallel.agent \
     --nnodes="1:$SLURM_JOB_NUM_NODES" \
     --nproc-per-node=8 \
     --rdzv-backend=c10d \

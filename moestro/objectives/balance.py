@@ -40,16 +40,25 @@ def traffic(
     """(f, P): the fraction of tokens that use each expert, no gradient; and its mean probability over the tokens
     (softmax over all experts). Both are zero for a batch without tokens.
 
-    With the statistics of the whole `step`, f is that of all its micro-batches, and this one's P is weighted by its
-    tokens, so that the mean over micro-batches is the value of the step as one batch. A trace that is not part of a
-    larger step is one.
+    Where several processes share the micro-batch, it is that of all of them. With the statistics of the whole `step`, f
+    is that of all its micro-batches, and this one's P is weighted by its tokens, so that the mean over micro-batches
+    and processes is the value of the step as one batch. A trace that is not part of a larger step is one.
     """
     logits = require_logits(trace.routing, objective)
-    tokens, load, times = float(trace.routing.n_tokens), trace.routing.load(), 1
     if statistics == "step" and trace.step is not None:
-        tokens, load, times = float(trace.step.n_tokens), trace.step.load, trace.step.micro_batches
-    tokens = max(1.0, tokens)
-    return load.to(logits.dtype) / tokens, logits.softmax(-1).sum(0) / (tokens / times)
+        tokens, times = max(1.0, float(trace.step.n_tokens)), trace.step.micro_batches
+        return trace.step.load.to(logits.dtype) / tokens, logits.softmax(-1).sum(0) / (tokens / times)
+    return shares(trace, trace.routing.load(), logits)
+
+
+def shares(
+    trace: Trace, load: Float[Tensor, "e"], logits: Float[Tensor, "t e"]
+) -> tuple[Float[Tensor, "e"], Float[Tensor, "e"]]:
+    """(f, P) of a micro-batch, of all processes that share it: `load` and the probabilities over its tokens."""
+    tokens = logits.new_tensor([trace.routing.n_tokens])
+    own = torch.cat([load.to(logits.dtype), logits.softmax(-1).sum(0), tokens])
+    fraction, probability, total = trace.summed(own).split([len(load), len(load), 1])
+    return fraction.detach() / total.detach().clamp(min=1), probability / total.detach().clamp(min=1)
 
 
 def check_statistics(statistics: str) -> None:

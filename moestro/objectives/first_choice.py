@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import n_present, require_logits
+from moestro.objectives.balance import n_present, require_logits, shares
 from moestro.routing import Trace
 
 
@@ -18,6 +18,6 @@ class FirstChoiceBalance:
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         logits = require_logits(trace.routing, "first_choice_balance")
-        tokens = max(1, len(logits))
-        first = torch.bincount(logits.argmax(-1), minlength=logits.shape[1]).to(logits.dtype)
-        return n_present(trace, "first_choice_balance") * (first / tokens * (logits.softmax(-1).sum(0) / tokens)).sum()
+        first = torch.bincount(logits.argmax(-1), minlength=logits.shape[1])
+        fraction, probability = shares(trace, first, logits)
+        return n_present(trace, "first_choice_balance") * (fraction * probability).sum()

@@ -1,6 +1,6 @@
 """`Trace`: the record of one layer's forward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -78,11 +78,17 @@ class Trace:
     origin: Origin | None = None
     overheard: Overheard | None = None
     target: Float[Tensor, "t o"] | None = None
+    everyone: Callable[[Tensor], Tensor] | None = None
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the model of which this layer routed some, all, or the parts."""
         return self.routing.n_tokens if self.origin is None else self.origin.n_tokens
+
+    def summed(self, own: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The sum of every process's `own` where several share the micro-batch, which all must come here; else `own`.
+        An objective that is one function of such sums has the value and the gradients of a single process."""
+        return own if self.everyone is None else self.everyone(own)
 
     def flops(self) -> Cost:
         """Forward FLOPs of what the layer did, with what it only recorded."""

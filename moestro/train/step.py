@@ -20,7 +20,7 @@ from moestro.routing import Trace
 from moestro.train.rules import Rule
 from moestro.train.schedules import Scheduled
 from moestro.train.settings import TrainSettings
-from moestro.train.whole_step import asks_for_step, of_step, step_traffic
+from moestro.train.whole_step import asks_for_step, of_everyone, of_step, step_traffic
 
 WeightedObjectives = Sequence[tuple[str, float, Objective]]
 ScheduledObjectives = Sequence[tuple[str, float | Scheduled, Objective]]
@@ -94,6 +94,7 @@ def backward(
             output, losses = score(model, part, settings.precision)
             loss = losses.sum() / n_targets
             traces = output.traces if foreseen is None else of_step(output.traces, foreseen)
+            traces = of_everyone(traces) if ranks.several else traces
             values = {name: mean_over_layers(name, objective, traces) for name, _, objective in objectives}
             penalty = sum(weight * values[name] for name, weight, _ in objectives) / n_parts
             (loss + penalty).backward()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moestro.data import Batch
 from moestro.evaluate.scoring import exact_dtype, score
+from moestro.parallel.collectives import summed
 from moestro.parallel.sums import n_ranks, several_ranks, summed_over_ranks
 from moestro.routing import StepTraffic, Trace
 
@@ -54,3 +55,8 @@ def _counts(trace: Trace) -> Tensor:
 def of_step(traces: Sequence[Trace], traffic: Sequence[StepTraffic]) -> tuple[Trace, ...]:
     """The traces of one micro-batch, each knowing its step's traffic."""
     return tuple(replace(trace, step=step) for trace, step in zip(traces, traffic, strict=True))
+
+
+def of_everyone(traces: Sequence[Trace]) -> tuple[Trace, ...]:
+    """The traces of one rank's share of a micro-batch, each able to sum over all ranks."""
+    return tuple(replace(trace, everyone=summed) for trace in traces)

@@ -9,7 +9,7 @@ from torch import Tensor
 from moestro import DenseFFN, FFNBank, LinearScore, MoELayer, ParameterPenalty, ScoredRouter, TopK
 from moestro.experts import HyperExpert, HyperGenerator
 from moestro.model import Attention, Block, Transformer
-from moestro.objectives import RouterDiversity, RouterSimplicity
+from moestro.objectives import FirstChoiceBalance, LoadBalance, RouterDiversity, RouterSimplicity, WeightedBalance
 from moestro.parallel.layout import whole
 from moestro.parallel.parallelize import parallelize
 from moestro.parallel.ranks import Ranks
@@ -30,6 +30,13 @@ def hmoe() -> tuple[Transformer, Objectives]:
     """Unequal widths, one of which no number of ranks divides; the penalty of the whole step."""
     layers = [MoELayer(ScoredRouter(LinearScore(WIDTH, 3), TopK(2)), [FFNBank(WIDTH, [1, 4, 6])]) for _ in range(2)]
     return stacked(layers), [("penalty", 0.3, ParameterPenalty(statistics="step"))]
+
+
+def balanced() -> tuple[Transformer, Objectives]:
+    """Objectives of each micro-batch, which no mean over ranks would give."""
+    layers = [MoELayer(ScoredRouter(LinearScore(WIDTH, 3), TopK(2)), [FFNBank(WIDTH, [1, 4, 6])]) for _ in range(2)]
+    kinds = [LoadBalance(), ParameterPenalty(), WeightedBalance(), FirstChoiceBalance()]
+    return stacked(layers), [(type(kind).__name__, 0.3, kind) for kind in kinds]
 
 
 def peers() -> tuple[Transformer, Objectives]:
@@ -56,6 +63,7 @@ def hypermoe() -> tuple[Transformer, Objectives]:
 SYSTEMS: dict[str, Callable[[], tuple[Transformer, Objectives]]] = {
     "dense": dense,
     "hmoe": hmoe,
+    "balanced": balanced,
     "peer": peers,
     "dynmoe": dynmoe,
 }

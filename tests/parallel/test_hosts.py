@@ -42,8 +42,6 @@ def hosts() -> Iterator[None]:
         ip("-n", host, "addr", "add", f"{address}/24", "dev", device)
         for name in ("lo", device):
             ip("-n", host, "link", "set", name, "up")
-        # torchrun's own agent waits until the system gives a connection up: a quarter of an hour by default
-        inside(host, "sh", "-c", "echo 5 > /proc/sys/net/ipv4/tcp_retries2")
     yield
     take_down()
 
@@ -57,10 +55,10 @@ def take_down() -> None:
 
 
 def train_on(host: str, recipe: Path, run: Path, restarts: int, nodes: str = "2") -> subprocess.Popen:
-    """torchrun with one rank on a host; its output goes to a file of the host's name."""
+    """An agent with one rank on a host; its output goes to a file of the host's name."""
     address, device = HOSTS[host]
     meeting = f"is_host={int(host == FIRST)},join_timeout=120,last_call_timeout=5,read_timeout=15"
-    torchrun = ["-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    torchrun = ["-m", "moestro.parallel.agent", "--nnodes", nodes, "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     place = ["--rdzv-endpoint", f"{HOSTS[FIRST][0]}:29400", "--rdzv-id", "run", "--rdzv-conf", meeting]
     what = ["--local-addr", address, "--max-restarts", str(restarts), "-m", "moestro", "train", str(recipe)]
     words = ["ip", "netns", "exec", host, sys.executable, *torchrun, *place, *what, "--out", str(run)]

@@ -15,6 +15,7 @@ from moestro.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
+TORCHRUN, AGENT = ["torchrun"], ["python", "-m", "moestro.parallel.agent"]
 PAGE = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
 
 
@@ -32,19 +33,22 @@ def slurm() -> list[str]:
     filled = line.replace("$SLURM_JOB_NUM_NODES", "4").replace("$head", "host").replace('"$@"', "optim.lr=1e-3")
     filled = filled.replace("$recipe", "recipes/hmoe.yaml").replace("$out", "runs/hmoe")
     words = shlex.split(re.sub(r"\$\{?SLURM_\w+(:-0)?\}?", "7", filled))
-    return words[words.index("torchrun") :]
+    return words[words.index("python") :]
 
 
 def on_the_page() -> list[str]:
-    """The words of torchrun in docs/parallel.md."""
-    return shlex.split(re.search(r"^torchrun .*", PAGE.replace("\\\n", " "), re.MULTILINE)[0])
+    """The words that start torchrun in docs/parallel.md."""
+    found = re.search(r"^torchrun .*", PAGE.replace("\\\n", " "), re.MULTILINE)
+    assert found
+    return shlex.split(found[0])
 
 
 @pytest.mark.parametrize("words", [kubernetes(), slurm(), on_the_page()], ids=["kubernetes", "slurm", "page"])
 def test_torchrun_and_moestro_understand_what_is_launched(words: list[str]):
-    program, *rest = words
+    rest = words[len(TORCHRUN) if words[0] == "torchrun" else len(AGENT) :]
+    assert words[: -len(rest)] in (TORCHRUN, AGENT)
     launched = get_args_parser().parse_args(rest)
-    assert program == "torchrun" and launched.module and launched.training_script == "moestro"
+    assert launched.module and launched.training_script == "moestro"
     verb, *arguments = launched.training_script_args
     parser = Parser()
     VERBS[verb].add_arguments(parser)
@@ -55,7 +59,8 @@ def test_torchrun_and_moestro_understand_what_is_launched(words: list[str]):
 
 @pytest.mark.parametrize("words", [kubernetes(), slurm()], ids=["kubernetes", "slurm"])
 def test_a_lost_host_leaves_the_others_to_go_on(words: list[str]):
-    launched = get_args_parser().parse_args(words[1:])
+    assert words[: len(AGENT)] == AGENT
+    launched = get_args_parser().parse_args(words[len(AGENT) :])
     assert re.fullmatch(r"1:\d+", launched.nnodes) and launched.max_restarts > 0
     assert launched.rdzv_backend == "c10d" and launched.rdzv_endpoint.endswith(":29500")
 
