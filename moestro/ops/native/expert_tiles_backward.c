@@ -77,7 +77,12 @@ static void gradient(const struct tiles *f, const struct expert *e, const uint16
         product(a, a + SIDE * e->slots, e->slots, left, left + deep * TILE, deep, c, NULL);
         for (int64_t u = 0; u < DEEP && u < count; u++) {
             float *two = c[u / SIDE * 2] + u % SIDE * SIDE;
-            _mm512_mask_storeu_epi16(to + u * f->d + column, mask, narrow(two, two + SIDE * SIDE));
+            uint16_t *here = to + u * f->d + column;
+            /* past the cache, which would read first what is written over */
+            if ((uintptr_t)here % 64 == 0 && column + DEEP <= f->d)
+                _mm512_stream_si512((__m512i *)here, narrow(two, two + SIDE * SIDE));
+            else
+                _mm512_mask_storeu_epi16(here, mask, narrow(two, two + SIDE * SIDE));
         }
     }
 }
@@ -99,6 +104,7 @@ KERNEL(tile_dweights)(const void *fields, int64_t begin, int64_t end) {
             gradient(f, e, f->dz_units + 2 * e->hidden + (which * e->wide + unit) * e->slots, f->x_along + tiles,
                      e->width - unit, f->dw_in + (2 * e->unit + which * e->width + unit) * f->d, c);
     }
+    _mm_sfence();
     _tile_release();
 }
 
