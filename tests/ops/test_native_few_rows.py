@@ -1,5 +1,7 @@
 """Gated experts on few rows on compiled kernels: against the definition in float64, on every variant."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -31,8 +33,8 @@ def counted(monkeypatch):
     return names
 
 
-def sorted_rows(case: str, dtype: torch.dtype, d: int = 0):
-    values = inputs(*ROWS[case], 2, dtype)
+def sorted_rows(case: str, dtype: torch.dtype, d: int = 0) -> Any:
+    values: Any = inputs(*ROWS[case], 2, dtype)
     x, token, weight, offsets, w_in, w_out, widths = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
     if d:
         x, w_in, w_out = (v.repeat(1, -(-d // v.shape[1]))[:, :d].contiguous() for v in (x, w_in, w_out))
@@ -40,7 +42,7 @@ def sorted_rows(case: str, dtype: torch.dtype, d: int = 0):
 
 
 def definition(arguments):
-    wide = [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in arguments]
+    wide: Any = [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in arguments]
     with backend.force("reference"):
         return ops.expert_ffn(*wide, "silu")
 
