@@ -1,6 +1,6 @@
 """Gated experts on few rows on compiled kernels: against the definition in float64, on every variant."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from tests.ops.test_expert_ffn import inputs
 from tests.ops.test_few_rows import CASES, defined, problem
 from tests.tolerances import BFLOAT16_NORM, FLOAT32_NORM
 
+Sorted = tuple[Any, Any, Any, Any, Any, Any, Any]
 pytestmark = pytest.mark.skipif(native.library().handle is None, reason=f"native kernels {native.status()}")
 DTYPES = {torch.float32: FLOAT32_NORM, torch.bfloat16: BFLOAT16_NORM}
 # tokens, rows of every expert, widths; counts of rows that fill groups of four, of two, and neither
@@ -33,18 +34,20 @@ def counted(monkeypatch):
     return names
 
 
-def sorted_rows(case: str, dtype: torch.dtype, d: int = 0) -> Any:
+def sorted_rows(case: str, dtype: torch.dtype, d: int = 0) -> Sorted:
     values: Any = inputs(*ROWS[case], 2, dtype)
-    x, token, weight, offsets, w_in, w_out, widths = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
+    plain: Any = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in values)
+    x, token, weight, offsets, w_in, w_out, widths = plain
     if d:
         x, w_in, w_out = (v.repeat(1, -(-d // v.shape[1]))[:, :d].contiguous() for v in (x, w_in, w_out))
     return x, token, weight, offsets, w_in, w_out, widths
 
 
-def definition(arguments):
-    wide: Any = [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in arguments]
+def definition(arguments: Sorted):
+    wide: Any = tuple(v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in arguments)
     with backend.force("reference"):
-        return ops.expert_ffn(*wide, "silu")
+        x, token, weight, offsets, w_in, w_out, widths = wide
+        return ops.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, "silu")
 
 
 @pytest.mark.parametrize("variant", native.variants())
@@ -63,7 +66,7 @@ def test_sorted_rows_equal_the_definition(case, dtype, d, variant, counted):
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("case", [name for name, (_, _, n_tokens, _) in CASES.items() if n_tokens == 1])
 def test_the_rows_of_a_token_in_any_order(case, dtype, counted):
-    p = problem(case, 2, dtype)
+    p = cast(Sorted, problem(case, 2, dtype))
     with backend.force("native"):
         have = ops.few_rows_ffn(*p, "silu")
     want = defined(*p, "silu")
