@@ -55,5 +55,5 @@ def merged(members: Sequence[Units], weights: Sequence[float], align: bool = Tru
     total = torch.zeros_like(members[reference], dtype=torch.float64)
     for place, (units, weight) in enumerate(zip(members, weights, strict=True)):
         order = matched(members[reference], units) if align and place != reference else slice(None)
-        total += weight * units.double()[order]
+        total += units[order].to(torch.float64, copy=True).mul_(weight)
     return total.to(members[reference].dtype)
