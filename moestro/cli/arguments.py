@@ -84,10 +84,12 @@ def add_dtype(parser: "argparse._ActionsContainer") -> None:
 
 def refuse(arguments: argparse.Namespace, unset: Mapping[str, Any], why: str) -> None:
     """Raises: UsageError where the command gives one of these options, whose values where it gives none are `unset`;
-    `{}` in `why` is the option."""
+    `{}` in `why` is the option with its value, of several the first."""
     for name, default in unset.items():
-        if getattr(arguments, name) != default:
-            raise UsageError(why.format("--set" if name == "settings" else f"--{name.replace('_', '-')}"))
+        if (given := getattr(arguments, name)) != default:
+            option = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
+            first = given[0] if isinstance(given, list) else given
+            raise UsageError(why.format(option if given is True else f"{option}={first}"))
 
 
 def opened_model(arguments: argparse.Namespace, model: Path) -> "Opened":

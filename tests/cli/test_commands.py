@@ -102,7 +102,7 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
         (["train", RECIPE, "--out"], "argument --out: expected one argument"),
         (["train", RECIPE, "--nproc", "0"], "argument --nproc: '0' is not a whole number above 0"),
         (["train", RECIPE, "--nproc", "2", "--max-restarts", "-1"], "--max-restarts -1, allowed: at least 0"),
-        (["train", RECIPE, "--max-restarts", "3"], "--max-restarts needs --nproc"),
+        (["train", RECIPE, "--max-restarts", "3"], "--max-restarts=3 needs --nproc"),
         (["train", RECIPE, "--device", "gpu"], "device 'gpu'; did you mean 'cpu'? allowed: cpu, cuda, cuda:N, mps"),
         (
             ["train", RECIPE, "--device", "cuda:x"],

@@ -149,10 +149,10 @@ def test_ctrl_c_ends_the_line(run: str, capsys: pytest.CaptureFixture, monkeypat
             ["eval", "RUN", "--tasks", "piqua", "--data", "x"],
             "unknown task 'piqua'; did you mean 'piqa'? allowed: arc_",
         ),
-        (["eval", "RUN", "--tasks", "piqa", "--tokens", "5"], "--tokens does not go with --tasks"),
-        (["eval", "RUN", "--tasks", "piqa", "--set", "a=b"], "--set does not go with --tasks"),
-        (["eval", "RUN", "--batch-size", "5"], "--batch-size needs --tasks"),
-        (["eval", "RUN", "--seed", "0"], "--seed needs --tasks"),
+        (["eval", "RUN", "--tasks", "piqa", "--tokens", "5"], "--tokens=5 does not go with --tasks"),
+        (["eval", "RUN", "--tasks", "piqa", "--set", "a=b"], "--set=a=b does not go with --tasks"),
+        (["eval", "RUN", "--batch-size", "5"], "--batch-size=5 needs --tasks"),
+        (["eval", "RUN", "--seed", "0"], "--seed=0 needs --tasks"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
