@@ -46,8 +46,7 @@ def open_model(
     Raises: FileNotFoundError where there is no folder, RecipeError where it holds neither; CheckpointError where a run
     has no intact checkpoint; VersionError where a newer moestro wrote the folder; DamagedFile where a file is
     not what its hash in hashes.json says; FormatError for weights that are damaged or outside of it; OSError and
-    ValueError as
-    transformers has them.
+    ValueError as transformers has them.
     """
     folder = Path(path)
     if not folder.is_dir():

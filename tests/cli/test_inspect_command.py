@@ -193,7 +193,10 @@ def test_knobs_are_turned_without_training(run: Path, found: dict, capsys: pytes
         ),
         (["--set", THRESHOLD], f"override '{THRESHOLD}' is not of the form key.key=value (command line)"),
         (["--tokens", "0"], "argument --tokens: '0' is not a whole number above 0"),
-        (["--probe", "--out", "page.html"], "--out=page.html is where the page goes; --generalization and --probe write none"),
+        (
+            ["--probe", "--out", "page.html"],
+            "--out=page.html is where the page goes; --generalization and --probe write",
+        ),
         (["--sett", "x"], "unknown option '--sett'; did you mean '--set'? allowed: "),
     ],
 )
