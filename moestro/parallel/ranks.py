@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
+from moestro.parallel.rounds import own_round
 from moestro.parallel.settings import ParallelSettings
 from moestro.parallel.sums import summed_over_ranks
 
@@ -218,7 +219,8 @@ class Meeting:
 
 
 def meet(device: torch.device, settings: ParallelSettings) -> Any:
-    """Initialise the process group that the environment describes; returns its store.
+    """Initialise the process group that the environment describes; returns its store, of which these
+    ranks see what they wrote themselves, nothing of those before a restart.
 
     Raises: RankLost where others do not come in time.
     """
@@ -227,6 +229,7 @@ def meet(device: torch.device, settings: ParallelSettings) -> Any:
     try:
         store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
         store.set_timeout(timeout)
+        store = own_round(store, rank, world, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise lost(error, settings) from error
