@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from moestro.formats.writer import Outgoing, file_pieces, write_file
 from moestro.ops.whole_files import TEMPORARY, holding, lock_folder, record_hashes, sync_file
-from moestro.train.durable import publish_folder, remove_temporary, write_json
+from moestro.train.durable import publish_folder, write_json
 
 JOB, DONE = "job.json", "done.json"
 
@@ -49,17 +49,19 @@ class FolderJob:
             (self.control / DONE).unlink(missing_ok=True)
             write_json(self.control / JOB, self.job)
         self.path.mkdir(exist_ok=True)
-        remove_temporary(self.path)
-        self.done: dict[str, dict[str, Any]] = read_control(self.control / DONE) or {}
-        for name in [name for name in self.done if not self._intact(name)]:
-            del self.done[name]
+        done: dict[str, dict[str, Any]] = read_control(self.control / DONE) or {}
+        self.done = {name: said for name, said in done.items() if self._intact(name, said)}
+        # the rest is written again, and must not be listed or hashed before
+        kept = {self.path / name for name in self.done}
+        for file in [file for file in self.path.rglob("*") if file.is_file() and file not in kept]:
+            file.unlink()
 
     def __exit__(self, *exception: object) -> None:
         self._held.close()
 
-    def _intact(self, name: str) -> bool:
+    def _intact(self, name: str, said: Mapping[str, Any]) -> bool:
         file = self.path / name
-        return file.is_file() and file.stat().st_size == self.done[name]["bytes"]
+        return file.is_file() and file.stat().st_size == said["bytes"]
 
     def write(self, name: str, tensors: Sequence[Outgoing], metadata: Mapping[str, str]) -> None:
         """Write one file of tensors, unless it is there."""

@@ -215,6 +215,25 @@ def test_one_process_writes_a_folder_at_a_time(run_of: Runs, tmp_path: Path) -> 
         export_run(run_of("moe"), tmp_path / "out")
 
 
+def test_killed_before_the_folder_has_its_name_the_same_command_writes_the_same_files(
+    run_of: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashes and the record of the first attempt are there already: they are of no file of the second."""
+
+    def killed(self: FolderJob) -> Path:
+        raise KeyboardInterrupt
+
+    run = run_of("moe")
+    export_run(run, tmp_path / "whole" / "out")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FolderJob, "publish", killed)
+        export_run(run, tmp_path / "again" / "out")
+    assert (tmp_path / "again" / ".writing-out" / "hashes.json").is_file()
+    export_run(run, tmp_path / "again" / "out")
+    assert contents(tmp_path / "again" / "out") == contents(tmp_path / "whole" / "out")
+    assert torch.equal(logits(tmp_path / "again" / "out"), logits(run))
+
+
 @pytest.mark.slow
 def test_killed_while_it_writes_nothing_appears_and_the_same_command_goes_on(run_of: Runs, tmp_path: Path) -> None:
     run, out = run_of("moe"), tmp_path / "out"
