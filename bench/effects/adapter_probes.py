@@ -13,6 +13,9 @@ from moestro.layers import adapters_of
 from moestro.layers.adapted import Mixture
 from moestro.model import Transformer
 
+# Held-out text that is read, which has both groups even where the final figures are of less.
+TOKENS = 131_072
+
 
 def gates(trained: Trained) -> dict[str, float]:
     """How far apart mean gates are, as total variation, mean over adapters: `between` tokens of different groups and
@@ -35,7 +38,7 @@ def _means(model: Transformer, trained: Trained) -> list[tuple[Tensor, Tensor]]:
     ]
     places = []
     with evaluating(model):
-        for batch in trained.held_out():
+        for batch in trained.held_out(TOKENS):
             if bool(batch.keep.all()):
                 score(model, batch, "fp32")
                 half = torch.arange(len(batch.tokens))[:, None].expand_as(batch.tokens) % 2
