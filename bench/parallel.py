@@ -14,7 +14,6 @@ known), and by the loads of the first half (re-placement). Ratio: that of equal 
 """
 
 import json
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from bench.harness import ROOT, Row, arguments, report
+from bench.processes import run_ranks
 from moestro.data import Batch
 from moestro.evaluate import routing_report
 from moestro.evaluate.scoring import score
@@ -85,19 +85,12 @@ def counted(case: Case, folder: Path) -> dict[str, float]:
 
     Raises: RuntimeError where a rank failed.
     """
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_rank, args=(case, rank, folder)) for rank in range(WORLD)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if any(process.exitcode for process in ranks):
-        raise RuntimeError(f"{case.name}: a rank failed")
+    run_ranks(case.name, WORLD, _rank, case, folder)
     sent = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
     return {kind: sum(each.get(kind, 0.0) for each in sent) / WORLD for kind in {*sent[0], *sent[1]}}
 
 
-def _rank(case: Case, rank: int, folder: Path) -> None:
+def _rank(rank: int, case: Case, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
     recipe = case.load()

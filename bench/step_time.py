@@ -11,7 +11,6 @@ and their 10th and 90th percentile. Not more ranks than cores: what shares a cor
 """
 
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import torch.distributed as dist
 
 from bench.harness import ROOT, Row, arguments, report
 from bench.parallel import tokens
+from bench.processes import run_ranks
 from bench.this_machine import as_yaml, measured_machine
 from moestro.parallel import ParallelSettings, Ranks
 from moestro.parallel.parallelize import parallelize
@@ -90,19 +90,12 @@ def measured(case: Case, steps: int) -> list[float]:
     Raises: RuntimeError where a rank failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        fork = multiprocessing.get_context("fork")
-        ranks = [fork.Process(target=_rank, args=(case, rank, Path(folder), steps)) for rank in range(case.world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            raise RuntimeError(f"{case.name}: a rank failed")
+        run_ranks(case.name, case.world, _rank, case, Path(folder), steps)
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(case.world)]
     return [max(each) for each in zip(*found, strict=True)]
 
 
-def _rank(case: Case, rank: int, folder: Path, steps: int) -> None:
+def _rank(rank: int, case: Case, folder: Path, steps: int) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     if case.world > 1:

@@ -7,7 +7,6 @@ FSDP around small linear layers, less its messages.
 """
 
 import json
-import multiprocessing
 import os
 import tempfile
 import time
@@ -24,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from bench.harness import ROOT
+from bench.processes import run_ranks
 from moestro.cost import TRAINING_FLOPS
 from moestro.data import Batch
 from moestro.ops.machine_memory import machine_memory
@@ -93,14 +93,7 @@ def links() -> tuple[float, float, float]:
     """(seconds of a small message, bytes a second one way, seconds that a sharded unit costs besides) between two
     processes."""
     with tempfile.TemporaryDirectory() as folder:
-        fork = multiprocessing.get_context("fork")
-        ends = [fork.Process(target=_end, args=(rank, Path(folder))) for rank in range(2)]
-        for process in ends:
-            process.start()
-        for process in ends:
-            process.join()
-        if any(process.exitcode for process in ends):
-            raise RuntimeError("two processes could not talk to each other")
+        run_ranks("messages between two processes", 2, _end, Path(folder))
         latency, bandwidth, unit = json.loads((Path(folder) / "found.json").read_text())
     return latency, bandwidth, unit
 

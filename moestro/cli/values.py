@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # digits of a whole number of 64 bits; bytes of one name in a path on the usual file systems
@@ -25,13 +26,7 @@ def number(text: str) -> float:
 
     Raises: argparse.ArgumentTypeError.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
+    return _fitting(text, math.isfinite, "a finite number")
 
 
 def positive(text: str) -> int:
@@ -49,13 +44,7 @@ def share(text: str) -> float:
 
     Raises: argparse.ArgumentTypeError.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
-    return value
+    return _fitting(text, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
 def not_negative(text: str) -> float:
@@ -63,12 +52,17 @@ def not_negative(text: str) -> float:
 
     Raises: argparse.ArgumentTypeError.
     """
+    return _fitting(text, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def _fitting(text: str, fits: Callable[[float], bool], what: str) -> float:
+    """The number that the text says, where it fits; what is no number must not."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value
 
 

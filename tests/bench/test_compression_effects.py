@@ -1,13 +1,9 @@
 """The study of compression: its figures on made-up answers, and that its probe answers for all of them."""
 
-from dataclasses import replace
-
 import pytest
-from rich.console import Console
 
 from bench.effects import compression as study
-from bench.effects.study import Work
-from moestro.compare.board import Board
+from tests.bench.small_study import small_runs
 
 RUN = {"compression": {"whole": 10.0, "reap, 2 of 8": 12.0, "int4": 11.0, "both": 14.0, "similarity": 0.4}}
 
@@ -27,11 +23,7 @@ def test_every_effect_has_a_number_of_its_own() -> None:
 
 @pytest.mark.slow
 def test_the_study_runs_and_answers_for_every_effect(tmp_path) -> None:
-    small = {**study.STUDY.common, "model.d_model": 32, "model.attention.n_heads": 2, "train.batch_size": 4}
-    quick = replace(study.STUDY, common=small, budget=2e10).quick()
-    work = Work(replace(quick, seeds=(0,)), tmp_path / "study", tmp_path)
-    work.train(workers=1, board=Board(Console(quiet=True)))
-    runs = {0: {job.arm: job.summary for job in work.jobs}}
+    runs = small_runs(study.STUDY, tmp_path)
     for effect in study.EFFECTS:
         assert len(effect.row("pages", runs)["values"]) == 1
     for run in runs[0].values():

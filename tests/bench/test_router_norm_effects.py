@@ -1,17 +1,13 @@
 """The study of provable pruning: its figures on made-up answers, and that its probe answers for all of them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from rich.console import Console
 
 from bench.effects import router_norms as study
 from bench.effects.router_norm_probes import distances
-from bench.effects.study import Work
-from moestro.compare.board import Board
 from moestro.compress.router_norms import router_norm_changes
 from moestro.compress.source import RunSource
+from tests.bench.small_study import small_runs
 
 RUN = {
     "compression": {"whole": 10.0, "whole, trained on": 8.0, "change, 2 of 8": 13.0, "change, trained on, 2 of 8": 9.0}
@@ -50,11 +46,7 @@ def test_the_norm_of_the_change_is_another_thing_than_the_change_of_norms() -> N
 
 @pytest.mark.slow
 def test_the_study_runs_and_answers_for_every_effect(tmp_path) -> None:
-    small = {**study.STUDY.common, "model.d_model": 32, "model.attention.n_heads": 2, "train.batch_size": 4}
-    quick = replace(study.STUDY, common=small, budget=2e10).quick()
-    work = Work(replace(quick, seeds=(0,)), tmp_path / "study", tmp_path)
-    work.train(workers=1, board=Board(Console(quiet=True)))
-    runs = {0: {job.arm: job.summary for job in work.jobs}}
+    runs = small_runs(study.STUDY, tmp_path)
     for effect in study.EFFECTS:
         assert len(effect.row("pages", runs)["values"]) == 1
     found = runs[0]["tuned"]["compression"]

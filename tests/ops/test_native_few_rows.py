@@ -25,15 +25,6 @@ ROWS = {
 }
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """Names of the kernels that were run."""
-    names: list[str] = []
-    run = native.run
-    monkeypatch.setattr(native, "run", lambda kernel, *rest: (names.append(kernel), run(kernel, *rest)))
-    return names
-
-
 def sorted_rows(case: str, dtype: torch.dtype, d: int = 0) -> Sorted:
     values: Any = inputs(*ROWS[case], 2, dtype)
     plain: Any = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in values)

@@ -46,15 +46,6 @@ def results(name, dtype, arguments, wanted=(True,) * 4):
     return [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """Names of the kernels that were run."""
-    names: list[str] = []
-    run = native.run
-    monkeypatch.setattr(native, "run", lambda kernel, *rest: (names.append(kernel), run(kernel, *rest)))
-    return names
-
-
 @needs_tiles
 @pytest.mark.parametrize("case", CASES)
 def test_each_experts_results_equal_float64(case, counted):

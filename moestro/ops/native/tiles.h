@@ -164,6 +164,11 @@ static inline const uint16_t *whole_rows(const uint16_t *rows, int64_t count, in
     return copy;
 }
 
-static inline void *scratch(int64_t numbers) { return aligned_alloc(64, UP_TO(numbers * 2 + 64, 64)); }
+static inline void *scratch(int64_t numbers) {
+    void *room = aligned_alloc(64, UP_TO(numbers * 2 + 64, 64));
+    if (!room)
+        abort();
+    return room;
+}
 
 #endif
