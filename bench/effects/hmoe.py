@@ -33,6 +33,7 @@ def unequal(widths: str = "arithmetic", objectives: list[dict[str, Any]] | None 
 
 
 PENALTY = {"kind": "parameter_penalty", "weight": 0.01}
+HEAVIER = PENALTY | {"weight": 0.03}
 EQUAL = {"model.ffn.branches.0.widths": {"kind": "equal", "n_experts": N_EXPERTS, "total": TOTAL}}
 STUDY = Study(
     name="hmoe",
@@ -43,6 +44,7 @@ STUDY = Study(
         "no-loss": unequal(objectives=[]),
         "balanced": unequal(objectives=[{"kind": "load_balance", "weight": 0.01}]),
         "penalty": unequal(objectives=[PENALTY]),
+        "penalty-heavier": unequal(objectives=[HEAVIER]),
         "penalty-geometric": unequal("geometric", [PENALTY]),
         "penalty-hybrid": unequal("hybrid", [PENALTY]),
         "top-p": unequal(objectives=[PENALTY], top_p=True),
@@ -74,6 +76,11 @@ EFFECTS = (
     expect("C2", "penalty: active width falls", "Table 1", WIDTH, "penalty", f.saving, low=0.85, high=0.93),
     expect("C3", "penalty: no worse than equal widths", "Table 1", LOSS, "penalty equal", f.excess, high=MARGIN),
     expect("C4", "penalty: no worse than balanced", "Fig. 7", LOSS, "penalty balanced", f.excess, high=MARGIN),
+    expect("C5", "weight 0.03: active width falls", "Table 1", WIDTH, "penalty-heavier", f.saving, low=0.85, high=0.93),
+    expect("C6", "weight 0.03: no worse than equal", "Table 1", LOSS, "penalty-heavier equal", f.excess, high=MARGIN),
+    expect(
+        "C7", "weight 0.03: no worse than balanced", "Fig. 7", LOSS, "penalty-heavier balanced", f.excess, high=MARGIN
+    ),
     expect("D1", "penalty: narrow half rises", "Fig. 6", SHARE, "penalty", f.rise, low=0),
     expect("D2", "penalty: still after a quarter", "Fig. 6", SHARE, "penalty", f.late_rise, low=0),
     expect("D3", "top-p, penalty: narrow half rises", "Fig. 6", SHARE, "top-p", f.rise, low=0),
