@@ -41,9 +41,8 @@ class LayerUsage:
         self.load = self.load + trace.routing.load().to(exact)
         self.gates = self.gates + trace.routing.importance().to(exact)
         self.routed += trace.routing.n_tokens
-        wanted = getattr(trace.routing, "wanted", None)
         self.rows += trace.routing.n_rows
-        self.wanted += trace.routing.n_rows if wanted is None else int(wanted.sum())
+        self.wanted += trace.routing.as_wanted().n_rows
         self.flops = self.flops + trace.flops().item()
         self.different += float(trace.different_experts().sum())
         self.experts.append(trace.experts_per_token().float().cpu().numpy())

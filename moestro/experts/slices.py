@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moestro.cost import Cost
 from moestro.experts.base import ExpertBank
 from moestro.experts.norms import ExpertNorms
 from moestro.routing import Routing, SparseRouting
@@ -49,16 +50,16 @@ class BankSlice(ExpertBank):
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t o"]:
         if not isinstance(routing, SparseRouting):
             return super().forward(x, routing)
-        bank, bounds = self._whole[0], routing.bounds
-        return bank(
-            x,
-            replace(
-                routing,
-                expert=routing.expert + self.first,
-                n_experts=bank.n_experts,
-                logits=None,
-                bounds=None if bounds is None else self._padded(bounds),
-            ),
+        return self._whole[0](x, self._theirs(routing))
+
+    def _theirs(self, routing: SparseRouting) -> SparseRouting:
+        """The same rows under the bank's own numbers."""
+        return replace(
+            routing,
+            expert=routing.expert + self.first,
+            n_experts=self._whole[0].n_experts,
+            logits=None,
+            bounds=None if routing.bounds is None else self._padded(routing.bounds),
         )
 
     def _padded(self, offsets: Int[Tensor, "e1"]) -> Int[Tensor, "e1"]:
@@ -76,6 +77,16 @@ class BankSlice(ExpertBank):
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         raise ValueError("these experts are shared by several routers: reindex the layer that owns them")
+
+    def flops(self, routing: Routing) -> Cost:
+        """What the bank counts for these rows, work for all of them together included."""
+        whole = self._whole[0]
+        cost = whole.flops(self._theirs(routing)) if isinstance(routing, SparseRouting) else super().flops(routing)
+        return cost.of_weights(whole.parameters())
+
+    def expected_token_flops(self, rows_per_token: float) -> float:
+        each = isinstance(self.row_flops(), Tensor)
+        return (super() if each else self._whole[0]).expected_token_flops(rows_per_token)
 
     def row_flops(self) -> Float[Tensor, "e"] | float:
         return self._mine(self._whole[0].row_flops())

@@ -24,7 +24,8 @@ class StratifiedLayer(TokenLayer):
 
     `strata` are the numbers of experts in each stratum, in the order of `branches`, whose weights all passes share;
     `router(n_experts=...)` makes the gate of each pass. There is no capacity unless the routers have one, which counts
-    the tokens at each gate by itself. A token that its gate gives no expert moves on by one stratum.
+    the tokens at each gate by itself and drops rows, not passes. A token that its gate gives no expert moves on by one
+    stratum.
 
     `form` says where norms and residuals are:
 
@@ -75,7 +76,7 @@ class StratifiedLayer(TokenLayer):
             # every token makes the first pass; of later ones each token knows by itself whether it does
             index = (passed == number).nonzero().squeeze(-1) if number else None
             y, trace = self._pass(number, x if index is None else x[index])
-            choice = trace.routing.first_choice() + first
+            choice = trace.routing.as_wanted().first_choice() + first
             deeper = torch.bucketize(choice, ends, right=True) + 1
             if index is None:
                 x, passed = y, deeper

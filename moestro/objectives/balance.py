@@ -37,8 +37,8 @@ Statistics = Literal["micro_batch", "step"]
 def traffic(
     trace: Trace, objective: str, statistics: Statistics = "micro_batch"
 ) -> tuple[Float[Tensor, "e"], Float[Tensor, "e"]]:
-    """(f, P): the fraction of tokens that use each expert, no gradient; and its mean probability over the tokens
-    (softmax over all experts). Both are zero for a batch without tokens.
+    """(f, P): the fraction of tokens that chose each expert, no gradient, whether or not a capacity dropped their rows;
+    and its mean probability over the tokens (softmax over all experts). Both are zero for a batch without tokens.
 
     Where several processes share the micro-batch, it is that of all of them. With the statistics of the whole `step`, f
     is that of all its micro-batches, and this one's P is weighted by its tokens, so that the mean over micro-batches
@@ -48,7 +48,7 @@ def traffic(
     if statistics == "step" and trace.step is not None:
         tokens, times = max(1.0, float(trace.step.n_tokens)), trace.step.micro_batches
         return trace.step.load.to(logits.dtype) / tokens, logits.softmax(-1).sum(0) / (tokens / times)
-    return shares(trace, trace.routing.load(), logits)
+    return shares(trace, trace.routing.as_wanted().load(), logits)
 
 
 def shares(
@@ -71,9 +71,11 @@ def check_statistics(statistics: str) -> None:
 class LoadBalance:
     """N sum_e f_e P_e (Wang 2024, arXiv:2408.10681, Eq. 3; after Fedus 2021).
 
-    f_e is the fraction of tokens that use expert e, P_e its mean probability, N the experts that take part. As in the
-    paper f is not divided by k: perfectly even top-k routing gives k, not 1. f is that of each micro-batch, or of the
-    whole optimizer step (Qiu 2025, arXiv:2501.11873), which costs a forward pass more where gradients are accumulated.
+    f_e is the fraction of tokens that choose expert e, P_e its mean probability, N the experts that take part. Rows
+    that a capacity drops count, as in Switch and in MoEC's code: an expert that is asked too much must not look less
+    so. As in the paper f is not divided by k: perfectly even top-k routing gives k, not 1. f is that of each
+    micro-batch, or of the whole optimizer step (Qiu 2025, arXiv:2501.11873), which costs a forward pass more where
+    gradients are accumulated.
     """
 
     statistics: Statistics = "micro_batch"

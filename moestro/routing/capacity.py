@@ -27,7 +27,7 @@ def limited(routing: SparseRouting, capacity: int, priority: str = "rank") -> Sp
 
     `rank`: first those of tokens that rank this expert higher among their own, then by weight (the order of
     (K - rank) + P in the released code of XMoE, arXiv:2403.18926); `gate`: by weight; `position`: first come, first
-    served. Ties go to the earlier token. Where rows are dropped, `wanted` says how many each token had. The choice has
+    served. Ties go to the earlier token. `wanted` is the routing given. The choice has
     no gradient; what is kept keeps its weight.
 
     Raises: ValueError for a negative capacity or an unknown priority.
@@ -37,7 +37,7 @@ def limited(routing: SparseRouting, capacity: int, priority: str = "rank") -> Sp
     if priority not in PRIORITIES:
         raise ValueError(f"priority={priority!r}, allowed: {', '.join(PRIORITIES)}")
     kept = _place(_by_priority(routing, priority), routing.expert) < capacity
-    return replace(routing.keep(kept), wanted=routing.per_token(1.0))
+    return replace(routing.keep(kept), wanted=routing.as_wanted())
 
 
 def _by_priority(routing: SparseRouting, priority: str) -> Int[Tensor, "n"]:
@@ -77,8 +77,7 @@ class RowUsage:
 
 def row_usage(routing: SparseRouting, capacity: int) -> RowUsage:
     """Count a routing's rows against a capacity."""
-    kept = routing.per_token(1.0)
-    wanted = kept if routing.wanted is None else routing.wanted
+    kept, wanted = routing.per_token(1.0), routing.as_wanted().per_token(1.0)
     starved = (wanted > 0) & (kept == 0)
     return RowUsage(
         wanted=int(wanted.sum()),

@@ -63,6 +63,10 @@ class Routing:
         """Token and expert of every row; None where rows are mixtures of tokens."""
         return None
 
+    def as_wanted(self) -> "Routing":
+        """What tokens chose, those rows included that a capacity dropped."""
+        return self
+
     def first_choice(self) -> Int[Tensor, "t"]:
         """The expert of each token's greatest weight, the lowest such; 0 for a token without experts."""
         return self.dense().detach().argmax(-1)
@@ -74,8 +78,8 @@ class SparseRouting(Routing):
 
     `bounds` are the expert offsets, present once rows lie in expert order. `fixed` is k where rows lie token after
     token, exactly k to each (top-k, product keys), so that they are a view of [t, k]. `query_stats` are mean, variance
-    and count of a batch-normalised router's queries, for the rule that keeps running statistics. `wanted` are the rows
-    that each token had before a capacity dropped some (`moestro.routing.capacity`).
+    and count of a batch-normalised router's queries, for the rule that keeps running statistics. `wanted` is the
+    routing before a capacity dropped some of its rows (`moestro.routing.capacity`).
     """
 
     token: Int[Tensor, "n"]
@@ -87,7 +91,7 @@ class SparseRouting(Routing):
     bounds: Int[Tensor, "e1"] | None = None
     fixed: int | None = None
     query_stats: tuple[Tensor, Tensor, int] | None = None
-    wanted: Float[Tensor, "t"] | None = None
+    wanted: "SparseRouting | None" = None
 
     @staticmethod
     def from_topk(
@@ -158,6 +162,9 @@ class SparseRouting(Routing):
 
     def meetings(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
         return self.token, self.expert
+
+    def as_wanted(self) -> "SparseRouting":
+        return self if self.wanted is None else self.wanted
 
     def keep(self, mask: Bool[Tensor, "n"]) -> "SparseRouting":
         """The rows where `mask` is true; the rest are dropped."""

@@ -95,8 +95,9 @@ def by_kind(group: dict) -> tuple[dict, dict]:
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
     """Trainable parameters by (learning-rate scale, weight decay), each parameter once, also where it is tied.
 
-    Norms, biases and everything else of fewer than two dimensions do not decay, nor do embeddings (tied heads with
-    them). A `settings.groups` pattern overrides both numbers for the parameters whose name it matches.
+    Norms, biases (those of several experts in one tensor, too) and everything else of fewer than two dimensions do not
+    decay, nor do embeddings (tied heads with them). A `settings.groups` pattern overrides both numbers for the
+    parameters whose name it matches.
 
     Raises: ValueError where a pattern matches nothing, or nothing is trainable.
     """
@@ -106,7 +107,8 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay = 0.0 if parameter.ndim < 2 or id(parameter) in embeddings else settings.weight_decay
+        spared = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in embeddings
+        decay = 0.0 if spared else settings.weight_decay
         special = first_match(settings.groups, name)
         scale = 1.0
         if special is not None:

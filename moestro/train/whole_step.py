@@ -46,9 +46,9 @@ def step_traffic(model: nn.Module, parts: Sequence[Batch], precision: str) -> tu
 
 
 def _counts(trace: Trace) -> Tensor:
-    """Rows of every expert, tokens, and tokens on which two experts or more were recorded."""
+    """Rows that tokens chose of every expert, tokens, and tokens on which two experts or more were recorded."""
     paired = (trace.recorded_per_token() >= 2).sum()
-    load = trace.routing.load().to(exact_dtype(trace.x.device))
+    load = trace.routing.as_wanted().load().to(exact_dtype(trace.x.device))
     return torch.cat([load, load.new_tensor([trace.routing.n_tokens]), paired.to(load)[None]])
 
 

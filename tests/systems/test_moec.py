@@ -11,7 +11,7 @@ import torch
 from moestro.experts import FFNBank
 from moestro.layers import MoELayer
 from moestro.model import Attention, Block
-from moestro.objectives import ClusterVariance, LoadBalance
+from moestro.objectives import ClusterVariance, LoadBalance, ParameterPenalty
 from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import load_recipe
 from moestro.routers import Capacity, LowRankCosineScore, ScoredRouter, TopK
@@ -62,6 +62,19 @@ def test_gates_and_losses_equal_the_reference() -> None:
             torch.testing.assert_close(a, b, **FLOAT64)
     torch.testing.assert_close(trace.routing.dense(), reference.gates(c, part.temperature), **FLOAT64)
     assert all(bool(gradient.any()) for gradient in mine)
+
+
+def test_a_capacity_hides_no_load_from_the_balance() -> None:
+    """As in the code, whose gate counts tokens before experts drop any."""
+    moe, x = layer(), tokens()
+    select = moe.router.select
+    for objective in (LoadBalance(), ParameterPenalty(), LoadBalance(statistics="step")):
+        moe.router.select = select
+        want = objective(moe(x)[1][0])
+        moe.router.select = Capacity(select, 0.4)
+        (trace,) = moe(x)[1]
+        assert trace.routing.n_rows < len(x)
+        torch.testing.assert_close(objective(trace), want, rtol=0, atol=0)
 
 
 def test_a_fixed_temperature_learns_nothing_and_has_a_floor() -> None:
@@ -116,8 +129,10 @@ def test_a_gate_of_zero_is_the_identity() -> None:
     torch.testing.assert_close(block(same, torch.arange(5)[None])[0], same, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "block", "experts", "clusters"), [("moec", 2, 16, 4), ("paper/moec", 5, 64, 8)])
-def test_recipes(name: str, block: int, experts: int, clusters: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "block", "experts", "clusters", "factor"), [("moec", 2, 16, 4, 2), ("paper/moec", 5, 64, 8, 8)]
+)
+def test_recipes(name: str, block: int, experts: int, clusters: int, factor: int) -> None:
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     model = build_model(recipe, 32_000, "meta")
     ((where, moe),) = model.moe_layers().items()
@@ -125,7 +140,7 @@ def test_recipes(name: str, block: int, experts: int, clusters: int) -> None:
     assert recipe.tree["model"]["layers"][block]["clusters"] == clusters
     assert moe.router.score.project.shape[0] == 32  # type: ignore[union-attr]
     select = moe.router.select  # type: ignore[union-attr]
-    assert isinstance(select, Capacity) and select.factor == 2 and isinstance(select.select, TopK)
+    assert isinstance(select, Capacity) and select.factor == factor and isinstance(select.select, TopK)
     assert (select.select.top_k, select.select.gate, select.select.renormalize) == (1, "interpolate", False)
     _, objectives, (rule,) = build_training(recipe)
     assert objectives == [("load_balance", 0.01, LoadBalance()), ("cluster_variance", 0.64, ClusterVariance())]

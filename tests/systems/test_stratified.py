@@ -19,14 +19,14 @@ import torch
 
 from moestro.evaluate import capacity_report, routing_report
 from moestro.evaluate.knobs import spending
-from moestro.experts import CopyBank, FFNBank, SharedExpert
+from moestro.experts import CopyBank, CPBank, FFNBank, MPOBank, SharedExpert
 from moestro.layers import DenseFFN, MoELayer, StratifiedLayer
 from moestro.layers.stratified import pass_probabilities
 from moestro.model import Attention, Block, Transformer
 from moestro.model.active import idle_parameters
 from moestro.objectives import FirstChoiceBalance
 from moestro.ops import backend
-from moestro.routers import LinearScore, SampledSecond, ScoredRouter, SlotRouter, TopK
+from moestro.routers import Capacity, LinearScore, SampledSecond, ScoredRouter, SlotRouter, TopK
 from moestro.routing import Trace
 from tests.reference import stratified as reference
 from tests.tolerances import FLOAT64
@@ -145,6 +145,21 @@ def test_top_1_in_the_own_stratum_composes_all_blocks() -> None:
     torch.testing.assert_close(y, want, **FLOAT64)
 
 
+def test_a_capacity_drops_rows_and_no_token_stays_behind() -> None:
+    """What a token chose first says where it goes, whether the expert had room for it or not."""
+    made, x = layer(select=Capacity(TopK(2), 0.3)), tokens()
+    _, traces = made(x)
+    passed = torch.zeros(len(x), dtype=torch.int64)
+    for number, (trace, first) in enumerate(zip(traces, made.firsts, strict=True)):
+        there = (passed == number).nonzero().squeeze(-1)
+        assert torch.equal(there, torch.arange(len(x)) if number == 0 else trace.origin.token)
+        choice = trace.routing.logits.argmax(-1) + first
+        kept = trace.routing.dense().gather(1, (choice - first)[:, None]).squeeze(1) > 0
+        assert not kept.all()
+        passed[there] = torch.tensor([reference.stratum_of(int(e), STRATA) for e in choice], dtype=torch.int64)
+    assert (passed == len(STRATA)).all()
+
+
 def test_no_gate_sees_an_expert_of_an_earlier_stratum() -> None:
     made = layer(select=SampledSecond())
     bank = made.branches[0]
@@ -200,6 +215,19 @@ def test_flops_are_counted_pass_by_pass() -> None:
     probability = [1.0, 2 / 7, 3 / 5]
     want = sum(p * (2 * expert + 2 * D * n) for p, n in zip(probability, [7, 5, 2], strict=True))
     assert made.expected_token_flops() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("kind", [MPOBank, partial(CPBank, modes=[E], rank=4)], ids=["mpo", "cp"])
+def test_a_pass_costs_what_its_bank_counts(kind) -> None:
+    bank = kind(D, n_experts=E, width=8) if kind is MPOBank else kind(D)
+    made = StratifiedLayer(D, STRATA, gate, [bank]).double()
+    _, (trace, *_) = made(tokens())
+    want = bank.flops(trace.routing).item().useful + trace.layer.router.flops(29)
+    assert trace.flops().item().useful == want
+    assert trace.flops().item().training().useful == 3 * want
+    frozen = trace.layer.router.flops(29)
+    bank.requires_grad_(False)
+    assert trace.flops().item().training().useful == 3 * want - (want - frozen)
 
 
 def test_figures_count_each_token_once() -> None:

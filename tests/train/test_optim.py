@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from moestro.experts import ClampedBank, FreeAdapters
 from moestro.train import OptimSettings, ParameterGroup
 from moestro.train.optim import build_optimizer, clip_gradients, parameter_groups, set_learning_rate
 from moestro.train.tensors import load_optimizer, optimizer_tensors
@@ -27,6 +28,12 @@ def test_norms_biases_and_embeddings_do_not_decay():
     assert found["blocks.0.attention_norm.weight"] == (1.0, 0.0)
     assert found["blocks.1.ffn.router.query_norm.bias"] == (1.0, 0.0)
     assert found["blocks.1.ffn.branches.0.up"] == (1.0, 0.1)
+
+
+@pytest.mark.parametrize("bank", [FreeAdapters(4, 3, rank=2), ClampedBank(4, 3, width=2)], ids=type)
+def test_biases_of_experts_in_one_tensor_do_not_decay(bank):
+    for name, (_, decay) in by_name(bank, OptimSettings(weight_decay=0.3)).items():
+        assert decay == (0.0 if name.endswith("bias") else 0.3), name
 
 
 def test_a_tied_head_is_one_parameter_and_does_not_decay():
