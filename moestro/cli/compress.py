@@ -209,11 +209,12 @@ def _question(arguments: Namespace) -> "Question | None":
 def _report(source: Path, folder: Path, question: "Question | None") -> None:
     """report.json, the model card's section and the page, in the folder."""
     from moestro.compare.compression import write_compression
+    from moestro.compress.applying import PAGE
     from moestro.compress.report import figures, reported, write_report
 
     found = reported(source, folder, question)
     rows = figures(found)
-    print(f"report: {write_report(found, folder)}, {write_compression(found, rows, folder / 'report.html')}")
+    print(f"report: {write_report(found, folder)}, {write_compression(found, rows, folder / PAGE)}")
     for name, before, after in rows:
         print(f"{name:<20} {before:>16} {after:>16}")
     if "quantised_share" in found["after"]:

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from moestro.compress.projection import uniform
 from moestro.compress.quantised import quantisation_config
 from moestro.compress.rewriting import Rewriting
 from moestro.formats import Checkpoint
+from moestro.formats.companions import companions
 from moestro.formats.complete import COUNTS_BY_LAYER
 from moestro.formats.shards import INDEX, SINGLE, Shards, read_json
 from moestro.formats.writer import Outgoing
-from moestro.ops.whole_files import HASHES, require_intact, sha256_json
+from moestro.ops.whole_files import require_intact, sha256_json
 from moestro.train.durable import write_json, write_text
 from moestro.train.folder_job import FolderJob, clear_finished
 
@@ -32,11 +33,13 @@ from moestro.train.folder_job import FolderJob, clear_finished
 RECORD, PLAN = "compression.json", "compression_plan.json"
 # The request that a plan came from, where there was one.
 REQUESTED = "compression_request.json"
+# What was measured, for programs and for readers, and what a folder says of its healing.
+REPORT, PAGE, HEALING = "report.json", "report.html", "healing.json"
 # What the report adds to, or may be changed by hand, and so has no hash.
 EDITED = ("README.md", "generation_config.json")
 MODELING = "modeling_compressed.py"
-# Weights in other formats, which would no longer be those of this model.
-OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".safetensors", ".ot"}
+# What a folder that was compressed before says of that, and not of this.
+OWN_WORDS = {RECORD, PLAN, REQUESTED, REPORT, PAGE, HEALING}
 NUMBERED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 Progress = Callable[[str, int, int], None]
 
@@ -53,7 +56,8 @@ def apply_plan(
 
     Memory is bounded by one expert's matrices and a few pieces of 16 MiB; no model is built. The same arguments give
     the same bytes; interrupted, the same call continues after the last finished file; finished, it changes nothing.
-    A plan that changes nothing copies every file. `plan_path` says where the plan's tensors lie, if it has any.
+    A plan that changes nothing copies every file of the model. `plan_path` says where the plan's tensors lie, if it has
+    any.
 
     Raises: PlanError where plan, source, destination and layout do not fit; FormatError or DamagedFile for a damaged
     source.
@@ -143,8 +147,9 @@ def _require_space(folder: FolderJob, files: dict[str, tuple[str, list[Outgoing]
 def _companions(folder: FolderJob, rewriting: Rewriting, output: Output, files: dict[str, list[Outgoing]]) -> None:
     """Everything but tensors: configuration, index, tokenizer, remote code."""
     source, plan = rewriting.checkpoint.path, rewriting.plan
-    for file in _others(source):
-        folder.copy(file.relative_to(source).as_posix(), file)
+    for file in companions(source):
+        if (name := file.relative_to(source).as_posix()) not in OWN_WORDS:
+            folder.copy(name, file)
     if plan.identical:
         names = ["config.json", *([INDEX] if (source / INDEX).is_file() else [])]
         for name in names:
@@ -156,17 +161,6 @@ def _companions(folder: FolderJob, rewriting: Rewriting, output: Output, files: 
     write_text(folder.path / "config.json", edited(text, config_changes(rewriting, output)))
     if SINGLE not in files:
         write_json(folder.path / INDEX, index_of(rewriting.checkpoint, files))
-
-
-def _others(source: Path) -> Iterator[Path]:
-    """Files of the source that go with any of its weights."""
-    for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        own = inside.as_posix() in ("config.json", INDEX, RECORD, PLAN, REQUESTED, HASHES)
-        if path.is_file() and not hidden and not own and path.suffix not in OTHER_WEIGHTS:
-            if not path.name.endswith(".index.json"):
-                yield path
 
 
 def config_changes(rewriting: Rewriting, output: Output) -> dict[str, Any]:

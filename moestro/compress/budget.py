@@ -30,19 +30,20 @@ def removed_counts(importance: Sequence[float], most: Sequence[int], total: int,
         )
     if not 0 <= total <= sum(most):
         raise ValueError(f"{total} experts to remove, allowed: 0 to {sum(most)}, at most {list(most)} a layer")
-    # relative to the least important layer, so that no power overflows
-    least = min(importance) + TINY
-    weights = [(least / (value + TINY)) ** (1 / temperature) for value in importance]
-    return rounded(filled(weights, most, total), most, total)
+    logs = [-math.log(value + TINY) for value in importance]
+    return rounded(filled(logs, temperature, most, total), most, total)
 
 
-def filled(weights: Sequence[float], most: Sequence[int], total: int) -> list[float]:
-    """Shares of `total` in proportion to the weights, none above its `most`."""
-    shares = [0.0] * len(weights)
-    free = [place for place in range(len(weights)) if most[place] > 0]
+def filled(logs: Sequence[float], temperature: float, most: Sequence[int], total: int) -> list[float]:
+    """Shares of `total` in proportion to exp(log / temperature), none above its `most`."""
+    shares = [0.0] * len(logs)
+    free = [place for place in range(len(logs)) if most[place] > 0]
     left = float(total)
     while free and left > 0:
-        scale = left / max(sum(weights[place] for place in free), math.ulp(0))
+        # relative to the largest that is left: no power overflows, and not all of them vanish
+        top = max(logs[place] for place in free)
+        weights = {place: math.exp((logs[place] - top) / temperature) for place in free}
+        scale = left / sum(weights.values())
         full = [place for place in free if weights[place] * scale >= most[place]]
         for place in full or free:
             shares[place] = float(most[place]) if full else weights[place] * scale

@@ -12,6 +12,7 @@ import torch
 
 from moestro.compress.plan import PlanError
 from moestro.formats import Checkpoint
+from moestro.formats.companions import companions
 from moestro.formats.shards import INDEX, SINGLE
 from moestro.formats.writer import Outgoing, computed, of_file
 from moestro.train.durable import write_json
@@ -62,9 +63,9 @@ def translated(source: Path, destination: Path) -> Path:
     with FolderJob(destination, {"translate": str(source.resolve())}) as folder:
         for file, tensors in files.items():
             folder.write(file, tensors, checkpoint.shards.metadata[file] or {"format": "pt"})
-        for path in sorted(source.glob("*")):
-            if path.suffix in (".json", ".model", ".txt", ".jinja", ".md") and path.name not in ("config.json", INDEX):
-                folder.copy(path.name, path)
+        # its own code, which no longer loads, stays behind
+        for path in [path for path in companions(source) if path.suffix != ".py"]:
+            folder.copy(path.relative_to(source).as_posix(), path)
         write_json(folder.path / "config.json", config)
         if SINGLE not in files:
             placed = {tensor.name: file for file, tensors in files.items() for tensor in tensors}

@@ -11,6 +11,7 @@ from moestro.routers.groups import EVERYWHERE
 
 Layout = Literal["stock", "padded", "custom"]
 FACTORS, SKIPPING = "low-rank factors (but multiplied out: --densify)", "skipping by gates"
+NARROWER = "experts narrower than shared ones or layers without experts, which the same key of config.json sizes"
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Wanted:
     skips: bool = False
     whitens: bool = False
     quantises: bool = False
+    narrows: bool = False
 
 
 def check_method(checkpoint: Checkpoint | RunSource, output: Output, per_layer: bool, wanted: Wanted) -> None:
@@ -158,6 +160,8 @@ def check_method(checkpoint: Checkpoint | RunSource, output: Output, per_layer: 
         raise InfeasibleError(_cannot(output.layout, FACTORS, checkpoint))
     if output.layout != "custom" and wanted.skips:
         raise InfeasibleError(_cannot(output.layout, SKIPPING, checkpoint))
+    if output.layout != "custom" and wanted.narrows and checkpoint.family.width_of_all:
+        raise InfeasibleError(_cannot(output.layout, NARROWER, checkpoint))
     if factors and isinstance(checkpoint.family.experts, Fused):
         raise PlanError(f"{one_tensor(checkpoint)}, which holds no factors: allowed: --densify")
     if wanted.quantises and (factors or (per_layer and output.layout == "padded")):
@@ -189,6 +193,7 @@ def check_plan(plan: Plan, checkpoint: Checkpoint, output: Output = STOCK) -> No
             (FACTORS, not output.densify and any(map(_factors, plan.layers))),
             ("experts of different widths", len(_widths(plan)) > 1),
             (SKIPPING, any(layer.skip_below is not None for layer in plan.layers)),
+            (NARROWER, checkpoint.family.width_of_all and any(layer.narrows for layer in plan.layers)),
         ):
             if present:
                 raise InfeasibleError(_cannot(layout, what, checkpoint))

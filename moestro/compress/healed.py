@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moestro.compress.applying import RECORD, REQUESTED, require_outside
+from moestro.compress.applying import EDITED, HEALING, RECORD, REQUESTED, require_outside
 from moestro.compress.healing import Healing, heal_by_lora, heal_routers
 from moestro.compress.measuring import Question, loaded_folder, measured
 from moestro.compress.methods import Request
@@ -20,12 +20,10 @@ from moestro.compress.source import RunSource, open_source
 from moestro.compress.text import healing_text
 from moestro.formats import Checkpoint
 from moestro.formats.writer import Outgoing, of_file, of_tensor
-from moestro.ops.whole_files import TEMPORARY, holding, sha256_json
+from moestro.ops.whole_files import HASHES, TEMPORARY, holding, sha256_json
 from moestro.train.durable import empty, write_json
 from moestro.train.folder_job import FolderInUse, FolderJob, read_control
 
-# What a healed folder says of its healing.
-HEALING = "healing.json"
 STATE, ASKED, WITHOUT = "state.safetensors", "asked.json", "without.json"
 
 
@@ -164,10 +162,11 @@ def _write(bare: Path, model: nn.Module, said: Mapping[str, Any], destination: P
             folder.write(file, tensors, source.shards.metadata[file] or {"format": "pt"})
         for path in sorted(bare.rglob("*")):
             name = path.relative_to(bare).as_posix()
-            if path.is_file() and name not in (*source.shards.files, RECORD, REQUESTED):
+            if path.is_file() and name not in (*source.shards.files, RECORD, REQUESTED, HASHES):
                 folder.copy(name, path)
         write_json(folder.path / RECORD, {"healed": said["asked"], "files": dict(sorted(folder.done.items()))})
         write_json(folder.path / HEALING, said)
+        folder.record_hashes(but=EDITED)
         folder.publish()
 
 

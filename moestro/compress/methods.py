@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import moestro
-from moestro.compress.feasible import STOCK, Limits, Output, check_request, limits_of
+from moestro.compress.feasible import STOCK, Limits, Output, Wanted, check_method, check_request, limits_of
 from moestro.compress.fingerprint import fingerprint
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Semantics
 from moestro.compress.router_norms import kept_by_change, require_moved, router_norm_changes
@@ -125,6 +125,7 @@ def by_unit_norms(request: Request) -> Plan:
     expert, or (`per_layer`) of all experts of a layer together, which leaves experts of different widths."""
     option(request, {})
     source, _, _ = checked(request)
+    check_method(source, request.output, request.per_layer, Wanted(narrows=request.ratio > 0))
     plans = []
     for layer in source.moe_layers:
         sizes = [unit_norms(source, layer, expert) for expert in range(source.n_experts(layer))]
@@ -133,7 +134,7 @@ def by_unit_norms(request: Request) -> Plan:
     return made(request, plans)
 
 
-# Methods of `moestro.compress.measured`.
+# Methods of `moestro.compress.text_methods`.
 MEASURED = (
     *("frequency", "gate-sum", "man", "reap", "random", "recon"),
     *("moe-i2", "svd", "merge", "hc-smoe", "auto"),

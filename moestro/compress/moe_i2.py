@@ -43,6 +43,11 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1 or self.candidates < 1 or not 0 < self.lowest <= 1:
             raise ValueError(f"{self}, allowed: ratio 0 to below 1, candidates from 1, lowest above 0 to 1")
+        for name, allowed in {"counts": ("importance", "uniform"), "importance": ("recon", "loss")}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}, allowed: {', '.join(allowed)}")
+        if self.block < 1 or not self.temperature > 0:
+            raise ValueError(f"block={self.block}, temperature={self.temperature}, allowed: from 1, above 0")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction}, allowed: above 0 to 1, or None")
 

@@ -92,6 +92,8 @@ class Group:
             raise PlanError(f"members={list(self.members)}, allowed: at least one expert, ascending, none twice")
         if len(self.weights) != len(self.members):
             raise PlanError(f"weights={list(self.weights)}, allowed: one for each of {len(self.members)} members")
+        if not all(map(math.isfinite, self.weights)) or not sum(self.weights) > 0:
+            raise PlanError(f"weights={list(self.weights)}, allowed: finite numbers whose sum is above 0")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moestro.compress.applying import REPORT
 from moestro.compress.healed import said_of
 from moestro.compress.measuring import Question, measured
 from moestro.compress.plan import LayerPlan, Plan
@@ -14,8 +15,8 @@ from moestro.compress.quantised import quantised_share
 from moestro.compress.source import RunSource, open_source
 from moestro.formats import FAMILIES, Family, Fused
 from moestro.train.durable import write_json, write_text
+from moestro.train.folder_job import read_control
 
-REPORT = "report.json"
 # Calibration rows below which an expert's score is said to be of too little.
 FEW = 100
 SPEED = (
@@ -26,7 +27,8 @@ BEGIN, END = "<!-- moestro compress -->", "<!-- /moestro compress -->"
 
 
 def reported(source: Path, destination: Path, question: Question | None) -> dict[str, Any]:
-    """Everything about one compression; what needs the models run only where there is a `question`."""
+    """Everything about one compression; what needs the models run only where there is a `question`. Without one, what
+    an earlier report of the same folder had measured stays in it."""
     plan = read_plan(destination / "compression_plan.json", whole=False)
     found: dict[str, Any] = {
         "source": source.name,
@@ -50,7 +52,16 @@ def reported(source: Path, destination: Path, question: Question | None) -> dict
         found["after"] |= measured(destination, question, source)
     if (healing := said_of(destination, question)) is not None:
         found["healing"] = healing
-    return found
+    return found if question is not None else _with_earlier(found, read_control(destination / REPORT) or {})
+
+
+def _with_earlier(found: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with the figures of an earlier one that it lacks."""
+    sides = {side: {**earlier.get(side, {}), **found[side]} for side in ("before", "after")}
+    without = (
+        {"healing": {**found["healing"], "without": earlier["healing"]["without"]}} if "healing" in earlier else {}
+    )
+    return {**found, **sides, **without}
 
 
 def _spares_work(layer: LayerPlan) -> bool:

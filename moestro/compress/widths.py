@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.compress.budget import share_of
 from moestro.compress.plan import PlanError
 from moestro.compress.source import RunSource
 from moestro.experts import FFNBank
@@ -41,21 +42,18 @@ def wide_enough(
         return _together(sizes, ratio)
     kept = []
     for size in sizes:
-        n = max(1, len(size) - int(ratio * len(size) + 0.5))
-        kept.append(_largest(size, n))
+        kept.append(_largest(size, max(1, len(size) - share_of(ratio, len(size)))))
     return tuple(kept)
 
 
 def _together(sizes: Sequence[Float[Tensor, "_"]], ratio: float) -> tuple[tuple[int, ...], ...]:
     total = sum(map(len, sizes))
-    # an expert's best unit comes before all others
-    protected = [torch.where(size == size.max(), torch.inf, size) for size in sizes]
-    everything = torch.cat(protected)
-    chosen = set(_largest(everything, max(len(sizes), total - int(ratio * total + 0.5))))
+    # an expert's best unit, one of it, comes before all others
+    protected = [size.index_fill(0, torch.tensor(_largest(size, 1)), torch.inf) for size in sizes]
+    chosen = set(_largest(torch.cat(protected), max(len(sizes), total - share_of(ratio, total))))
     kept, first = [], 0
     for size in sizes:
-        own = tuple(unit for unit in range(len(size)) if first + unit in chosen)
-        kept.append(own or (int(size.argmax()),))
+        kept.append(tuple(unit for unit in range(len(size)) if first + unit in chosen))
         first += len(size)
     return tuple(kept)
 

@@ -17,10 +17,10 @@ from moestro.convert.layers import ConversionError
 from moestro.convert.run import require_new
 from moestro.convert.upcycle import Upcycle
 from moestro.formats import DENSE_FAMILIES, FAMILIES, Checkpoint, DenseFamily, Family, PerExpert
+from moestro.formats.companions import companions
 from moestro.formats.shards import INDEX, SINGLE
 from moestro.formats.writer import Outgoing, of_file, of_tensor
 from moestro.hf import skeleton
-from moestro.ops.whole_files import HASHES
 from moestro.train.durable import write_json
 from moestro.train.folder_job import FolderJob
 
@@ -74,10 +74,8 @@ def upcycle_folder(source: str | Path, out: str | Path, method: Upcycle, seed: i
     # a job of its own every time: nothing that an interrupted conversion left is kept
     with FolderJob(folder, {"conversion": uuid4().hex}) as job:
         write_shards(job, list(tensors(checkpoint, family, dense, method, seed)))
-        for path in sorted(Path(source).iterdir()):
-            other = path.name.endswith((".safetensors", ".index.json", ".bin")) or path.name == HASHES
-            if path.is_file() and not other:
-                job.copy(path.name, path)
+        for path in companions(checkpoint.path):
+            job.copy(path.relative_to(checkpoint.path).as_posix(), path)
         write_json(job.path / "config.json", config)
         layers = verified(job.path, checkpoint, dense)
         job.record_hashes(but=("README.md", "generation_config.json"))

@@ -43,7 +43,8 @@ class Family:
     `count_keys`: keys that may state the number of experts; those present must agree, and a writer sets all of them.
     `renormalise`: whether the chosen gates are divided by their sum, or the key that says so. `bias`: the router's
     additive bias on logits; `correction`: its bias for selection only. `grouped`: `n_group` and `topk_group` limit the
-    selection. `shared`: stem of experts that every token visits, never renumbered.
+    selection. `shared`: stem of experts that every token visits, never renumbered. `width_of_all`: `width_key` also
+    says how wide these, or layers without experts, are.
     """
 
     model_type: str
@@ -59,6 +60,7 @@ class Family:
     correction: str | None = None
     grouped: bool = False
     shared: str | None = None
+    width_of_all: bool = False
 
     def renormalises(self, config: Config) -> bool:
         """Whether this checkpoint divides the chosen gates by their sum."""
@@ -104,6 +106,7 @@ _ALL = (
         renormalise=False,
         grouped=True,
         shared=f"{MLP}.shared_experts",
+        width_of_all=True,
     ),
     *(
         Family(
@@ -116,6 +119,7 @@ _ALL = (
             correction=f"{MLP}.gate.e_score_correction_bias",
             grouped=True,
             shared=f"{MLP}.shared_experts",
+            width_of_all=True,
         )
         for model_type in ("deepseek_v3", "glm4_moe")
     ),
@@ -127,6 +131,7 @@ _ALL = (
         "intermediate_size",
         renormalise=False,
         layers=periodic,
+        width_of_all=True,
     ),
     Family(
         "hunyuan_v1_moe",
@@ -137,6 +142,7 @@ _ALL = (
         top_k_key="moe_topk",
         renormalise=True,
         shared=f"{MLP}.shared_mlp",
+        width_of_all=True,
     ),
     Family(
         "granitemoe",

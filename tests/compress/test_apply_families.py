@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from moestro.compress.applying import RECORD, apply_plan
+from moestro.compress.feasible import InfeasibleError, Output
 from moestro.formats import FAMILIES as KNOWN
 from moestro.formats import Checkpoint
-from tests.compress.folders import FAMILIES, FEWER, GROUPED, loaded, masked, plan_for, saved, some_of
+from tests.compress.folders import FAMILIES, FEWER, GROUPED, blocks, loaded, masked, plan_for, saved, some_of
 from tests.hf.families import some_tokens
 
 
@@ -77,3 +78,24 @@ def test_what_is_no_routed_expert_stays_as_it_is(tmp_path, family):
     own = [name for name in before if ".experts." not in name and ".mlp.gate." not in name]
     assert any("shared_expert" in name for name in own) and any("self_attn" in name for name in own)
     assert all(torch.equal(before[name], after[name]) for name in own)
+
+
+@pytest.mark.parametrize("family", FEWER)
+def test_narrower_experts_are_experts_whose_other_units_add_nothing(tmp_path, family):
+    """Where one key of config.json sizes experts and what else there is, only a custom folder can say so."""
+    model = saved(family, tmp_path / "src")
+    checkpoint = Checkpoint(tmp_path / "src")
+    width, count = checkpoint.width(checkpoint.moe_layers[0]), checkpoint.n_experts(checkpoint.moe_layers[0])
+    half = tuple(range(0, width, 2))
+    plan, custom = plan_for(tmp_path / "src", range(count), units=(half,) * count), KNOWN[family].width_of_all
+    if custom:
+        with pytest.raises(InfeasibleError, match="a stock folder cannot say experts narrower than shared ones"):
+            apply_plan(tmp_path / "src", plan, tmp_path / "dst")
+    folder = apply_plan(tmp_path / "src", plan, tmp_path / "dst", Output("custom" if custom else "stock"))
+    small = loaded(folder, trust=custom)
+    with torch.no_grad():
+        for block in blocks(model).values():
+            down = block.experts.down_proj
+            units = down if block.experts.is_transposed else down.mT
+            units[:, 1::2] = 0
+        torch.testing.assert_close(small(some_tokens()).logits, model(some_tokens()).logits, rtol=0, atol=3e-6)

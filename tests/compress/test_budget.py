@@ -38,6 +38,8 @@ def test_more_important_layers_give_up_fewer_in_proportion_to_the_inverse():
     assert removed_counts([1, 2, 4], [8, 8, 8], 7) == [4, 2, 1]
     assert removed_counts([1, 1, 1], [8, 8, 8], 7) == [3, 2, 2]
     assert removed_counts([1, 2, 4], [8, 8, 8], 9, temperature=1e9) == [3, 3, 3]
+    # a temperature at which all but the first count nothing, until the first has given all
+    assert removed_counts([1, 1e5, 1e6], [2, 2, 2], 3, temperature=0.01) == [2, 1, 0]
     # what the first cannot give goes to the others by their shares
     assert removed_counts([0, 1, 2], [2, 8, 8], 8) == [2, 4, 2]
 

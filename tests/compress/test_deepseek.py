@@ -96,7 +96,10 @@ def test_half_of_twice_a_shared_expert_is_that_expert_to_the_bit(tmp_path, dtype
 
 def test_it_can_then_be_pruned_like_its_family(tmp_path):
     source = write_folder(tmp_path / "src", tensors(), CONFIG)
+    for name in ("tokenizer.json", "modeling_deepseek.py", "hashes.json"):
+        (source / name).write_text("{}")
     folder = translated(source, tmp_path / "dst")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     small = loaded(apply_plan(folder, plan_for(folder, (0, 1, 3)), tmp_path / "small"))
     assert blocks(small)[1].experts.num_experts == 3
 

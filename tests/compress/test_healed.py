@@ -14,6 +14,7 @@ from moestro.compress.methods import Request
 from moestro.compress.running import compressed, wanted_by
 from moestro.data import ByteTokenizer
 from moestro.formats import Checkpoint
+from moestro.ops.whole_files import require_intact
 from tests.compress.folders import loaded, saved
 from tests.compress.test_own import run  # noqa: F401
 
@@ -55,6 +56,8 @@ def test_a_healed_folder_differs_where_healing_learns(tmp_path, source, method):
     learned = {name for name in every if ".experts." in name or "_proj" in name}
     assert changed == (learned if method == "lora" else routers)
     loaded(folder)
+    # hashes are those of the healed tensors
+    require_intact(folder)
     said = json.loads((folder / "healing.json").read_text())
     assert len(said["losses"]) == 3 and said["losses"][-1] < said["losses"][0]
     assert (folder / "compression_plan.json").read_bytes() == (tmp_path / "bare/compression_plan.json").read_bytes()

@@ -10,13 +10,13 @@ from moestro.compress import calibration, measured
 from moestro.compress.blocks import block_error, blocks_of
 from moestro.compress.feasible import Output
 from moestro.compress.masking import without
-from moestro.compress.measured import METHODS, loaded
-from moestro.compress.merging import Settings as Merging
+from moestro.compress.measured import loaded
 from moestro.compress.methods import MEASURED, Request
 from moestro.compress.plan import PlanError
 from moestro.compress.plan_file import read_plan
 from moestro.compress.running import compressed, plan_for
 from moestro.compress.text import batches_of
+from moestro.compress.text_methods import METHODS
 from moestro.data import ByteTokenizer
 from moestro.formats import Checkpoint
 from tests.compress.folders import loaded as plainly_loaded
@@ -150,8 +150,6 @@ def test_impossible_requests_are_refused(request_for, tmp_path):
         plan_for(request_for("mixtral", "reap", options={"sampel": 3}), plan)
     with pytest.raises(PlanError, match="70 subsets of 4 of 8"):
         plan_for(request_for("mixtral", "recon", 0.5, options={"enumerable": 10}), plan)
-    with pytest.raises(PlanError, match="criteria="):
-        plan_for(request_for("mixtral", "auto", tokens=2048, options={"criteria": "best"}), plan)
     with pytest.raises(PlanError, match="too few to hold one out"):
         plan_for(request_for("mixtral", "auto", tokens=256), plan)
     bare = tmp_path / "bare"
@@ -179,8 +177,18 @@ def test_what_cannot_be_stored_or_merged_is_refused_before_anything_is_measured(
     ):
         with pytest.raises(PlanError, match=said):
             plan_for(request_for(family, "reap", options=options), tmp_path / "plan.json")
-    with pytest.raises(ValueError, match="merge='mean', allowed: uniform, frequency, learned, prune"):
-        Merging(merge="mean")
+    for method, options, said in (
+        ("merge", {"merge": "mean"}, "merge: merge='mean', allowed: uniform, frequency, learned, prune"),
+        ("moe-i2", {"importance": "rekon"}, "moe-i2: importance='rekon', allowed: recon, loss"),
+        ("moe-i2", {"temperature": 0.0}, "temperature=0.0, allowed: .* above 0"),
+        ("moe-i2", {"block": 0}, "block=0, temperature=1.0, allowed: from 1"),
+        ("recon", {"genetic": True, "population": 1}, "population from 2"),
+        ("svd", {}, "svd removes no experts"),
+        ("auto", {"criteria": "best"}, "criteria='best', allowed: frequency, "),
+        ("auto", {"criteria": "reap,svd"}, "svd removes no experts"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            plan_for(request_for("mixtral", method, tokens=2048, options=options), tmp_path / "plan.json")
 
 
 def test_merging_leaves_every_layer_as_many_experts_as_a_token_takes(request_for, tmp_path):

@@ -113,6 +113,8 @@ def test_units_of_all_experts_together_leave_every_expert_one():
     assert wide_enough(sizes, 0.5, together=True) == ((0,), (1,), (2, 3))
     assert wide_enough(sizes, 0.9, together=True) == ((0,), (1,), (3,))
     assert wide_enough(sizes, 0.0) == ((0, 1, 2), (0, 1), (0, 1, 2, 3))
+    # units that are equally large, or all nothing, protect their expert once
+    assert wide_enough([torch.zeros(4), sizes[2]], 0.5, together=True) == ((0,), (1, 2, 3))
 
 
 def test_plans_that_a_run_cannot_say_are_refused(tmp_path, run):

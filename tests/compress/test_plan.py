@@ -64,6 +64,12 @@ def test_what_changes_nothing_is_known():
     assert not replace(same, quantise=Quantisation("int8")).identical
 
 
+@pytest.mark.parametrize("weights", [(0.5, -0.5), (1.0, float("inf")), (0.0, 0.0), (1.0,)])
+def test_weights_of_a_group_make_a_mean(weights):
+    with pytest.raises(PlanError, match="weights=.*allowed: "):
+        Group((0, 1), weights)
+
+
 @pytest.mark.parametrize(
     ("keywords", "said"),
     [

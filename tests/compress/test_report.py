@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moestro.cli import main
-from moestro.compress import LayerPlan
+from moestro.compress import LayerPlan, report
 from moestro.compress.applying import apply_plan
 from moestro.compress.feasible import Output
 from moestro.compress.measuring import Question, held_out, loss_of
@@ -97,6 +97,17 @@ def test_the_card_keeps_what_stood_in_it_and_has_one_section(tmp_path):
     assert "- layer 0: 6 of 8: 0, 1, 2, 3, 4, 5" in card and "perplexity" not in card
     assert [row[0] for row in figures(found)] == ["parameters", "of experts", "active for a token", "bytes on disk"]
     assert json.loads((tmp_path / "dst" / "report.json").read_text()) == found
+
+
+def test_what_was_measured_stays_in_a_report_that_is_made_again_without_measuring(tmp_path, monkeypatch):
+    folder(tmp_path)
+    apply_plan(tmp_path / "src", plan_for(tmp_path / "src", range(6)), tmp_path / "dst")
+    measured = {"perplexity": 3.0, "peak_device_bytes": None, "peak_host_bytes": 2**20}
+    monkeypatch.setattr(report, "measured", lambda folder, question, reader=None: dict(measured))
+    first = reported(tmp_path / "src", tmp_path / "dst", Question("text.txt"))
+    write_report(first, tmp_path / "dst")
+    assert first["after"]["perplexity"] == 3.0
+    assert reported(tmp_path / "src", tmp_path / "dst", None) == first
 
 
 def test_decoding_is_said_to_be_unchanged_only_where_a_token_needs_the_same_arithmetic(tmp_path):

@@ -9,8 +9,10 @@ from moestro.cli import main
 from moestro.compress import PlanError, running
 from moestro.compress.feasible import Output
 from moestro.compress.methods import Request
-from moestro.compress.report import reported
+from moestro.compress.report import reported, write_report
 from moestro.compress.running import compressed
+from moestro.formats import Checkpoint
+from moestro.ops.whole_files import require_intact
 from tests.compress.folders import saved
 from tests.data.tokenizer_files import metaspace
 
@@ -50,6 +52,18 @@ def test_a_finished_one_that_was_not_recorded_yet_is(request_, tmp_path, monkeyp
     monkeypatch.undo()
     assert compressed(request_, tmp_path / "dst") == folder
     assert (folder / running.REQUESTED).is_file() and not (tmp_path / ".writing-dst.plan").exists()
+
+
+def test_a_compressed_folder_is_compressed_again(request_, tmp_path):
+    """What the first says of itself is not said of the second, whose hashes hold once its report is written."""
+    folder = request_.source
+    for name in ("once", "twice", "thrice"):
+        folder = compressed(replace(request_, source=folder), tmp_path / name)
+        write_report(reported(request_.source, folder, None), folder)
+        (folder / "healing.json").write_text("{}")
+        require_intact(folder)
+        assert Checkpoint(folder).width(0) == {"once": 12, "twice": 6, "thrice": 3}[name]
+    assert "healing" not in reported(folder, compressed(replace(request_, source=folder), tmp_path / "last"), None)
 
 
 @pytest.mark.parametrize("inside", ["", "deeper"])
