@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -34,8 +35,10 @@ class RouterEntropy:
 
 @dataclass(frozen=True)
 class RouterZLoss:
-    """Mean over tokens of (log sum_e exp logit_te)^2: keeps logits small (Zoph 2022, arXiv:2202.08906, Eq. 5)."""
+    """Mean over tokens of (log sum_e exp logit_te)^2: keeps logits small (Zoph 2022, arXiv:2202.08906, Eq. 5). Logits
+    are what the router's score gives, whatever its gates are."""
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
-        logits = require_logits(trace.routing, "router_z_loss")
+        require_logits(trace.routing, "router_z_loss")
+        logits: Any = trace.routing.raw_logits()
         return logits.logsumexp(-1).square().sum() / max(1, trace.routing.n_tokens)

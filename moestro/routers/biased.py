@@ -1,5 +1,7 @@
 """`BiasedRouter`: top-k with a bias on every expert that steers the choice and nothing else."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,7 +23,8 @@ class BiasedRouter(Router):
     s = sigmoid(logits), as in the paper, or another gate of `GATES`. DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) also
     divides the gates by their sum (`renormalize`), multiplies them (`scale`, 2.5) and confines a token to its best
     groups by biased scores (`limit`). `bias` is a buffer of zeros: no gradient reaches it, `forward` never changes it,
-    checkpoints keep it; the rule `BiasBalance` moves it after optimizer steps. Ties go to the lower expert.
+    checkpoints keep it, in float32 at least whatever the model is converted to; the rule `BiasBalance` moves it after
+    optimizer steps, by too little for bfloat16. Ties go to the lower expert.
 
     The routing's logits are log s, so that their softmax is s_te / sum_e s_te, the normalised score that objectives on
     probabilities need.
@@ -68,7 +71,14 @@ class BiasedRouter(Router):
         gates = scores.gather(1, expert)
         if self.renormalize:
             gates = shares(gates)
-        return SparseRouting.from_topk(expert, self.scale * gates, self.n_experts, gate.shown(logits))
+        return SparseRouting.from_topk(expert, self.scale * gates, self.n_experts, gate.shown(logits), raw=logits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BiasedRouter":
+        before = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype.itemsize < torch.float32.itemsize:
+            self.bias = at_least_fp32(before.to(self.bias.device))
+        return self
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Biases move with their experts; a fresh expert's is the mean of the others'."""

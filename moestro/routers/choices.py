@@ -42,7 +42,8 @@ class ExpertChoice(Select):
         token = scores.T[there].sort(dim=-1, descending=True, stable=True).indices[:, :rows].flatten()
         expert = there.repeat_interleave(rows)
         weight = scores[token, expert]
-        return SparseRouting(token, expert, weight, len(logits), logits.shape[1], gate.shown(logits))
+        shown = gate.shown(logits)
+        return SparseRouting(token, expert, weight, len(logits), logits.shape[1], shown, raw=logits)
 
     def rows_per_token(self, n_experts: int) -> float:
         return self.factor

@@ -43,14 +43,14 @@ class ResidualRouter(ScoredRouter):
         return self.routed(logits)
 
     def _logits(self, earlier: Routing, n_tokens: int) -> Float[Tensor, "t f"]:
-        needed = (n_tokens, self.residual.shape[1])
-        if earlier.logits is None or earlier.logits.shape != needed:
-            have = None if earlier.logits is None else list(earlier.logits.shape)
+        needed, logits = (n_tokens, self.residual.shape[1]), earlier.raw_logits()
+        if logits is None or logits.shape != needed:
+            have = None if logits is None else list(logits.shape)
             raise ValueError(
                 f"the gating residual needs logits {list(needed)} of the layer before, got {have}: every layer must "
                 "route the same tokens over as many experts"
             )
-        return earlier.logits.masked_fill(earlier.logits == -math.inf, 0.0)
+        return logits.masked_fill(logits == -math.inf, 0.0)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Rows of M move with their experts, fresh ones are drawn; columns belong to the layer before."""

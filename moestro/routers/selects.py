@@ -99,7 +99,7 @@ class TopK(Select):
         gates = scores.gather(1, expert)
         if self.renormalize:
             gates = shares(gates)
-        return SparseRouting.from_topk(expert, self.scale * gates, logits.shape[1], gate.shown(logits))
+        return SparseRouting.from_topk(expert, self.scale * gates, logits.shape[1], gate.shown(logits), raw=logits)
 
     def rows_per_token(self, n_experts: int) -> float:
         return self.top_k
@@ -208,10 +208,10 @@ class Soft(Select):
         return self.norm != "batch"
 
     def forward(self, logits: Float[Tensor, "t e"]) -> SoftRouting:
-        gate, dimension = find(self.gate), NORM_DIMENSIONS[self.norm]
+        gate, dimension, raw = find(self.gate), NORM_DIMENSIONS[self.norm], logits
         if dimension is not None:
             logits = standardized(logits, dimension, self.norm_eps)
-        return SoftRouting((gate.scores(logits),), gate.shown(logits))
+        return SoftRouting((gate.scores(logits),), gate.shown(logits), raw)
 
     def rows_per_token(self, n_experts: int) -> float:
         return n_experts

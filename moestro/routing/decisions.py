@@ -11,11 +11,13 @@ from torch import Tensor
 class Routing:
     """Which rows each expert computes, and how rows become tokens again. Immutable; the family is closed:
     `SparseRouting`, `SoftRouting`, `SlotRouting`. Rows are grouped by expert: expert e computes rows
-    `offsets[e]:offsets[e+1]`."""
+    `offsets[e]:offsets[e+1]`. The softmax of `logits` are the experts' probabilities; `raw` are the router's own
+    numbers where they are others (gates that are no softmax)."""
 
     n_tokens: int
     n_experts: int
     logits: Float[Tensor, "t e"] | None
+    raw: Float[Tensor, "t e"] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -63,6 +65,10 @@ class Routing:
         """Token and expert of every row; None where rows are mixtures of tokens."""
         return None
 
+    def raw_logits(self) -> Float[Tensor, "t e"] | None:
+        """What the router's score gave; None where no such matrix exists."""
+        return self.logits if self.raw is None else self.raw
+
     def as_wanted(self) -> "Routing":
         """What tokens chose, those rows included that a capacity dropped."""
         return self
@@ -92,6 +98,7 @@ class SparseRouting(Routing):
     fixed: int | None = None
     query_stats: tuple[Tensor, Tensor, int] | None = None
     wanted: "SparseRouting | None" = None
+    raw: Float[Tensor, "t e"] | None = None
 
     @staticmethod
     def from_topk(
@@ -100,13 +107,13 @@ class SparseRouting(Routing):
         n_experts: int,
         logits: Float[Tensor, "t e"] | None = None,
         query_stats: tuple[Tensor, Tensor, int] | None = None,
+        raw: Float[Tensor, "t e"] | None = None,
     ) -> "SparseRouting":
         """Exactly k experts for every token."""
         t, k = expert.shape
         token = torch.arange(t, device=expert.device).repeat_interleave(k)
-        return SparseRouting(
-            token, expert.flatten(), weight.flatten(), t, n_experts, logits, fixed=k, query_stats=query_stats
-        )
+        flat = token, expert.flatten(), weight.flatten()
+        return SparseRouting(*flat, t, n_experts, logits, fixed=k, query_stats=query_stats, raw=raw)
 
     @property
     def n_rows(self) -> int:
@@ -187,6 +194,7 @@ class SoftRouting(Routing):
 
     modes: tuple[Float[Tensor, "t _"], ...]
     logits: Float[Tensor, "t e"] | None = None
+    raw: Float[Tensor, "t e"] | None = None
 
     @property
     def n_tokens(self) -> int:  # type: ignore[override]
@@ -220,7 +228,7 @@ class SoftRouting(Routing):
     def scaled(self, factor: Float[Tensor, "e"]) -> "SoftRouting":
         """One mode, because factors of experts are no products of factors of modes."""
         weight = self.dense()
-        return SoftRouting((weight * factor.to(weight),), self.logits)
+        return SoftRouting((weight * factor.to(weight),), self.logits, self.raw)
 
     def per_token(self, value: Float[Tensor, "e"] | float) -> Float[Tensor, "t"]:
         total = value.sum() if isinstance(value, Tensor) else torch.tensor(value * self.n_experts)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, TopK
 from moestro.data import Batch
@@ -137,6 +138,17 @@ def test_values_are_checked() -> None:
         BiasedRouter(LinearScore(8, 4), 2, gate="relu")
     with pytest.raises(ValueError, match="top_k=2 > 1 experts"):
         BiasedRouter(LinearScore(8, 4), 2).reindex(torch.tensor([3]))
+
+
+@pytest.mark.parametrize("convert", [nn.Module.bfloat16, nn.Module.half], ids=["bfloat16", "half"])
+def test_biases_stay_in_float32_when_a_model_is_converted(convert) -> None:
+    router = BiasedRouter(LinearScore(4, 3), 1)
+    router.bias.copy_(torch.tensor([0.5, 0.5 + 1e-3, 0.5 - 1e-3]))
+    before = router.bias.clone()
+    convert(nn.Sequential(router))
+    assert router.score.weight.dtype != torch.float32 and torch.equal(router.bias, before)
+    assert torch.equal(router(torch.zeros(2, 4, dtype=router.score.weight.dtype)).expert, torch.tensor([1, 1]))
+    assert router.double().bias.dtype == torch.float64
 
 
 def test_biases_move_with_their_experts() -> None:

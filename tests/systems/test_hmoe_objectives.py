@@ -12,7 +12,8 @@ from moestro.experts import FFNBank
 from moestro.experts.widths import arithmetic
 from moestro.layers import MoELayer
 from moestro.objectives import LoadBalance, Objective, ParameterPenalty, RouterEntropy, RouterZLoss
-from moestro.routers import LinearScore, ProductKeyRouter, ScoredRouter, Select, TopK, TopP
+from moestro.routers import ExpertChoice, LinearScore, ProductKeyRouter, ScoredRouter, Select, Soft, TopK, TopP
+from moestro.routers.gates import GATES
 from moestro.routing import Trace
 from tests.reference import hmoe
 from tests.systems.hmoe_layers import grad, make_layer, random
@@ -59,6 +60,17 @@ def test_objectives_equal_the_reference(select: str) -> None:
         close(ours, theirs, **FLOAT64, msg=lambda m, o=objective: f"{o}: {m}")
         mine, expected = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, theirs))
         close(mine, expected, **FLOAT64, msg=lambda m, o=objective: f"gradient of {o}: {m}")
+
+
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_the_z_loss_is_of_the_logits_whatever_the_gate(gate: str) -> None:
+    """Logs of sigmoids are bounded from above: their sum would leave logits as large as they like."""
+    logits = (9 * random(7, N)).requires_grad_()
+    for select in (TopK(2, gate=gate, renormalize=False), ExpertChoice(2, gate), Soft(gate, "layer")):
+        value = RouterZLoss()(trace_of(logits, select))
+        close(value, hmoe.router_z_loss(logits), **FLOAT64)
+        (slope,) = torch.autograd.grad(value, logits)
+        assert (slope.gather(1, logits.argmax(-1, keepdim=True)).abs() > 0.1).all()
 
 
 def test_objectives_train_the_router_of_a_real_layer() -> None:

@@ -67,6 +67,13 @@ def test_two_layers_equal_the_equations() -> None:
         assert a.any(), name
 
 
+def test_what_follows_are_logits_whatever_the_gates() -> None:
+    first, second = (ResidualRouter(LinearScore(D, N), TopK(2, gate="sigmoid")).double() for _ in range(2))
+    x, y = tokens(), tokens()
+    want = second.score(y) + first.score(x) @ second.residual.T
+    close(second(y, first(x)).raw_logits(), want, **FLOAT64)
+
+
 def model(recompute: bool = False) -> Transformer:
     torch.manual_seed(3)
     decoder = Transformer(11, D, [Block(D, Attention(D, n_heads=1), layer(seed)) for seed in range(3)]).double()
