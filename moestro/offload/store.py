@@ -60,8 +60,8 @@ def open_store(
     each file complete before it has its name. With a calibration, a store that was built without one (or with another)
     is built anew.
 
-    Raises: OffloadError where the folder holds copies of other experts, or the disk is full; FormatError for a damaged
-    file.
+    Raises: OffloadError where the folder holds copies of other experts, lacks calibrated ones where no calibration is
+    given, is damaged, or the disk is full; FormatError for a damaged file of copies.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary(folder)
@@ -75,7 +75,12 @@ def open_store(
     write_json(folder / "store.json", {**state, "calibration": built.get("calibration")})
     layers = []
     for layer, experts in enumerate(high):
-        if not (folder / f"layer-{layer:03}.json").is_file():
+        if not all((folder / f"layer-{layer:03}.{kind}").is_file() for kind in ("safetensors", "json")):
+            if calibration is None and built.get("calibration") is not None:
+                raise OffloadError(
+                    f"{folder} is calibrated and lacks copies of layer {layer + 1}: give --calibrate TEXT again, or "
+                    "delete the folder for copies that are not calibrated"
+                )
             progress(f"{codec.name} copies of layer {layer + 1} of {len(high)}")
             _build(folder, layer, experts, codec, calibration)
         layers.append(_opened(folder, layer, experts, codec))
@@ -95,15 +100,22 @@ def _state(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         if any(folder.iterdir()):
             raise OffloadError(f"{folder} is not empty and no store: give another --store")
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OffloadError(f"{path} is damaged ({error}); delete the folder to have it rebuilt") from error
+    found = _read(path)
     if found.get("format") == FORMAT:
         found = STORE.upgraded(found, path)
     for key, value in wanted.items():
         if found.get(key) != value:
             raise OffloadError(f"{folder} holds copies of other experts: {key} {found.get(key)!r}, expected {value!r}")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OffloadError(f"{path} is damaged ({error}); delete the folder to have it rebuilt") from error
+    if not isinstance(found, dict):
+        raise OffloadError(f"{path} is damaged (no JSON object); delete the folder to have it rebuilt")
     return found
 
 
@@ -181,8 +193,9 @@ def _error(tensors: dict[str, Tensor], decoded: dict[str, Tensor], importance: d
 def _opened(folder: Path, layer: int, experts: Sequence[Stored], codec: Codec) -> tuple[list[Stored], list[float]]:
     path = folder / f"layer-{layer:03}.safetensors"
     entries, _ = header(path)
-    facts = json.loads((folder / f"layer-{layer:03}.json").read_text(encoding="utf-8"))
-    found = []
+    facts, found = _read(folder / f"layer-{layer:03}.json"), []
+    if not all(len(facts.get(key, ())) == len(experts) for key in ("checksums", "errors")):
+        raise OffloadError(f"{path.with_suffix('.json')} is damaged (not {len(experts)} experts); delete the folder")
     for expert, stored in enumerate(experts):
         layout, entry = _low_layout(stored.blob, codec), entries.get(f"experts.{expert}")
         if entry is None or entry.stop - entry.start != layout.size:
@@ -199,5 +212,5 @@ def verify_store(folder: Path) -> None:
     """
     for facts in sorted(folder.glob("layer-*.json")):
         path = facts.with_suffix(".safetensors")
-        if not path.is_file() or sha256(path) != json.loads(facts.read_text(encoding="utf-8"))["sha256"]:
+        if not path.is_file() or sha256(path) != _read(facts)["sha256"]:
             raise OffloadError(f"{path} is missing or damaged; delete {facts.name} and it to have the layer rebuilt")

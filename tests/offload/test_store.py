@@ -104,18 +104,43 @@ def test_copies_of_other_experts_are_refused(high: Experts, tmp_path: Path) -> N
         open_store(tmp_path / "low", high, CODECS["int4"])
 
 
-def test_a_calibration_builds_anew(high: Experts, tmp_path: Path) -> None:
-    plain = open_store(tmp_path / "low", high, CODECS["int2"])
+def calibration() -> Calibration:
     found = Calibration()
     draw = torch.Generator().manual_seed(0)
     for layer in range(2):
         for expert in range(4):
             scale = torch.tensor([10.0, 0.1, 0.1, 0.1])
             found.add((layer, expert), torch.randn(9, 4, generator=draw) * scale, torch.randn(9, 6, generator=draw))
-    calibrated = open_store(tmp_path / "low", high, CODECS["int2"], found)
+    return found
+
+
+def test_a_calibration_builds_anew(high: Experts, tmp_path: Path) -> None:
+    plain = open_store(tmp_path / "low", high, CODECS["int2"])
+    calibrated = open_store(tmp_path / "low", high, CODECS["int2"], calibration())
     assert calibrated.calibrated and not plain.calibrated
     assert calibrated.errors != plain.errors
     assert open_store(tmp_path / "low", high, CODECS["int2"]).calibrated
+
+
+def test_calibrated_copies_are_finished_with_their_calibration(high: Experts, tmp_path: Path) -> None:
+    """Those of a later layer would not be calibrated, and the store would say that all are."""
+    folder = tmp_path / "low"
+    whole = open_store(folder, high, CODECS["int2"], calibration())
+    for missing in ("layer-001.json", "layer-001.safetensors"):
+        (folder / missing).unlink()
+        with pytest.raises(OffloadError, match="calibrated and lacks copies of layer 2: give --calibrate"):
+            open_store(folder, high, CODECS["int2"])
+        first = (folder / "layer-000.json").stat().st_mtime_ns
+        assert open_store(folder, high, CODECS["int2"], calibration()).errors == whole.errors
+        assert (folder / "layer-000.json").stat().st_mtime_ns == first
+
+
+@pytest.mark.parametrize(("name", "text"), [("store.json", "[]"), ("layer-001.json", "{"), ("layer-001.json", "{}")])
+def test_what_describes_copies_is_checked(name: str, text: str, high: Experts, tmp_path: Path) -> None:
+    open_store(tmp_path / "low", high, CODECS["int4"])
+    (tmp_path / "low" / name).write_text(text)
+    with pytest.raises(OffloadError, match=f"{name} is damaged"):
+        open_store(tmp_path / "low", high, CODECS["int4"])
 
 
 def test_large_errors_are_named(high: Experts, tmp_path: Path) -> None:
