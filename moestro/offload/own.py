@@ -77,6 +77,9 @@ class OwnHost:
         found = model.decoder.load_state_dict(tensors, strict=False)
         if found.unexpected_keys or [name for name in found.missing_keys if not self._experts_own(name)]:
             raise OffloadError(f"{self.path} holds the tensors of another model than it describes: {found}")
+        for layer in model.decoder.moe_layers().values():
+            # outputs of single experts are kept for training's losses, past `forward`, with weights that are not here
+            layer.record = None
         return model.eval()
 
     def _experts_own(self, name: str) -> bool:

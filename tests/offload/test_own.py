@@ -108,6 +108,16 @@ def test_tokens_may_differ_in_the_number_of_their_experts(run_of: Callable[..., 
         assert len({len(trace.routing.token) for trace in model.decoder(tokens(7)).traces}) > 1
 
 
+def test_what_layers_record_in_training_asks_for_no_expert(run_of: Callable[..., Path]) -> None:
+    """A layer that records is computed past its bank's forward pass, which here would be with weights of no memory."""
+    folder = run_of("mutual_distillation", "model.n_layers=2")
+    with torch.no_grad():
+        want = opened(folder).model(tokens(12)).logits
+    with Session(folder, Plan(least(folder)), poison=True) as session, session.running():
+        assert torch.allclose(session.model(tokens(12)).logits, want, **FLOAT32)
+        assert session.counts.misses_high > 8
+
+
 def test_tokens_may_differ_in_the_number_of_their_rows(tmp_path: Path) -> None:
     """As many tokens at a time as the cached rows do for, however the routing's rows are ordered."""
     seed = torch.Generator().manual_seed(0)
