@@ -9,10 +9,12 @@ from moestro.experts.base import ExpertBank
 from moestro.model import Transformer
 from moestro.offload.chosen import chosen
 from moestro.offload.trace import Header, Recorder, Trace, read_trace
+from moestro.routing import Trace as LayerTrace
 
 
 def trace_of(model: Transformer, tokens: Tensor, path: Path, low: float = 0.25) -> Trace:
-    """Record what the routers of `model` choose on sequences [b s], each token a pass of its own as in generation.
+    """Record what the routers of `model` choose on sequences [b s], each token a pass of its own as in generation: with
+    all of its parts where a layer splits it into heads, and no step for a stratum that it does not go through.
 
     Sizes are the bytes of every expert's weights: of feed-forward experts by their widths, of table rows (PEER) one row
     of each table; a LOW copy is taken to be `low` of that. Tokens with fewer experts than others (top-p) repeat their
@@ -23,6 +25,7 @@ def trace_of(model: Transformer, tokens: Tensor, path: Path, low: float = 0.25) 
     layers = list(model.moe_layers().values())
     if not layers:
         raise ValueError("this model has no mixtures to trace")
+    number = {id(layer): i for i, layer in enumerate(layers)}
     sizes = [_sizes(layer.bank) for layer in layers]
     top_k = max(round(layer.router.rows_per_token()) for layer in layers)
     lows = [[round(low * size) for size in layer] for layer in sizes]
@@ -30,14 +33,21 @@ def trace_of(model: Transformer, tokens: Tensor, path: Path, low: float = 0.25) 
     with torch.no_grad():
         for sequence in tokens:
             recorder.start_sequence()
-            every = [chosen(trace.routing) for trace in model(sequence[None]).traces]
+            traces = [trace for trace in model(sequence[None]).traces if trace.routing.n_tokens]
+            every = [(number[id(trace.layer)], _tokens(trace), *chosen(trace.routing)) for trace in traces]
             for position in range(len(sequence)):
-                for layer, (ids, weights) in enumerate(every):
-                    recorder.step(layer, ids[position : position + 1], weights[position : position + 1])
+                for layer, token, ids, weights in every:
+                    if (mine := token == position).any():
+                        recorder.step(layer, ids[mine], weights[mine])
     recorder.close()
     if recorder.error is not None:
         raise recorder.error
     return read_trace(path)
+
+
+def _tokens(trace: LayerTrace) -> Tensor:
+    """Which token of the model each routed one is, or is a part of."""
+    return torch.arange(trace.routing.n_tokens) if trace.origin is None else trace.origin.token.cpu()
 
 
 def _sizes(bank: ExpertBank) -> list[int]:

@@ -175,12 +175,13 @@ class Session:
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
-        """Inside, every expert is asked for in HIGH."""
-        before, self.engine.thresholds = self.engine.thresholds, Thresholds()
+        """Inside, every expert is asked for in HIGH, and no request is counted."""
+        before = self.engine.thresholds, self.loader.counts
+        self.engine.thresholds, self.loader.counts = Thresholds(), Counts()
         try:
             yield
         finally:
-            self.engine.thresholds = before
+            self.engine.thresholds, self.loader.counts = before
 
     @contextmanager
     def recording(self, path: Path, depth: int = 3) -> Iterator[Recorder]:

@@ -172,8 +172,9 @@ def _header(path: Path, line: bytes) -> Header:
         same = [len(layer) for layer in header.high] == [len(layer) for layer in header.low]
     except TypeError as error:
         raise TraceError(f"{path}, line 1: {error}") from None
-    if not sizes or not same or not all(type(size) is int and size > 0 for size in sizes):
-        raise TraceError(f"{path}, line 1: sizes of experts are missing, no whole numbers above 0, or differ in number")
+    numbers = all(type(size) is int and size >= 0 for size in sizes)
+    if not same or not numbers or not any(map(any, header.high)):
+        raise TraceError(f"{path}, line 1: sizes of experts are missing, all 0, no whole numbers, or differ in number")
     return header
 
 

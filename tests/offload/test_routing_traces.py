@@ -56,6 +56,32 @@ def test_rows_of_tables(tmp_path: Path) -> None:
     assert everything.misses_high == len(met) < cold.misses_high and everything.demanded == len(met) * 128
 
 
+def test_a_step_has_every_part_of_its_token(tmp_path: Path) -> None:
+    model = model_of("multi_head", "model.n_layers=1")
+    trace = trace_of(model, tokens(), tmp_path / "t.jsonl")
+    routed = model(tokens()[:1]).traces[0]
+    ids, _ = routed.routing.matrix()
+    assert len(trace.steps) == 2 * 6 and len(ids) > 6
+    for position in range(6):
+        assert torch.equal(trace.steps[position].ids, ids[routed.origin.token == position])
+
+
+def test_a_token_has_no_step_in_strata_that_it_passes_by(tmp_path: Path) -> None:
+    model = model_of("stratified")
+    trace = trace_of(model, tokens(), tmp_path / "t.jsonl")
+    assert trace.header.n_layers == len(model.moe_layers()) > model.n_mixtures() and trace.complete
+    routed = model(tokens()[:1]).traces
+    assert sum(len(step.ids) for step in trace.steps if step.sequence == 0) == sum(one.routing.n_tokens for one in routed)
+
+
+def test_experts_of_no_width_have_no_bytes(tmp_path: Path) -> None:
+    trace = trace_of(model_of("moe_plus_plus"), tokens(), tmp_path / "t.jsonl")
+    assert 0 in trace.header.high[0] and any(trace.header.high[0])
+    moved = replay(trace, Setting({Precision.HIGH: 1 << 30})).counts.moved
+    met = {(s.layer, i) for s in trace.steps for i in s.ids.flatten().tolist()}
+    assert moved == sum(trace.header.high[layer][expert] for layer, expert in met)
+
+
 def test_what_has_no_choice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no mixtures"):
         trace_of(model_of("dense"), tokens(), tmp_path / "t.jsonl")
