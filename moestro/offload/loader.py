@@ -199,7 +199,12 @@ class Loader:
         if (key, precision) not in self.cache:
             self.counts.scratch += 1
             self.counts.demanded += self.slots.size(key, precision)
-            self.transport.wait(self.transport.submit(self.slots.take(key, precision, scratch=True), DEMAND))
+            ticket = self.transport.submit(self.slots.take(key, precision, scratch=True), DEMAND)
+            try:
+                self.transport.wait(ticket)
+            finally:
+                # blocks of a copy that failed may still run, and the next one is to lie here
+                self.transport.cancel(ticket)
             return Served(expert, precision, scratch=True)
         if ticket is not None:
             self.counts.late += ticket.urgency == AHEAD and not self.transport.arrived(ticket)

@@ -24,10 +24,11 @@ class Records:
     """Uses of experts, counted in passes of the model (the paper's tokens: one a pass when decoding), from 1.
 
     Sequence-level records start anew with every sequence; the cached weights stay. With `per_sequence=False` they are
-    kept for good (model-level).
+    kept for good (model-level). `ratio`: what a LOW copy costs, in HIGH ones (bits over bits).
     """
 
     per_sequence: bool = True
+    ratio: float = 0.25
     token: int = 0
     previous: frozenset[Key] = frozenset()
     _current: set[Key] = field(default_factory=set)
@@ -108,16 +109,15 @@ class Mix:
 
 @dataclass(frozen=True)
 class LCU:
-    """p = (H + ratio L) / T + [used in the previous pass] / (distance + 0.1), `ratio` the bits of LOW over those of
-    HIGH. RECONSTRUCTED from the text of the successor MoE-APEX (ASPLOS 2026), whose equations were not readable: take
+    """p = (H + ratio L) / T + [used in the previous pass] / (distance + 0.1), L the uses in LOW and `ratio` that of the
+    records. RECONSTRUCTED from the text of the successor MoE-APEX (ASPLOS 2026), whose equations were not readable: take
     its form as unverified."""
 
-    ratio: float = 0.25
     name: str = "lcu"
 
     def priority(self, key: Key, records: Records, layer: int, n_layers: int) -> float:
         entry = records.of(key)
-        cost = (entry.high + self.ratio * entry.low) / max(1, records.token)
+        cost = (entry.high + records.ratio * entry.low) / max(1, records.token)
         soon = 1 / (layers_until(key, layer, n_layers) + 0.1) if key in records.previous else 0.0
         return cost + soon
 
@@ -130,7 +130,7 @@ SINGLE = {
 }
 
 
-def policy_named(text: str, ratio: float = 0.25) -> Policy:
+def policy_named(text: str) -> Policy:
     """`lru`, `lfu`, `lhu`, `fld`, `lcu`, `mix` (equal weights) or `mix:0.4,0.3,0.2,0.1` (lru, lfu, lhu, fld).
 
     Raises: ValueError for anything else.
@@ -142,7 +142,7 @@ def policy_named(text: str, ratio: float = 0.25) -> Policy:
         except ValueError:
             raise ValueError(f"policy {text!r}: mix takes four numbers, mix:LRU,LFU,LHU,FLD of sum 1") from None
         return Mix(lru, lfu, lhu, fld)
-    known: dict[str, Policy] = {**SINGLE, "mix": Mix(), "lcu": LCU(ratio)}
+    known: dict[str, Policy] = {**SINGLE, "mix": Mix(), "lcu": LCU()}
     if text not in known:
         raise ValueError(f"policy {text!r}, allowed: {', '.join(known)}, mix:LRU,LFU,LHU,FLD")
     return known[text]

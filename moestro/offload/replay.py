@@ -79,7 +79,8 @@ def replay(trace: Trace, setting: Setting, timing: Timing | None = None, clear: 
     Raises: ValueError for a prefetch depth that the trace has no predictions for.
     """
     _check_depth(trace, setting.depth)
-    cache = SlotCache(setting.capacity, setting.policy, trace.header.n_layers, Records(setting.per_sequence))
+    records = Records(setting.per_sequence, trace.header.ratio)
+    cache = SlotCache(setting.capacity, setting.policy, trace.header.n_layers, records)
     transport = VirtualTransport(timing.bandwidth, timing.latency) if timing else VirtualTransport()
     loader = Loader(cache, Sizes(trace.header), transport, setting.depth, setting.cooperative)
     for steps in trace.sequences():

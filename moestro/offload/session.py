@@ -79,6 +79,7 @@ class Session:
     ) -> None:
         self.plan, self.device, self.host = plan, torch.device(device), host_of(folder)
         high = self.host.experts
+        self._require_host_memory()
         self.model: Any = self.host.load(self.device)
         held = (*self.model.parameters(), *self.model.buffers())
         self.resident = sum(tensor.nbytes for tensor in held if not tensor.is_meta)
@@ -95,7 +96,7 @@ class Session:
         self.capacity = self._capacity(left - scratch)
         self.memory = SlotMemory(self.tiers, self._source(), self.capacity, self.device, poison)
         self.transport = ThreadTransport(1 if self.device.type == "cuda" else 2)
-        records = Records(plan.per_sequence)
+        records = Records(plan.per_sequence, self.header.ratio)
         cache = SlotCache(self.capacity, plan.policy, len(high), records)
         self.loader = Loader(cache, self.memory, self.transport, plan.depth, plan.cooperative)
         layers, compute, scored = self.host.layers, self.host.compute, plan.thresholds
@@ -111,6 +112,13 @@ class Session:
         path = self.host.path
         folder = store or path.with_name(f"{path.name}.offload-{self.plan.low.name}")
         return open_store(folder, high, self.plan.low, calibration, progress)
+
+    def _require_host_memory(self) -> None:
+        needed, free = total(self.host.experts) + total_size(self.host.tables), free_machine_memory()
+        if self.plan.host and free is not None and needed > free:
+            raise OffloadError(
+                f"{needed:,} bytes of experts are to be held in host memory, and {free:,} are free: leave them in files"
+            )
 
     def _source(self) -> Source:
         if self.plan.host:

@@ -162,19 +162,19 @@ def test_what_cannot_be_scored_or_set_is_refused() -> None:
         with pytest.raises(ValueError, match="mix"):
             policy_named(text)
     assert policy_named("mix:0.4,0.3,0.2,0.1").weights == (0.4, 0.3, 0.2, 0.1)
-    assert isinstance(policy_named("lcu", 0.125), LCU)
+    assert isinstance(policy_named("lcu"), LCU)
 
 
 def test_lcu_keeps_what_the_previous_pass_used() -> None:
-    records = Records()
+    records = Records(ratio=0.125)
     for asked in ({(0, 0): HIGH, (1, 1): LOW}, {(0, 2): HIGH}):
         records.start_pass()
         for key, precision in asked.items():
             records.use(key, precision)
-    policy = LCU(0.25)
+    policy = LCU()
     # T = 2: cost / T, and 1 / (distance + 0.1) for experts of the pass before
     assert policy.priority((0, 0), records, 0, 2) == pytest.approx(1 / 2 + 1 / 0.1)
-    assert policy.priority((1, 1), records, 0, 2) == pytest.approx(0.25 / 2 + 1 / 1.1)
+    assert policy.priority((1, 1), records, 0, 2) == pytest.approx(0.125 / 2 + 1 / 1.1)
     assert policy.priority((0, 2), records, 0, 2) == pytest.approx(1 / 2)
 
 

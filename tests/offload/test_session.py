@@ -167,6 +167,20 @@ def test_memory_that_cannot_do_is_refused_with_what_would(folder: Path) -> None:
         Plan(1, cooperative=True)
 
 
+def test_host_memory_that_cannot_do_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the system ends the process for what it takes."""
+    plan = Plan(memory_for(folder, 3), host=True)
+    with Session(folder, plan) as session:
+        needed = session.figures()["memory"]["host_bytes"]
+    for free, refused in ((needed - 1, True), (needed, False)):
+        monkeypatch.setattr("moestro.offload.session.free_machine_memory", lambda free=free: free)
+        if refused:
+            with pytest.raises(OffloadError, match=f"{needed:,} bytes of experts .* host memory, and {free:,} are free"):
+                Session(folder, plan)
+        else:
+            Session(folder, plan).close()
+
+
 def test_what_cannot_run_is_refused_before_copies_are_made(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OffloadError, match="the least for"):
         Session(folder, Plan(1, CODECS["int4"]), store=tmp_path / "store")

@@ -4,9 +4,14 @@ import threading
 
 import pytest
 
+from moestro.offload.cache import SlotCache
 from moestro.offload.files import OffloadError
+from moestro.offload.loader import Loader
+from moestro.offload.policies import SINGLE, Key, Records
+from moestro.offload.replay import Sizes
 from moestro.offload.scorer import Precision
 from moestro.offload.threads import ThreadTransport
+from moestro.offload.trace import Header
 from moestro.offload.transport import AHEAD, DEMAND, Job
 
 
@@ -131,6 +136,32 @@ def test_a_block_that_fails_ends_the_others_of_its_job() -> None:
     transport.cancel(ticket)
     assert later == ["slow"] and transport.moved == 0 and not transport.arrived(ticket)
     transport.wait(transport.submit(job(1, [lambda: None]), DEMAND))
+    transport.close()
+
+
+def test_scratch_is_free_once_a_copy_that_failed_has_ended() -> None:
+    transport, begun, go, done = ThreadTransport(2), threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        begun.set()
+        go.wait(10)
+        done.append("slow")
+
+    def fails() -> None:
+        begun.wait(10)
+        raise OffloadError("the disk is gone")
+
+    class NoSlots(Sizes):
+        def take(self, key: Key, precision: Precision, scratch: bool = False) -> Job:
+            assert scratch
+            return Job(key, precision, 8, [slow, fails], ordered=False)
+
+    header = Header("", [[8]], [[2]], 1)
+    cache = SlotCache({Precision.HIGH: 0}, SINGLE["lru"], 1, Records())
+    threading.Timer(0.05, go.set).start()
+    with pytest.raises(OffloadError, match="the disk is gone"):
+        list(Loader(cache, NoSlots(header), transport).serve(0, {0: Precision.HIGH}))
+    assert done == ["slow"]
     transport.close()
 
 
