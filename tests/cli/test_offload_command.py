@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -124,6 +125,28 @@ def test_sizes() -> None:
     for text in ("", "0", "GiB", "-1", "1TB5"):
         with pytest.raises(ArgumentTypeError, match="no size"):
             size(text)
+
+
+def test_a_disk_that_fills_up_ends_the_trace_and_nothing_else(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [folder, "--memory", memory_for(folder, 3), "--exact", "--prompt", "the quick", "--tokens", 8]
+    assert offload(*words) == 0
+    text = capsys.readouterr().out.splitlines()[0]
+    trace, before = tmp_path / "t.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    # what a file may have stands for what is left of a disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert offload(*words, "--trace", trace) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == text and "tokens read in" in said.out
+    assert f"the trace is incomplete: {trace}: [Errno 27] File too large" in said.err
+    found = read_trace(trace)
+    assert 0 < len(found.steps) < 2 * 8 and not found.complete and trace.stat().st_size <= 1000
+    assert offload("replay", trace, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["complete"] is False
 
 
 @pytest.mark.slow

@@ -71,7 +71,9 @@ def test_a_token_has_no_step_in_strata_that_it_passes_by(tmp_path: Path) -> None
     trace = trace_of(model, tokens(), tmp_path / "t.jsonl")
     assert trace.header.n_layers == len(model.moe_layers()) > model.n_mixtures() and trace.complete
     routed = model(tokens()[:1]).traces
-    assert sum(len(step.ids) for step in trace.steps if step.sequence == 0) == sum(one.routing.n_tokens for one in routed)
+    assert sum(len(step.ids) for step in trace.steps if step.sequence == 0) == sum(
+        one.routing.n_tokens for one in routed
+    )
 
 
 def test_experts_of_no_width_have_no_bytes(tmp_path: Path) -> None:

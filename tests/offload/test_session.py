@@ -175,7 +175,9 @@ def test_host_memory_that_cannot_do_is_refused(folder: Path, monkeypatch: pytest
     for free, refused in ((needed - 1, True), (needed, False)):
         monkeypatch.setattr("moestro.offload.session.free_machine_memory", lambda free=free: free)
         if refused:
-            with pytest.raises(OffloadError, match=f"{needed:,} bytes of experts .* host memory, and {free:,} are free"):
+            with pytest.raises(
+                OffloadError, match=f"{needed:,} bytes of experts .* host memory, and {free:,} are free"
+            ):
                 Session(folder, plan)
         else:
             Session(folder, plan).close()
