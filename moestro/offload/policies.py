@@ -110,8 +110,8 @@ class Mix:
 @dataclass(frozen=True)
 class LCU:
     """p = (H + ratio L) / T + [used in the previous pass] / (distance + 0.1), L the uses in LOW and `ratio` that of the
-    records. RECONSTRUCTED from the text of the successor MoE-APEX (ASPLOS 2026), whose equations were not readable: take
-    its form as unverified."""
+    records. RECONSTRUCTED from the text of the successor MoE-APEX (ASPLOS 2026), whose equations were not readable:
+    take its form as unverified."""
 
     name: str = "lcu"
 
