@@ -69,13 +69,14 @@ def read_from_disk() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
 
 
-def limited(command: Sequence[str], size: int, python: str = sys.executable) -> dict[str, Any]:
-    """Run a command under the limit; the JSON object that is its last line of output.
+def limited(command: Sequence[str], size: int, python: str = sys.executable, **variables: str) -> dict[str, Any]:
+    """Run a command under the limit, with these variables in its environment; the JSON object that is its last line of
+    output.
 
     Raises: RuntimeError with the end of what it said where it failed.
     """
-    with memory_limit(size) as variables:
-        environment = {**os.environ, **variables, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with memory_limit(size) as entering:
+        environment = {**os.environ, **entering, **variables, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run([python, *command], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:3])} ended with {done.returncode}: {done.stderr[-600:]}")

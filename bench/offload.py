@@ -6,6 +6,7 @@ python -m bench.offload [--quick] [--json PATH] [--llama-cpp PYTHON]; needs 15 G
 with llama.cpp, on a disk that forgets what it has read (no tmpfs)."""
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from bench.harness import Row, Times, arguments, compare, report
 from bench.limits import limited
 from bench.offload_side import prompt
 from bench.small_mixtral import TRAINED, drawn, trained
+from moestro.cli.offload import SHARES
 from moestro.ops import native
 
 # 6.1 GB of experts
@@ -37,19 +39,23 @@ MEASURES = (
 Found = dict[str, list[dict[str, Any]]]
 
 
-def sides(folder: Path, memory: int, tokens: int, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """What runs each contestant once, with every file that it reads cold."""
+def sides(
+    folder: Path, memory: int, tokens: int, plan: dict[str, float], options: argparse.Namespace
+) -> dict[str, Callable[[], Any]]:
+    """What runs each contestant once, with every file that it reads cold; `plan` is the mixed one's."""
     common = ["--tokens", str(tokens), "--threads", str(options.threads)]
 
-    def cold(pattern: str, command: list[str], python: str = sys.executable) -> Any:
+    def cold(pattern: str, command: list[str], python: str = sys.executable, **variables: str) -> Any:
         make_cold(folder.parent.glob(pattern))
-        return limited(command, memory + BESIDES, python)
+        return limited(command, memory + BESIDES, python, **variables)
 
-    def own(side: str) -> Callable[[], Any]:
+    def tensors(side: str, **variables: str) -> Callable[[], Any]:
         command = ["-m", "bench.offload_side", side, str(folder), "--memory", str(memory), *common]
-        return lambda: cold("*/*.safetensors", command)
+        return lambda: cold("*/*.safetensors", [*command, "--plan", json.dumps(plan)], **variables)
 
-    found = {side: own(side) for side in ("exact", "accelerate", "mixed")}
+    # as the command line runs it (cli.offloading.spare_readers)
+    own = {"OMP_WAIT_POLICY": "PASSIVE"}
+    found = {"exact": tensors("exact", **own), "accelerate": tensors("accelerate"), "mixed": tensors("mixed", **own)}
     if options.llama_cpp:
         said = ",".join(map(str, prompt(TRAINED["vocab_size"])[0].tolist()))
         for kind in LLAMA:
@@ -65,9 +71,10 @@ def speeds(
     folder: Path, memory: int, options: argparse.Namespace, rounds: int, tokens: int
 ) -> tuple[list[Row], list[str]]:
     """Times and bytes from the disk, in interleaved rounds of processes; refuses to compare different texts."""
-    store = ["-m", "bench.offload_side", "store", str(folder), "--memory", "0", "--tokens", "0", "--threads"]
-    limited([*store, str(options.threads)], 1 << 40)
-    contestants = sides(folder, memory, tokens, options)
+    common = [str(folder), "--memory", str(memory), "--tokens", "32", "--threads", str(options.threads)]
+    limited(["-m", "bench.offload_side", "store", *common], 1 << 40)
+    plan = limited(["-m", "bench.offload_side", "profile", *common], 1 << 40)
+    contestants = sides(folder, memory, tokens, plan, options)
     found: Found = {side: [] for side in contestants}
     for _ in range(rounds):
         for side, run in contestants.items():
@@ -78,6 +85,7 @@ def speeds(
     case = f"{_gib(_size(folder))} in {_gib(memory)} + {_gib(BESIDES)}"
     return [*rows_of(case, found), disk_row(folder)], [
         f"limit: {', '.join(sorted(kinds))}, weights {memory >> 20} MiB and {BESIDES >> 20} MiB besides",
+        f"mixed, as profiled on another text: {', '.join(f'{k} {plan[k]:.3g}' for k in ('t1', 't2', 'low_share'))}",
         *(
             []
             if native.available()
@@ -117,20 +125,24 @@ def _gib(size: int) -> str:
 
 
 def cost(folder: Path, options: argparse.Namespace, steps: int, tokens: int) -> list[Row]:
-    """Perplexity of a trained model in mixed precision (int4, calibrated, T1 0.6, T2 0.9) beside exact."""
+    """Perplexity of a trained model in mixed precision (calibrated, thresholds profiled on other text) beside exact."""
     from moestro.offload.codecs import CODECS
     from moestro.offload.running import quality
-    from moestro.offload.scorer import Precision, Thresholds
+    from moestro.offload.scorer import Precision
     from moestro.offload.session import Plan, Session
+    from moestro.offload.trace import read_trace
+    from moestro.offload.tuning import profile_thresholds
 
     path, held_out = trained(folder / "trained", options.seed, steps)
     with Session(path, Plan(1 << 40)) as session:
-        calibration = session.calibrate(held_out[:2048])
+        with session.recording(folder / "trained.jsonl"):
+            calibration = session.calibrate(held_out[:2048])
         size = session.memory.size((0, 0), Precision.HIGH)
         memory = session.resident + 9 * size
+    thresholds = profile_thresholds(read_trace(folder / "trained.jsonl"), *SHARES)
     rows = []
     for name in ("int4", "int2"):
-        plan = Plan(memory, CODECS[name], 0.25, Thresholds(0.6, 0.9))
+        plan = Plan(memory, CODECS[name], 0.25, thresholds)
         with Session(path, plan, store=folder / f"low-{name}", calibration=calibration) as session:
             found = quality(session, held_out[4096 : 4096 + tokens])
         ratio = found["perplexity_exact"] / found["perplexity"]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from bench.limits import enter, read_from_disk
+from moestro.cli.offload import SHARES
 
 PROMPT = 8
 
@@ -40,15 +42,13 @@ class Clock:
         }
 
 
-def prompt(vocabulary: int) -> torch.Tensor:
+def prompt(vocabulary: int, seed: int = 0) -> torch.Tensor:
     """The same random tokens for every side."""
-    return torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(seed))
 
 
 def accelerated(folder: Path, memory: int, tokens: int) -> dict[str, Any]:
     """transformers with accelerate's offloading to disk."""
-    import tempfile
-
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as offloaded:
@@ -68,14 +68,34 @@ def accelerated(folder: Path, memory: int, tokens: int) -> dict[str, Any]:
         return {"tokens": out[0, PROMPT:].tolist(), "away": away, **clock.found()}
 
 
-def ours(folder: Path, memory: int, tokens: int, low: str | None) -> dict[str, Any]:
-    """moestro offload, exact or with LOW copies."""
-    from moestro.offload.codecs import codec_named
+def profiled(folder: Path, memory: int, tokens: int) -> dict[str, Any]:
+    """What `moestro offload profile --memory` says of a text that is not the measured one, as options of `ours`."""
+    from moestro.offload.codecs import CODECS
+    from moestro.offload.report import profile_report
+    from moestro.offload.running import generate
+    from moestro.offload.session import Plan, Session
+    from moestro.offload.trace import read_trace
+
+    with Session(folder, Plan(memory, CODECS["int4"])) as session:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            path = Path(temporary) / "trace.jsonl"
+            with session.recording(path):
+                ids = prompt(session.model.config.vocab_size, 1)
+                generate(session, ids[0], tokens, eos_token_id=None, pad_token_id=0)
+            report = profile_report(read_trace(path), *SHARES, sum(session.capacity.values()))
+    thresholds = report["thresholds"]
+    return {"t1": thresholds["high"], "t2": thresholds["low"], "low_share": report["low_share"], **report["shares"]}
+
+
+def ours(folder: Path, memory: int, tokens: int, mixed: dict[str, float]) -> dict[str, Any]:
+    """moestro offload, exact or, with thresholds and a share, with LOW copies."""
+    from moestro.offload.codecs import CODECS
     from moestro.offload.running import generate
     from moestro.offload.scorer import Thresholds
     from moestro.offload.session import Plan, Session
 
-    plan = Plan(memory, codec_named(low), 0.4, Thresholds(0.6, 0.9)) if low else Plan(memory)
+    thresholds = Thresholds(mixed["t1"], mixed["t2"]) if mixed else Thresholds()
+    plan = Plan(memory, CODECS["int4"], mixed["low_share"], thresholds) if mixed else Plan(memory)
     with Session(folder, plan) as session:
         clock, ids = Clock(), prompt(session.model.config.vocab_size)
         clock.mark()
@@ -98,11 +118,12 @@ def copies(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=("accelerate", "exact", "mixed", "store"))
+    parser.add_argument("side", choices=("accelerate", "exact", "mixed", "store", "profile"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--memory", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--plan", type=json.loads, default={}, help="what the side profile found")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     limit = enter()
@@ -111,8 +132,10 @@ def main() -> None:
         found = {}
     elif options.side == "accelerate":
         found = accelerated(options.folder, options.memory, options.tokens)
+    elif options.side == "profile":
+        found = profiled(options.folder, options.memory, options.tokens)
     else:
-        found = ours(options.folder, options.memory, options.tokens, "int4" if options.side == "mixed" else None)
+        found = ours(options.folder, options.memory, options.tokens, options.plan if options.side == "mixed" else {})
     print(json.dumps({"limit": limit, **found}))
 
 

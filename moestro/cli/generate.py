@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moestro.cli.arguments import Parser, UsageError, add_model
-from moestro.cli.offloading import add_memory, opened_text_model
+from moestro.cli.offloading import add_memory, opened_text_model, spare_readers
 from moestro.cli.values import positive
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def run(arguments: Namespace) -> int:
     """
     _check_sampling(arguments)
     prompts = _prompts(arguments)
+    if arguments.memory is not None:
+        spare_readers()
     with opened_text_model(arguments) as text_model:
         return _continued(arguments, text_model, prompts)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moestro.cli.arguments import Parser, UsageError, add_device, add_json, device_named, size
 from moestro.cli.keeping import add_keeping
-from moestro.cli.offloading import plan_of, policies_of, told
+from moestro.cli.offloading import plan_of, policies_of, spare_readers, told
 from moestro.cli.terminal import as_json, failed
 from moestro.cli.values import positive
 
@@ -62,7 +62,7 @@ def run(arguments: Namespace) -> int:
       moestro offload runs/hmoe-0 --memory 1GiB --prompt "Once" --exact
       moestro offload path/to/mixtral --memory 8GiB --prefetch 1 --prompt "Once" --trace routing.jsonl
       moestro offload replay routing.jsonl --memory 4GiB --policy lru --policy lfu
-      moestro offload profile routing.jsonl
+      moestro offload profile routing.jsonl --memory 4GiB
     """
     folder, *rest = arguments.what
     kind = str(folder)
@@ -84,6 +84,7 @@ def run(arguments: Namespace) -> int:
 def _generate(arguments: Namespace, folder: Path) -> int:
     # a run that is told to end closes its trace and its files as one that is interrupted
     signal(SIGTERM, default_int_handler)
+    spare_readers()
     from moestro.offload.report import run_lines
     from moestro.offload.session import Plan, Session
 
@@ -209,7 +210,10 @@ def _replay(arguments: Namespace, path: Path) -> int:
 def _profile(arguments: Namespace, path: Path) -> int:
     from moestro.offload.report import profile_lines, profile_report
 
-    report = profile_report(_read(path), *SHARES)
+    try:
+        report = profile_report(_read(path), *SHARES, arguments.memory)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
     if not as_json(arguments.json, report):
         print("\n".join(profile_lines(report)))
     return 0

@@ -1,5 +1,6 @@
 """What verbs share that run models larger than memory: the plan of a session, a model to continue texts with."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -30,6 +31,15 @@ def add_memory(parser: Parser) -> None:
         help="keep no more of the weights in memory: experts are brought when tokens ask for them (docs/offload.md)",
     )
     add_keeping(parser)
+
+
+def spare_readers() -> None:
+    """Have torch's threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise: by default they spin for some
+    milliseconds after every operation, on the cores that the threads need which read experts.
+
+    The OpenMP library looks when torch loads it: before that, or it is in vain.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def plan_of(arguments: Namespace) -> "Plan":

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from moestro.cli.arguments import Parser, UsageError, add_model, extra
-from moestro.cli.offloading import add_memory, opened_text_model
+from moestro.cli.offloading import add_memory, opened_text_model, spare_readers
 from moestro.cli.values import positive
 
 
@@ -51,6 +51,8 @@ def run(arguments: Namespace) -> int:
       moestro serve runs/hmoe-0
       moestro serve runs/hmoe-0 --name mine --port 9000 --api-key-file key.txt
     """
+    if arguments.memory is not None:
+        spare_readers()
     with extra("serve"):
         from moestro.serve import ServeSettings, read_api_key, run_server
 

@@ -7,11 +7,11 @@ from typing import Any
 from rich.table import Table
 
 from moestro.offload.policies import SINGLE, Mix, Policy
-from moestro.offload.replay import Setting, replay
+from moestro.offload.replay import Setting, budget, replay
 from moestro.offload.running import Generated
 from moestro.offload.session import Session
 from moestro.offload.trace import Trace
-from moestro.offload.tuning import prediction_accuracy, profile_thresholds, shares, tune_mix
+from moestro.offload.tuning import prediction_accuracy, profile_thresholds, shares, tune_low_share, tune_mix
 
 
 def run_report(session: Session, generated: Sequence[Generated], quality: dict[str, float] | None) -> dict[str, Any]:
@@ -109,15 +109,24 @@ def replay_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def profile_report(trace: Trace, high: float, low: float) -> dict[str, Any]:
-    """Thresholds for shares of HIGH and LOW on a trace, and how well it predicts the layers ahead."""
+def profile_report(trace: Trace, high: float, low: float, memory: int | None = None) -> dict[str, Any]:
+    """Thresholds for shares of HIGH and LOW on a trace, and how well it predicts the layers ahead; with the `memory`
+    for slots also the share of it for LOW copies, and what then moves beside exact loading.
+
+    Raises: ValueError where the memory does not hold an expert.
+    """
     found = profile_thresholds(trace, high, low)
-    return {
+    report = {
         "trace": trace.header.model,
         "thresholds": asdict(found),
         "shares": shares(trace, found),
         "predictions": prediction_accuracy(trace),
     }
+    if memory is None:
+        return report
+    exact = replay(trace, Setting(budget(trace.header, memory, 0.0))).counts
+    share, moved = tune_low_share(trace, memory, Setting({}, thresholds=found))
+    return {**report, "low_share": share, "bytes_per_pass": {"mixed": moved, "exact": exact.rates()["bytes_per_pass"]}}
 
 
 def profile_lines(report: dict[str, Any]) -> Iterator[str]:
@@ -125,6 +134,9 @@ def profile_lines(report: dict[str, Any]) -> Iterator[str]:
     thresholds, found = report["thresholds"], report["shares"]
     asked = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
     yield f"--t1 {thresholds['high']:.4g} --t2 {thresholds['low']:.4g}: {asked} of all choices"
+    if "low_share" in report:
+        mixed, exact = (mib(report["bytes_per_pass"][how]) for how in ("mixed", "exact"))
+        yield f"--low-share {report['low_share']:.2g}: {mixed} moved a pass under lru, {exact} exactly"
     for row in report["predictions"]:
         yield (
             f"{row['distance']} layers ahead: first expert {row['first']:.1%}, among those predicted "

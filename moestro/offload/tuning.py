@@ -8,7 +8,7 @@ from itertools import product
 from torch import Tensor
 
 from moestro.offload.policies import Mix
-from moestro.offload.replay import Setting, replay
+from moestro.offload.replay import Setting, budget, replay
 from moestro.offload.scorer import Thresholds, thresholds_for, unimportance
 from moestro.offload.trace import Trace
 
@@ -65,6 +65,32 @@ def shares(trace: Trace, thresholds: Thresholds) -> dict[str, float]:
     scores = scores_of(trace)
     asked = [thresholds.precision(score) for score in scores]
     return {name.name.lower(): asked.count(name) / max(1, len(asked)) for name in sorted(set(asked), reverse=True)}
+
+
+# what `tune_low_share` tries
+LOW_SHARES = tuple(part / 20 for part in range(1, 20))
+
+
+def tune_low_share(trace: Trace, memory: int, setting: Setting) -> tuple[float, float]:
+    """The part of `memory` (bytes, for slots) that LOW copies should have for a trace to move least bytes, in
+    twentieths, and the bytes that it moves a pass; everything but its capacity is as in `setting`.
+
+    Raises: ValueError where no share leaves room for an expert in HIGH, or the trace knows no LOW copies.
+    """
+    if trace.header.ratio >= 1:
+        raise ValueError("recorded without LOW copies, of unknown size then: record it without --exact")
+    moved: dict[float, float] = {}
+    for share in LOW_SHARES:
+        try:
+            capacity = budget(trace.header, memory, share)
+        except ValueError:
+            break
+        counts = replay(trace, replace(setting, capacity=capacity)).counts
+        moved[share] = counts.moved / max(1, counts.passes)
+    if not moved:
+        raise ValueError(f"{memory:,} bytes do not hold an expert in HIGH beside slots for LOW copies")
+    best = min(moved, key=lambda share: moved[share])
+    return best, moved[best]
 
 
 def prediction_accuracy(trace: Trace) -> list[dict[str, float]]:

@@ -1,6 +1,7 @@
 """moestro offload: generating with a model larger than its memory, replaying and profiling its trace."""
 
 import json
+import os
 import re
 import resource
 import signal
@@ -81,6 +82,26 @@ def test_generation_a_report_and_its_trace(folder: Path, tmp_path: Path, capsys:
     assert set(replayed) == {"lfu"} and replayed["lfu"]["misses_low"] == 0 < replayed["lfu"]["misses_high"]
     assert offload("profile", tmp_path / "t.jsonl") == 0
     assert "--t1" in (profiled := capsys.readouterr().out) and "1 layers ahead" in profiled
+    assert offload("profile", tmp_path / "t.jsonl", "--memory", "64k", "--json") == 0
+    profiled = json.loads(capsys.readouterr().out)
+    assert 0 < profiled["low_share"] < 1 and profiled["bytes_per_pass"]["mixed"] < profiled["bytes_per_pass"]["exact"]
+    assert offload("profile", tmp_path / "t.jsonl", "--memory", "64k") == 0
+    assert re.search(r"--low-share [0-9.]+: [0-9.]+ MiB moved a pass under lru", capsys.readouterr().out)
+    assert offload("profile", tmp_path / "t.jsonl", "--memory", "1") == 2
+    assert "do not hold one expert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["offload", "--prompt", "a"], ["generate", "--prompt", "a"], ["serve", "--port", "0"]], ids=lambda w: w[0]
+)
+def test_threads_that_wait_leave_the_cores_to_those_that_read(words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moestro", words[0], str(tmp_path / "no"), "--memory", "1GiB", *words[1:]]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment["OMP_DISPLAY_ENV"] = "VERBOSE"
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment).stderr
+    if "GOMP_SPINCOUNT" not in said:
+        pytest.skip("torch's OpenMP is not GNU's: it does not say how its threads wait")
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said)) == {"0"}
 
 
 def test_exact_says_so(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -9,7 +9,7 @@ from moestro.offload.replay import Setting, Sizes, Timing, budget, replay
 from moestro.offload.scorer import Precision, Thresholds
 from moestro.offload.trace import Header
 from moestro.offload.transport import AHEAD, DEMAND, Job, VirtualTransport
-from moestro.offload.tuning import prediction_accuracy, profile_thresholds, shares, tune_mix
+from moestro.offload.tuning import prediction_accuracy, profile_thresholds, shares, tune_low_share, tune_mix
 from tests.offload.traces import made_up
 
 HIGH, LOW, SKIP = Precision.HIGH, Precision.LOW, Precision.SKIP
@@ -174,6 +174,23 @@ def test_a_profile_gives_the_shares_asked_for() -> None:
     trace = made_up(top_k=4, tokens=60)
     found = shares(trace, profile_thresholds(trace, 0.6, 0.3))
     assert found["high"] == pytest.approx(0.6, abs=0.02) and found["low"] == pytest.approx(0.3, abs=0.02)
+
+
+def test_the_tuned_share_for_low_copies_moves_least_and_less_than_exact_loading() -> None:
+    trace = made_up(top_k=2, tokens=60)
+    thresholds, memory = profile_thresholds(trace), 64
+    setting = Setting({}, thresholds=thresholds)
+    share, moved = tune_low_share(trace, memory, setting)
+    counts = [
+        replay(trace, Setting(budget(trace.header, memory, part / 20), thresholds=thresholds)).counts
+        for part in range(1, 18)
+    ]
+    assert moved == min(each.moved / each.passes for each in counts)
+    assert counts[round(20 * share) - 1].moved / counts[0].passes == moved
+    exact = replay(trace, Setting(budget(trace.header, memory, 0.0))).counts
+    assert moved < exact.moved / exact.passes
+    with pytest.raises(ValueError, match="beside slots for LOW"):
+        tune_low_share(trace, 7, setting)
 
 
 def test_predictions_get_worse_with_distance() -> None:
