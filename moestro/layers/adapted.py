@@ -93,19 +93,23 @@ class Mixture(nn.Module):
 
         Raises: ValueError where gates are learned, or tokens are told apart.
         """
-        alone = self.bank.n_experts == 1 and isinstance(self.router, ScoredRouter) and type(self.router.select) is Soft
+        select = self.router.select if isinstance(self.router, ScoredRouter) else None
+        alone = self.bank.n_experts == 1 and type(select) is Soft and select.gate in ("softmax", "entmax15")
         if self.group is not None or not (alone or isinstance(self.router, UniformRouter)):
             raise ValueError("a mixture whose gates depend on tokens is no single matrix and cannot be merged")
         return self.bank.matrices().mean(0)
 
     def flops(self, batch: int, seq_len: int) -> Cost:
         """Forward FLOPs on sequences all of whose tokens it serves."""
-        n_tokens, router = batch * seq_len, self.router
+        n_tokens, router, bank = batch * seq_len, self.router, self.bank
+        total = router.flops(n_tokens)
         if router.causal:
             rows = n_tokens * router.rows_per_token()
         else:
-            rows = batch * router(torch.zeros(seq_len, self.bank.d_in).to(self.bank.down)).n_rows
-        return Cost.exact(router.flops(n_tokens) + rows * self.bank.row_flops()).of_weights(self.parameters())
+            rows = batch * router(torch.zeros(seq_len, bank.d_in).to(bank.down)).n_rows
+            # every token is merged of outputs, which the router takes to be as wide as tokens
+            total += 2.0 * rows * seq_len * (bank.d_out - bank.d_in)
+        return Cost.exact(total + rows * bank.row_flops()).of_weights(self.parameters())
 
 
 class AdaptedLinear(nn.Module):

@@ -21,7 +21,8 @@ class GroupedRouter(Router):
     experts are chosen; that the levels multiply is ours. Ties go to the lower group and expert.
 
     `groups` are the numbers of experts in each group, in order. The buffer `group` [e] says to which one an expert
-    belongs; experts that move (`reindex`) take it with them. The routing's logits are log P(e).
+    belongs; experts that move (`reindex`) take it with them. The routing's logits are log P(e), its raw ones those
+    of the experts.
     """
 
     group: Tensor
@@ -80,7 +81,7 @@ class GroupedRouter(Router):
         expert = masked.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
         gates = log_p.gather(1, expert)
         gates = gates.softmax(-1) if self.renormalize else gates.exp()
-        return SparseRouting.from_topk(expert, gates, self.n_experts, log_p)
+        return SparseRouting.from_topk(expert, gates, self.n_experts, log_p, raw=logits)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """A fresh expert joins the group its position had, or the last group beyond the end.

@@ -84,6 +84,8 @@ class NoisyScore(LinearScore):
     generator of the device, which training seeds and checkpoints keep.
     """
 
+    linear = False
+
     def __init__(self, d_model: int, n_experts: int, init_std: float = 0.02) -> None:
         super().__init__(d_model, n_experts, init_std)
         self.spread = nn.Parameter(torch.zeros(n_experts, d_model))

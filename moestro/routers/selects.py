@@ -180,7 +180,8 @@ class TopP(Select):
         return chosen
 
     def rows_per_token(self, n_experts: int) -> float:
-        return max(1, math.ceil(self.threshold * n_experts))
+        reached = self.threshold * n_experts
+        return min(n_experts, math.floor(reached) + 1) if self.strict else max(1, math.ceil(reached))
 
 
 class Soft(Select):

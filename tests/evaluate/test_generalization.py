@@ -18,7 +18,7 @@ from moestro.experts import BankSlice, CopyBank, SharedExpert
 from moestro.layers import MultiHeadLayer, StratifiedLayer
 from moestro.model import Attention, Block, Transformer
 from moestro.recipe.parts import PARTS
-from moestro.routers import BiasedRouter, CosineScore, ProductKeyRouter, Router, SampledSecond, SlotRouter
+from moestro.routers import BiasedRouter, CosineScore, NoisyScore, ProductKeyRouter, Router, SampledSecond, SlotRouter
 from moestro.routers.family import SelectionFamily
 from moestro.routers.groups import GroupLimit
 from tests.train.tiny import Counting
@@ -128,6 +128,7 @@ def test_families_of_routers() -> None:
         (scored(TopP(0.5)), None, "TopP does not choose a set of best scores"),
         (scored(SampledSecond()), 2, "the second expert is drawn"),
         (ScoredRouter(CosineScore(D, 6), TopK(2)), 2, "CosineScore is not linear"),
+        (ScoredRouter(NoisyScore(D, 6), TopK(2)), 2, "NoisyScore is not linear"),
         (BiasedRouter(LinearScore(D, 6), top_k=3), 3, "scores are biased"),
         (ProductKeyRouter(D, 16, heads=2, top_k=3, d_key=4), 6, "product keys"),
     ],

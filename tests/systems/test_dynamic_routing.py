@@ -134,6 +134,13 @@ def test_uniform_and_one_hot_probabilities() -> None:
         assert sets(one_hot, threshold) == [{3}]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.125, 0.5, 0.6, 1.0])
+def test_expected_rows_are_those_of_equal_probabilities(threshold: float, strict: bool) -> None:
+    select = TopP(threshold, strict=strict)
+    assert select(torch.zeros(1, 8)).n_rows == select.rows_per_token(8)
+
+
 def test_permuted_experts_give_a_permuted_set() -> None:
     logits = 2 * random(50, E)
     order = torch.randperm(E)

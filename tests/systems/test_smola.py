@@ -52,6 +52,11 @@ def top_1(d_model: int, n_experts: int) -> Router:
     return ScoredRouter(LinearScore(d_model, n_experts, init_std=1.0), TopK(1, renormalize=False))
 
 
+def closed(d_model: int, n_experts: int) -> ScoredRouter:
+    """A single expert whose gate depends on the token."""
+    return ScoredRouter(LinearScore(d_model, n_experts, init_std=1.0), Soft("sigmoid"))
+
+
 def sharp(d_model: int, n_experts: int) -> Router:
     return ScoredRouter(LinearScore(d_model, n_experts, init_std=1.0), Soft())
 
@@ -265,7 +270,7 @@ def test_counts() -> None:
     assert have == want + 12 * more
     assert model.expected_token_flops(6) == pytest.approx(plain.expected_token_flops(6) + more)
     slotted, _ = wrapped(slots)
-    router, rows = 2 * T * D_IN * 2 * E + 4 * T * D_IN * 2 * E, 2 * E
+    router, rows = 2 * T * 2 * E * (D_IN + D_IN + D_OUT), 2 * E
     assert float(slotted.flops(3, T).useful) == 3 * (router + rows * 2 * R * (D_IN + D_OUT))
 
 
@@ -280,12 +285,14 @@ def test_merging() -> None:
         assert adapters.merge() is model and adapters_of(model) is None
         close(model(x).logits, before, **FLOAT64)
         assert names <= {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    model, adapters = adapted(sharp)
-    stirred(model)
-    weights = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="gates depend on tokens"):
-        adapters.merge()
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    for router, n_experts in ((sharp, E), (closed, 1)):
+        model = tiny_model(kinds=("dense", "dense")).double()
+        adapters = adapt(model, TARGETS, LowRankMixtures(n_experts, R, router))
+        stirred(model)
+        weights = {name: p.clone() for name, p in model.named_parameters()}
+        with pytest.raises(ValueError, match="gates depend on tokens"):
+            adapters.merge()
+        assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
 def test_tied_weights_are_not_merged() -> None:
