@@ -73,6 +73,6 @@ def test_defaults_that_are_not_nothing_are_said(verb):
 def test_help_is_wrapped_and_examples_are_not(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     text = help_of("offload")
-    assert "  moestro offload profile routing.jsonl\n" in text
+    assert "  moestro offload profile routing.jsonl --memory 4GiB\n" in text
     before, _, _ = text.partition("examples:")
     assert max(map(len, before.splitlines())) <= 60
