@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moestro.export import open_model
 from moestro.harness import ScoredModel, evaluate_tasks
 from moestro.ops import backend
 from tests.conftest import ROOT
-from tests.harness.test_systems import RECIPES, TEXT, own_bits_per_byte, trained
+from tests.harness.test_systems import CLOSE, RECIPES, TEXT, dtype_of, own_bits_per_byte, trained
 
 ROWS = [{"context": "the quick brown", "choices": ["fox", "a dog", "jumps over"], "gold": n % 3} for n in range(3)]
 ROWS += [{"context": "jumps over", "choices": ["lazy dogs;", "x"], "gold": 0}, {**ROWS[0], "context": "over"}]
@@ -56,13 +57,13 @@ def tasks():
 data, answer, prompt, new, *folders = sys.argv[1:]
 torch.set_num_threads(1)
 found = {}
-for folder in map(Path, folders):
+for folder, dtype in zip(map(Path, folders[::2]), folders[1::2], strict=True):
     use_cache = json.loads((folder / "generation_config.json").read_text()).get("use_cache", True)
     # tokens that depend on others are scored alone
     results = simple_evaluate("hf", tasks=tasks(), batch_size=4 if use_cache else 1, device="cpu", bootstrap_iters=0,
-        model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "float32"})["results"]
+        model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": dtype})["results"]
     chosen, said = results["choices"], results["text"]
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
     ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")
     text = model.generate(**ids, max_new_tokens=int(new), min_new_tokens=int(new), do_sample=False)
     found[folder.name] = [chosen["acc,none"], chosen["acc_norm,none"], said["bits_per_byte,none"], text.tolist()]
@@ -108,8 +109,8 @@ def alone(
         run = run_of(name, folder, small_data)
         assert main(["export", str(run), "--out", str(folder / "exported" / name), "--unfinished"]) == 0
     settings = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    exported, answer = [str(folder / "exported" / name) for name in names], folder / "answer.json"
-    command = [sys.executable, "-I", "-c", ALONE, str(folder), str(answer), PROMPT, str(NEW), *exported]
+    exported, answer = [(str(folder / "exported" / name), dtype_of(name)) for name in names], folder / "answer.json"
+    command = [sys.executable, "-I", "-c", ALONE, str(folder), str(answer), PROMPT, str(NEW), *chain(*exported)]
     done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, json.loads(answer.read_text())
@@ -120,7 +121,7 @@ def alone(
 def test_lm_eval_alone_scores_and_generates_what_we_do(name: str, alone: tuple[Path, dict[str, Any]]) -> None:
     folder, said = alone
     accuracy, normalised, bits, text = said[name]
-    opened: Any = open_model(folder / "runs" / name)
+    opened: Any = open_model(folder / "runs" / name, dtype=getattr(torch, dtype_of(name)))
     with backend.force("reference"):
         tasks = evaluate_tasks(ScoredModel(*opened, batch_size=4), ["piqa", "wikitext"], folder)["tasks"]
         ids = opened.tokenizer(PROMPT, return_tensors="pt")
@@ -128,8 +129,7 @@ def test_lm_eval_alone_scores_and_generates_what_we_do(name: str, alone: tuple[P
     chosen, page = tasks["piqa"]["metrics"], tasks["wikitext"]["metrics"]
     assert (accuracy, normalised) == (chosen["acc"]["value"], chosen["acc_norm"]["value"])
     assert text == own.tolist() and torch.is_tensor(own)
-    # a drawn second expert is a function of the logits' bits, and of these the last differ between batch shapes
-    close = 1e-3 if name == "stratified" else 1e-5
-    assert bits == pytest.approx(page["bits_per_byte"]["value"], rel=close)
+    assert bits == pytest.approx(page["bits_per_byte"]["value"], rel=CLOSE[dtype_of(name)])
     if name not in LOOKING_AHEAD:
-        assert bits == pytest.approx(own_bits_per_byte(folder / "runs" / name), rel=close)
+        own_bits = own_bits_per_byte(folder / "runs" / name, dtype_of(name))
+        assert bits == pytest.approx(own_bits, rel=CLOSE[dtype_of(name)])

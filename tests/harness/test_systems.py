@@ -32,6 +32,15 @@ RECIPES += [
     "deepseek_v3",
     "dense",
 ]
+# a second expert is drawn by the bits of the logits, and the last of these differ between kernels and batch shapes: one
+# token of a few hundred gets another expert in float32, none in float64, whatever computes it
+DRAWN = ("stratified",)
+CLOSE = {"float32": 1e-5, "float64": 1e-9}
+
+
+def dtype_of(system: str) -> str:
+    """The dtype in which two ways of computing a system choose the same experts."""
+    return "float64" if system in DRAWN else "float32"
 
 
 def trained(recipe: str, folder: Path, small_data: list[str]) -> Path:
@@ -40,11 +49,11 @@ def trained(recipe: str, folder: Path, small_data: list[str]) -> Path:
     return folder
 
 
-def own_bits_per_byte(run: Path) -> float:
+def own_bits_per_byte(run: Path, dtype: str) -> float:
     ids = torch.tensor([ByteTokenizer.eos_id, *TEXT.encode()])
     tokens, targets = ids[:-1].view(-1, SEQ_LEN), ids[1:].view(-1, SEQ_LEN)
     batch = Batch(tokens, targets, torch.zeros_like(tokens), torch.ones_like(tokens))
-    return evaluate(opened_run(run).model, [batch])["bpb"]
+    return evaluate(opened_run(run).model.to(getattr(torch, dtype)), [batch])["bpb"]
 
 
 @pytest.mark.slow
@@ -54,12 +63,11 @@ def test_systems_score_the_same_and_generate(recipe: str, tmp_path: Path, small_
     text: Path = tmp_path / "lm" / "wikitext-2" / "valid.txt"
     text.parent.mkdir(parents=True)
     text.write_text(TEXT)
-    opened: Any = open_model(run)
+    opened: Any = open_model(run, dtype=getattr(torch, dtype_of(recipe)))
     found = evaluate_tasks(ScoredModel(*opened, batch_size=5), ["wikitext"], tmp_path)
     metrics = found["tasks"]["wikitext"]["metrics"]
-    # a drawn second expert is a function of the logits' bits, and of these the last differ between batch shapes
-    close = 1e-3 if recipe == "stratified" else 1e-5
-    assert metrics["bits_per_byte"]["value"] == pytest.approx(own_bits_per_byte(run), rel=close)
+    own = own_bits_per_byte(run, dtype_of(recipe))
+    assert metrics["bits_per_byte"]["value"] == pytest.approx(own, rel=CLOSE[dtype_of(recipe)])
     text_model = TextModel(*opened)
     continuation = text_model.begin(text_model.encode("fox"), Options(8))
     assert list(continuation.pieces())[-1].reason == continuation.reason in ("stop", "length")
