@@ -19,7 +19,9 @@ from tests.conftest import CHECKED, ROOT
 PACKAGE = sorted((ROOT / "moestro").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
-EVERY = [*PACKAGE, *TESTS, *BENCH]
+# what an install puts beside the package
+START_UP = sorted((ROOT / "start_up").rglob("*.py"))
+EVERY = [*PACKAGE, *TESTS, *BENCH, *START_UP]
 # floors 0-3 may be told of autocast in one place
 INNER = [path for path in PACKAGE if path.relative_to(ROOT / "moestro").parts[0].removesuffix(".py") in CHECKED]
 KNOWS_AUTOCAST = {"moestro/ops/precision.py"}
@@ -105,7 +107,7 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.end_lineno or 0) - node.lineno + 1 - lines
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *BENCH], ids=name)
+@pytest.mark.parametrize("path", [*PACKAGE, *BENCH, *START_UP], ids=name)
 def test_functions_are_short(path: Path) -> None:
     long = {node.name: length(node) for node in functions(path) if length(node) > FUNCTION_LINES}
     assert not long, f"{name(path)}: longer than {FUNCTION_LINES} lines without their docstrings"
@@ -139,6 +141,11 @@ def test_the_package_imports_only_its_core_dependencies(path: Path) -> None:
     assert roots <= CORE | kernels | STANDS_ON.get(package, set()) | set(sys.stdlib_module_names)
 
 
+@pytest.mark.parametrize("path", START_UP, ids=name)
+def test_what_starts_with_python_knows_the_standard_library_alone(path: Path) -> None:
+    assert {module.split(".")[0] for module in imports(parsed(path))} <= {"moestro"} | set(sys.stdlib_module_names)
+
+
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
 def test_a_library_is_known_in_the_packages_that_stand_on_it(path: Path) -> None:
     package = path.relative_to(ROOT / "moestro").parts[0]
@@ -159,7 +166,7 @@ def test_nothing_is_unpickled(path: Path) -> None:
     assert not re.search(r"torch\.(load|save)\(", path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *BENCH], ids=name)
+@pytest.mark.parametrize("path", [*PACKAGE, *BENCH, *START_UP], ids=name)
 def test_no_bare_asserts(path: Path) -> None:
     lines = [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Assert)]
     assert not lines, f"{name(path)}: asserts vanish under -O; raise an error that says what was wrong"

@@ -6,8 +6,8 @@ from moestro.export.configuration import MoestroConfig
 from moestro.export.modeling import MoestroForCausalLM, MoestroModel
 from moestro.export.opening import Opened, open_model
 
-AutoConfig.register(MoestroConfig.model_type, MoestroConfig)
-AutoModel.register(MoestroConfig, MoestroModel)
-AutoModelForCausalLM.register(MoestroConfig, MoestroForCausalLM)
+AutoConfig.register(MoestroConfig.model_type, MoestroConfig, exist_ok=True)
+AutoModel.register(MoestroConfig, MoestroModel, exist_ok=True)
+AutoModelForCausalLM.register(MoestroConfig, MoestroForCausalLM, exist_ok=True)
 
 __all__ = ["MoestroConfig", "MoestroForCausalLM", "MoestroModel", "Opened", "open_model"]

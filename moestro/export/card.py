@@ -10,7 +10,7 @@ from moestro.recipe.load import Recipe
 from moestro.recipe.syntax import dump_yaml
 
 USE_OWN = """```python
-import moestro.export  # registers the model with transformers: `pip install "moestro[hf]"`
+# with the package: `pip install "moestro[hf]"`
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained(FOLDER), AutoModelForCausalLM.from_pretrained(FOLDER)

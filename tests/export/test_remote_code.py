@@ -92,8 +92,8 @@ def test_other_systems_have_files_that_stand_alone(name: str) -> None:
     assert "moestro.ops.native" not in code and compile(code, name, "exec")
 
 
-def test_without_the_import_a_folder_asks_whether_its_code_may_run(tmp_path: Path) -> None:
-    """transformers loads no entry points: an installed package cannot register itself. Where this fails, it could."""
+def test_unregistered_a_folder_asks_whether_its_code_may_run(tmp_path: Path) -> None:
+    """Without what an installed package does when Python starts, and before its import."""
     hosted("dense").save_pretrained(tmp_path / "out")
     program = (
         "import sys, transformers\n"
@@ -104,6 +104,7 @@ def test_without_the_import_a_folder_asks_whether_its_code_may_run(tmp_path: Pat
         "print(type(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)\n"
     )
     settings = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    settings["MOESTRO_START_UP"] = "off"
     command = [sys.executable, "-c", program, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=settings, stdin=subprocess.DEVNULL, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
