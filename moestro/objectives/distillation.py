@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.objectives.balance import Statistics, check_statistics
+from moestro.objectives.balance import Statistics, check_statistics, present
 from moestro.ops.precision import at_least_fp32
-from moestro.routing import Trace
+from moestro.routing import SoftRouting, Trace
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Outputs:
 
 
 def recorded(trace: Trace) -> tuple[Int[Tensor, "n"], Float[Tensor, "n o"]]:
-    """Token and output of every recorded row, float32 at least.
+    """Token and output of every recorded row, float32 at least; not of experts that take no part, whose rows a soft
+    selection computes for weights of 0.
 
     Raises: ValueError where the layer records nothing, or rows are mixtures of tokens.
     """
@@ -109,7 +110,10 @@ def recorded(trace: Trace) -> tuple[Int[Tensor, "n"], Float[Tensor, "n o"]]:
         raise ValueError(
             f"mutual_distillation needs experts that see tokens, {type(trace.routing).__name__} mixes them"
         )
-    token, rows = chosen[0], trace.rows
+    (token, expert), rows = chosen, trace.rows
+    if isinstance(trace.routing, SoftRouting) and trace.routing.logits is not None:
+        there = present(trace.routing.logits)[expert]
+        token, rows = token[there], rows[there]
     if trace.overheard is not None:
         further = trace.overheard.routing.meetings()
         token = torch.cat([token, *(() if further is None else further[:1])])

@@ -102,8 +102,10 @@ class Trace:
         return replace(self, origin=outer if self.origin is None else self.origin.within(outer))
 
     def recorded_per_token(self) -> Float[Tensor, "t"]:
-        """Number of recorded outputs on every routed token, chosen experts' and others'."""
-        chosen = self.routing.per_token(1.0)
+        """Number of recorded outputs on every routed token, chosen experts' and others'; not of experts that take no
+        part, whose rows a soft selection computes for weights of 0."""
+        logits = self.routing.logits
+        chosen = self.routing.per_token(1.0 if logits is None else (logits > -torch.inf).any(0).float())
         return chosen if self.overheard is None else chosen + self.overheard.routing.per_token(1.0).to(chosen)
 
     def experts_per_token(self) -> Float[Tensor, "m"]:
