@@ -1,6 +1,7 @@
 """The house rules of CONTRIBUTING.md and docs/house.md that a program can check."""
 
 import ast
+import fnmatch
 import os
 import re
 import shutil
@@ -193,6 +194,16 @@ def test_inner_floors_know_no_devices(path: Path) -> None:
 def test_references_do_not_know_the_package(path: Path) -> None:
     roots = {module.split(".")[0] for module in imports(parsed(path))}
     assert roots <= {"torch"} | set(sys.stdlib_module_names)
+
+
+def test_docstrings_name_tests_that_are_there() -> None:
+    """Tables of a system's checks say where each is tested; a star, or dots behind an underscore, are the rest."""
+    known = {node.name for path in TESTS for node in functions(path)} | {path.stem for path in TESTS}
+    for path in TESTS:
+        for node in [parsed(path), *functions(path)]:
+            for word in re.findall(r"\btest_[a-z0-9_*]+", ast.get_docstring(node) or ""):
+                pattern = word + "*" if word.endswith("_") else word
+                assert word in known or fnmatch.filter(known, pattern), f"{name(path)} names {word}, which is nowhere"
 
 
 def public(tree: ast.Module) -> Iterator[ast.FunctionDef]:

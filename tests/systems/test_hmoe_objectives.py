@@ -50,11 +50,12 @@ def reference_losses(logits: Tensor, arguments: dict) -> list[tuple[Objective, T
     ]
 
 
+@pytest.mark.parametrize("n_tokens", [1, 15])
 @pytest.mark.parametrize("select", SELECTS)
-def test_objectives_equal_the_reference(select: str) -> None:
+def test_objectives_equal_the_reference(select: str, n_tokens: int) -> None:
     """Values and gradients with respect to the logits."""
     chooser, arguments = SELECTS[select]
-    logits = (2 * random(15, N)).requires_grad_()
+    logits = (2 * random(n_tokens, N)).requires_grad_()
     for objective, theirs in reference_losses(logits, arguments):
         ours = objective(trace_of(logits, chooser))
         close(ours, theirs, **FLOAT64, msg=lambda m, o=objective: f"{o}: {m}")

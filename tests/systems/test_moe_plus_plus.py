@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.reference import zero_compute as reference
 from tests.tolerances import FLOAT64
 
-D, WIDTHS, ZERO = 6, [3, 5, 0], 2
+D, WIDTHS, ZERO = 6, [3, 1, 0], 2
 N = 6
 close = torch.testing.assert_close
 

@@ -66,6 +66,18 @@ def test_full_bonds_are_exact() -> None:
     close(reference.matrix(mpo_cores(w, ROWS, COLUMNS)), w, **FLOAT64)
 
 
+def test_through_the_cores() -> None:
+    """x W contracted with one core after another, never building W, is the product with what is built."""
+    w, x = random(W, D), random(T, W)
+    state = x.view(T, 1, 1, W)
+    for core in mpo_cores(w, ROWS, COLUMNS):
+        # token, columns so far, bond, rows still to come
+        state = state.unflatten(3, (core.shape[1], -1))
+        state = torch.einsum("tcbir,bijd->tcjdr", state, core).flatten(1, 2)
+    close(state.flatten(1), x @ mpo_matrix(mpo_cores(w, ROWS, COLUMNS)), **FLOAT64)
+    close(state.flatten(1), x @ w, **FLOAT64)
+
+
 def test_sizes_are_the_papers() -> None:
     rows, columns = mpo_factors(3072), mpo_factors(768)
     assert (rows, columns) == ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4))

@@ -15,8 +15,9 @@ Exact checks of arXiv:2407.04153 as our specification numbers them, and where ea
 13 bfloat16, ties, state dict               test_peer_edges.py; ties: test_peer_retrieval.py
 Gated neurons, plain values, dense branches beside them: test_peer_modes.py; shared values and inserted layers:
 test_memory_plus.py; experts of several widths: test_peer_uneven.py; weights of a public package: test_peer_pytorch.py.
-Not here: row-sparse gradients and lazy Adam (9, in tests/train and tests/ops), expert-grouped and Triton paths (7),
-resharding of a state dict by d or by N (13; nothing is sharded yet). Queries have no bias: the paper gives none.
+Elsewhere: row-sparse gradients (9), tests/train/test_row_training.py, and lazy Adam, test_row_adamw.py; Triton's paths
+(7), tests/ops/test_triton_peer.py; tables split by rows and by columns (13), tests/parallel/test_tables_over_ranks.py.
+Queries have no bias: the paper gives none.
 """
 
 import pytest
