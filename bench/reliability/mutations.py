@@ -24,7 +24,7 @@ from bench.reliability.recipe_cases import override_case, recipe_case
 from bench.reliability.verdict import Verdict, judged
 from bench.reliability.workspace import Workspace, made_workspace
 
-WRONG = ("poor", "traceback", "hang", "outside")
+WRONG = ("poor", "unnoticed", "traceback", "hang", "outside")
 RESULTS = ("accepted", "refused", *WRONG)
 # characters of a message that --show prints
 SHOWN = 700
@@ -113,7 +113,7 @@ def figures(verdicts: Sequence[Verdict]) -> list[Figure]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Exit code 1 where a case ended in a traceback, a poor refusal or not at all."""
+    """Exit code 1 where a case ended in one of `WRONG`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

@@ -24,7 +24,8 @@ class Mutant(NamedTuple):
 def _named(keys: Keys) -> tuple[str, ...]:
     """The key itself, or for a number in a list the keys above it."""
     words = [str(key) for key in keys if isinstance(key, str)]
-    return (words[-1], ".".join(map(str, keys)))
+    # a key of `set` is itself a path
+    return (words[-1], words[-1].rpartition(".")[2], ".".join(map(str, keys)))
 
 
 def _changed(tree: dict, keys: Keys, value: Any) -> Mutant:
@@ -46,7 +47,9 @@ def _is_word(keys: Keys, value: Any) -> bool:
 
 
 def misspelled_key(draw: Draw, tree: dict) -> Mutant:
-    keys, tree = chosen(draw, tree, _is_key), copy_tree(tree)
+    # arms may have any name
+    keys = chosen(draw, tree, lambda keys, value: _is_key(keys, value) and keys[:-1] != ("arms",))
+    tree = copy_tree(tree)
     node, wrong = at(tree, keys[:-1]), draw.misspelled(keys[-1])
     node[wrong] = node.pop(keys[-1])
     return Mutant(dump_yaml(tree), (wrong, keys[-1]))
@@ -76,7 +79,8 @@ def empty_value(draw: Draw, tree: dict) -> Mutant:
 
 def huge_number(draw: Draw, tree: dict) -> Mutant:
     mutant = _changed(tree, chosen(draw, tree, _is_number), 10 ** draw.randint(6, 40))
-    return mutant._replace(names=(*mutant.names, "too large"))
+    # of a model that is larger than memory the parts are named, not which number made it so
+    return mutant._replace(names=(*mutant.names, "too large", "training needs about"))
 
 
 def negative_number(draw: Draw, tree: dict) -> Mutant:

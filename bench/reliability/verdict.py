@@ -5,7 +5,7 @@ import re
 import signal
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,15 +25,21 @@ ALLOWED = re.compile(
     r"has no|is not|too |> ",
     re.IGNORECASE,
 )
+# mutations that are wrong whatever they meet: what is accepted of them was not noticed
+ALWAYS_WRONG = frozenset({
+    *("misspelled key", "extra key", "not finite", "twice", "binary", "deep", "anchors", "many digits"),
+    *("misspelled option", "value for a switch"),
+    *("override, no key", "override, no form", "override, below a value", "override, too far"),
+})  # fmt: skip
 # an option refused for another one that stands beside it
-OTHER = re.compile(r"needs --|go with --|goes with --|without --")
+OTHER = re.compile(r"needs --|go with --|goes with --|without --|give --")
 STARTED = re.compile(r"moestro: error: ")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`result`: accepted, refused, poor (a refusal that says too little), traceback, hang, or outside (it would have
-    changed files elsewhere); why, and what was said."""
+    """`result`: accepted, refused, poor (a refusal that says too little), unnoticed (accepted, and always wrong),
+    traceback, hang, or outside (it would have changed files elsewhere); why, and what was said."""
 
     case: Case
     result: str
@@ -55,6 +61,8 @@ def judged(case: Case, folder: Path) -> Verdict:
         verdict = _judged(case)
     if fence.crossed:
         return Verdict(case, "outside", verdict.said, f"writes {fence.crossed[0]}")
+    if verdict.result == "accepted" and case.kind in ALWAYS_WRONG:
+        return Verdict(case, "unnoticed", verdict.said, f"accepts {case.kind}")
     return verdict
 
 
@@ -107,11 +115,10 @@ def lacking(case: Case, message: str, n_errors: int, code: int) -> str:
 
 def shown(value: str, message: str) -> bool:
     """Whether a message holds a value, as it was given or as it was read: one of its words, or its number."""
-    words = [value, *re.findall(r"\w+", value)]
-    try:
-        words += [str(float(value)), str(int(value))]
-    except (ValueError, OverflowError):
-        pass
+    words = [value, *re.findall(r"\w+", value)] if value else []
+    for number in (float, int):
+        with suppress(ValueError, OverflowError):
+            words.append(str(number(value)))
     return any(word.lower() in message for word in words)
 
 

@@ -10,6 +10,7 @@ from moestro.convert.parts import PARTS
 from moestro.convert.routers import RouterSettings
 from moestro.convert.seen import Seen
 from moestro.recipe.bind import Binder
+from moestro.recipe.load import Paper
 from moestro.recipe.resolve import Place, read_tree
 
 BINDER = Binder(PARTS)
@@ -56,5 +57,5 @@ def load_conversion(path: Path | None, overrides: Sequence[str] = ()) -> Convers
     Raises: RecipeError naming what is wrong, what is allowed and where.
     """
     tree, origin = read_tree(path, overrides)
-    keys = {key: value for key, value in tree.items() if key != "paper"}
-    return BINDER.bind(Conversion, keys, Place(origin), given=TOLD).build()
+    BINDER.bind(Paper, tree.pop("paper", {}), Place(origin, ("paper",))).build()
+    return BINDER.bind(Conversion, tree, Place(origin), given=TOLD).build()

@@ -248,3 +248,5 @@ def test_recipes_say_what_they_are() -> None:
         load_conversion(path)
     with pytest.raises(RecipeError, match="unknown key 'metod'; did you mean 'method'"):
         load_conversion(None, ["metod=1"])
+    with pytest.raises(RecipeError, match="unknown key 'difers'; did you mean 'differs'"):
+        load_conversion(RECIPES[0], ["paper.difers=[tiny]"])

@@ -45,6 +45,10 @@ def test_what_a_refusal_lacks_is_said() -> None:
     assert lacking(case, "moestro: error: d_model=0, allowed: at least 1", 1, 2) == "does not show the value"
     assert lacking(case, "moestro: error: it is -3, allowed: at least 1", 1, 2) == "does not name what is wrong"
     assert lacking(case, "moestro: error: d_model=-3 wrong", 1, 2) == "does not say what is allowed"
+    nothing = Case("train", "override, no value", (), ("d_model",), ("", "null"))
+    assert lacking(nothing, "moestro: error: d_model=3, allowed: at least 1", 1, 2) == "does not show the value"
+    scaled = Case("train", "wrong value", (), ("d_model",), ("1e3",))
+    assert lacking(scaled, "moestro: error: d_model=1000.0, allowed: at most 1", 1, 2) == ""
     assert "exit code 7" in lacking(case, "moestro: error: d_model=-3, allowed: x", 0, 7)
 
 
@@ -63,6 +67,8 @@ def test_every_kind_of_wrong_end_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "in").mkdir()
     assert [ended(None), ended(KeyError("a bug")), ended(ValueError("no"))] == ["accepted", "traceback", "poor"]
     assert ended(None, tmp_path / "in" / "a") == "accepted"
+    # what is always wrong may not be
+    assert judged(Case("version", "extra key", (), ()), tmp_path / "in").result == "unnoticed"
     assert ended(None, tmp_path / "out") == "outside" and not (tmp_path / "out").exists()
 
 
