@@ -8,9 +8,10 @@ from typing import Any
 
 from moestro.compare.verdict import student_factor
 
+NOISE = "not separable from noise"
 RULE = (
     "holds: `yes` where the 95 % interval of the mean over seeds (Student's t) lies inside the expected range, `no` "
-    "where it lies outside, else `not separable from noise`"
+    f"where it lies outside, else `{NOISE}`"
 )
 Run = Mapping[str, Any]
 Figure = Callable[..., float]
@@ -39,6 +40,7 @@ class Effect:
         if not all(map(math.isfinite, values)):
             raise ValueError(f"effect {self.id} on {corpus}: {self.quantity} is {values} for seeds {list(runs)}")
         interval = interval_of_mean(values)
+        expected = [bound if math.isfinite(bound) else None for bound in (self.low, self.high)]
         return {
             "effect": self.id,
             "source": self.source,
@@ -47,22 +49,26 @@ class Effect:
             "quantity": self.quantity,
             "arms": list(self.arms),
             "paired": len(self.arms) > 1,
-            "expected": [bound if math.isfinite(bound) else None for bound in (self.low, self.high)],
+            "expected": expected,
             "measured": statistics.fmean(values),
             "spread": statistics.stdev(values) if len(values) > 1 else None,
             "interval": interval,
             "values": values,
-            "holds": self.holds(interval),
+            "holds": verdict(interval, expected),
         }
 
-    def holds(self, interval: Sequence[float] | None) -> str:
-        """`yes`, `no` or `not separable from noise`, by the rule above."""
-        if interval is None:
-            return "not separable from noise"
-        low, high = interval
-        if self.low <= low and high <= self.high:
-            return "yes"
-        return "no" if high < self.low or low > self.high else "not separable from noise"
+
+def verdict(interval: Sequence[float] | None, expected: Sequence[float | None]) -> str:
+    """`yes`, `no` or `not separable from noise`, by the rule above; `–` where nothing is expected. What lies on a bound
+    with all its values (a way beside itself) is on neither side of it."""
+    if all(bound is None for bound in expected):
+        return "–"
+    if interval is None or interval[0] == interval[1] and interval[0] in expected:
+        return NOISE
+    least, most = (sign * math.inf if bound is None else bound for sign, bound in zip((-1, 1), expected, strict=True))
+    if least <= interval[0] and interval[1] <= most:
+        return "yes"
+    return "no" if interval[1] < least or interval[0] > most else NOISE
 
 
 def interval_of_mean(values: Sequence[float], level: float = 0.95) -> list[float] | None:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from bench.effects.effect import RULE
+from bench.effects.effect import RULE, verdict
 from moestro.compare.numerals import mean_and_spread
 
 
@@ -40,7 +40,7 @@ def effect_lines(result: Mapping[str, Any]) -> list[str]:
         measured = mean_and_spread(row["measured"], row["spread"]).replace("\N{NO-BREAK SPACE}", " ")
         lines.append(
             f"| {row['effect']} | {row['claim']} | {row['quantity']} | {row['corpus']} | {expected(row['expected'])} | "
-            f"{measured} | {interval} | {row['holds']} |"
+            f"{measured} | {interval} | {verdict(row['interval'], row['expected'])} |"
         )
     return lines
 

@@ -112,6 +112,9 @@ def test_rows_say_what_was_expected_measured_and_whether_it_holds(work):
         ([1.0, 1.1, 1.2], 1.1, math.inf, "not separable from noise"),
         ([-1.0, 3.0], 0, math.inf, "not separable from noise"),
         ([5.0], 0, math.inf, "not separable from noise"),
+        ([5.0, 6.0], -math.inf, math.inf, "–"),
+        ([0.0, 0.0], -math.inf, 0, "not separable from noise"),
+        ([1.0, 1.0], 0, math.inf, "yes"),
     ],
 )
 def test_an_effect_holds_where_the_interval_lies_in_the_range(values, low, high, holds):
