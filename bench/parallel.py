@@ -159,7 +159,7 @@ def main() -> None:
     options = arguments(__doc__ or "")
     rows = bytes_sent(CASES[:2] if options.quick else CASES)
     rows += imbalance(20 if options.quick else 200, (2, 4))
-    report("bench/parallel.py", rows, options)
+    report("bench/parallel.py", rows, options, said="ratio: of bytes, counted over foreseen; of imbalance, > 1: evener")
     worst = max(abs(row.ratio - 1) for row in rows if row.what == "sent a step")
     if worst > 0.1:
         sys.exit(f"a formula is off by {worst:.0%} of what was counted")

@@ -4,6 +4,7 @@ The machine is measured first (`bench.this_machine`: products, memory, launches,
 case is planned on it and trained: whole optimizer steps on random text, one thread a rank, ranks as processes of this
 host that talk by gloo. `ours` is foreseen, `theirs` measured; ratio: measured over foreseen, the median of the steps,
 and their 10th and 90th percentile. Not more ranks than cores: what shares a core waits for what it shares it with.
+`--threads` changes nothing.
 
 `--describe` writes the measured machine as the YAML that `moestro plan RECIPE --gpu FILE` reads.
 
@@ -141,6 +142,8 @@ def row(case: Case, machine: Machine, steps: int) -> Row:
 
 def main() -> None:
     options = arguments(__doc__ or "", describe="print this machine as YAML, and nothing else")
+    # of each rank, and of what the machine is measured with
+    options.threads = 1
     torch.set_num_threads(1)
     machine = measured_machine()
     if options.describe:
@@ -148,7 +151,7 @@ def main() -> None:
         return
     cases = [case for case in CASES if case.world <= (os.cpu_count() or 1)]
     rows = [row(case, machine, 3 if options.quick else STEPS) for case in (cases[:3] if options.quick else cases)]
-    report("bench/step_time.py", rows, options, [as_yaml(machine)])
+    report("bench/step_time.py", rows, options, [as_yaml(machine)], "ratio: measured over foreseen")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 python -m bench.stock_experts [--quick] [--bfloat16] [--json bench/results/stock-experts-cpu.json]
 
-The experts module is transformers' (Mixtral's and OLMoE's), its weights are the same tensors for every contestant, and
-the choices are those of a random router. The yardstick for the answer is the loop `eager`.
+The experts module is transformers' (Mixtral's, at its own sizes and at OLMoE's), its weights are the same tensors for
+every contestant, and the choices are those of a random router. The yardstick for outputs and gradients is the loop
+`eager`.
 """
 
 from types import SimpleNamespace
@@ -51,13 +52,17 @@ class Case:
 
     def rows(self, name: str, rounds: int) -> list[Row]:
         """Forward alone, and forward with backward."""
-        both = {}
         contestants = {"ours": hf.MOESTRO, **{peer: peer for peer in self.peers}}
-        want = self.forward("eager").detach()
-        leaves = [self.x, self.gates, *self.experts.parameters()]
+        leaves = {"tokens": self.x, "gates": self.gates, **dict(self.experts.named_parameters())}
+        both = {
+            shown: gradients(lambda i=implementation: self.forward(i), leaves.values())
+            for shown, implementation in contestants.items()
+        }
+        answer, found = self.forward("eager").detach(), both["eager"]()
         for shown, implementation in contestants.items():
-            agree(f"{name}, {shown}", self.forward(implementation), want, TOLERANCE[self.x.dtype])
-            both[shown] = gradients(lambda i=implementation: self.forward(i), leaves)
+            agree(f"{name}, {shown}", self.forward(implementation), answer, TOLERANCE[self.x.dtype])
+            for leaf, have, want in zip(leaves, both[shown](), found, strict=True):
+                agree(f"{name}, {shown}, gradient of {leaf}", have, want, TOLERANCE[self.x.dtype])
         with torch.no_grad():
             forward = {shown: (lambda i=i: self.forward(i)) for shown, i in contestants.items()}
             rows = compare(name, "forward", clock(forward, rounds))
@@ -75,7 +80,7 @@ def main() -> None:
                 f"{name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}", 3 if options.quick else 9
             )
     absent = [f"batched_mm is left out where it copies more than {MOST_COPIED // 2**30} GiB of weights"]
-    report("bench.stock_experts", rows, options, absent)
+    report("bench/stock_experts.py", rows, options, absent)
 
 
 if __name__ == "__main__":
