@@ -45,6 +45,9 @@ def _group(size: int) -> Path | None:
             continue
         try:
             (group / limit).write_text(str(size))
+            # nor may it swap out what is beyond the limit; only where there are accounts of swap
+            if (swap := group / "memory.swap.max").exists():
+                swap.write_text("0")
             return group
         except OSError:
             group.rmdir()

@@ -43,7 +43,10 @@ def test_what_packages_require_of_others_counts() -> None:
     [
         *((text, True, True) for text in ("MIT", "Apache-2.0 AND MIT", "BSD License", "GPL-3.0 OR MIT", "PSFL")),
         *((text, False, True) for text in ("LGPL-3.0-only", "GNU Lesser General Public License v3 (LGPLv3)")),
-        *((text, False, False) for text in ("", "GPL-3.0-only", "MIT AND GPL-3.0", "AGPL-3.0", "permit nothing")),
+        *(
+            (text, False, False)
+            for text in ("", "GPL-3.0-only", "MIT AND GPL-3.0", "AGPL-3.0", "permit nothing", "simple terms")
+        ),
     ],
 )
 def test_licences(text: str, core: bool, extra: bool) -> None:

@@ -26,7 +26,7 @@ from packaging.utils import canonicalize_name as canonical
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = ROOT / "constraints.txt"
-PERMISSIVE = r"apache|\bmit\b|bsd|0bsd|isc\b|psf|python software|zlib|cc0|cnri|bsl-1|llvm|mpl|mozilla|unlicense"
+PERMISSIVE = r"apache|\bmit\b|bsd|0bsd|isc\b|psf|python software|zlib|cc0|cnri|bsl-1|llvm|\bmpl|mozilla|unlicense"
 WEAK_COPYLEFT = r"lgpl|lesser general public"
 
 

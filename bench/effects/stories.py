@@ -18,10 +18,15 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 def read_model(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """(sizes, weights by our decoder's names) of a llama2.c file."""
+    """(sizes, weights by our decoder's names) of a llama2.c file.
+
+    Raises: ValueError where the output has a matrix of its own, which such files say by a negative vocabulary.
+    """
     data = path.read_bytes()
     names = ("d", "hidden", "layers", "heads", "kv_heads", "vocab", "seq_len")
     size = dict(zip(names, struct.unpack("7i", data[:28]), strict=True))
+    if size["vocab"] < 0:
+        raise ValueError(f"{path}: vocabulary {size['vocab']}: its output does not share the embedding, as ours does")
     numbers, place = torch.from_numpy(np.frombuffer(data, np.float32, offset=28).copy()), 0
 
     def take(*shape: int) -> Tensor:
@@ -33,7 +38,7 @@ def read_model(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
     layers, d, hidden, head = size["layers"], size["d"], size["hidden"], size["d"] // size["heads"]
     kv = size["kv_heads"] * head
     order = (("attention_norm", d), ("query", d, d), ("key", kv, d), ("value", kv, d), ("out", d, d), ("ffn_norm", d))
-    weights = {"embedding.weight": take(abs(size["vocab"]), d)}
+    weights = {"embedding.weight": take(size["vocab"], d)}
     kinds = {name: take(layers, *shape) for name, *shape in order}
     gate, down, up = take(layers, hidden, d), take(layers, d, hidden), take(layers, hidden, d)
     weights["norm.weight"] = take(d)

@@ -12,7 +12,8 @@ from moestro.experts import FFNBank
 from moestro.ops.activations import activation
 from moestro.routing import Trace
 
-# A unit below this share of the root mean square of its layer's units is near zero; held-out tokens that are looked at.
+# A unit below this share of the root mean square of its layer's units is near zero; of so many tokens, spread over the
+# held-out text, the first batch is looked at.
 NEAR, TOKENS = 0.1, 4096
 
 

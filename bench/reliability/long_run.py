@@ -3,8 +3,8 @@
 `recipes/hmoe_peer.yaml` (unequal experts and PEER in one decoder) is trained by the command line on all cores, with
 evaluations and checkpoints, until the time is up; half way it gets SIGKILL, as if its machine were gone, and the same
 command is run again. Told are steps, losses, memory (every minute) and what the loss of the machine cost; wanted is
-that the steps it repeats have the losses they had, to the bit, that every evaluation is better than chance and the
-last the best or near it, and that memory does not grow.
+that there are steps to repeat, which have the losses they had, to the bit, that the last evaluation is the best or near
+it and better than the first, and that memory does not grow.
 
     python -m bench.reliability.long_run --text FILE ... [--hours 2] [--json PATH] [key=value ...]
 """
@@ -93,7 +93,7 @@ class Session:
 
     @property
     def growth(self) -> float:
-        """Resident memory at the end over that after a tenth of the session, or ten minutes; 1 for no growth."""
+        """Resident memory at the end over that after ten minutes, or a tenth of a shorter session; 1 for no growth."""
         start = min(10, len(self.memory) // 10)
         return median(self.memory[-5:]) / median(self.memory[start : start + 5])
 
@@ -162,7 +162,7 @@ def recovery(case: str, run: Path, lost: list[dict], now: dict[int, dict]) -> li
     few = len(repeated) <= SAVE_EVERY
     return [
         Figure(case, "steps lost with the machine and repeated", len(repeated), "", f"at most {SAVE_EVERY}", few),
-        Figure(case, "of these equal to the bit (loss, norms, FLOPs)", same, "", "all", same == len(repeated)),
+        Figure(case, "of these equal to the bit (loss, norms, FLOPs)", same, "", "all", same == len(repeated) > 0),
     ]
 
 

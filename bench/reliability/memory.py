@@ -170,12 +170,18 @@ def peak(code: str, facts: Path, words: list[str]) -> int:
 
 
 def _ask_and_stop(process: subprocess.Popen[str]) -> None:
-    """Ask a server some times, and interrupt it."""
-    found = re.search(r"(http://\S+)/v1", process.stdout.readline() if process.stdout else "")
-    if found is not None:
+    """Ask a server some times, and interrupt it.
+
+    Raises: RuntimeError where there is none.
+    """
+    try:
+        found = re.search(r"(http://\S+)/v1", process.stdout.readline() if process.stdout else "")
+        if found is None:
+            raise RuntimeError("the server did not start")
         for number in range(REQUESTS):
             ask(found[1], number)
-    process.send_signal(signal.SIGINT)
+    finally:
+        process.send_signal(signal.SIGINT)
 
 
 def measured(case: Case, folder: Path) -> Iterator[Figure]:

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import struct
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ from moestro.recipe.build import build_model
 from moestro.recipe.load import load_recipe
 from tests.conftest import ROOT
 from tests.convert.networks import seen
+
+
+def test_a_model_with_an_output_of_its_own_is_refused(tmp_path):
+    (tmp_path / "model.bin").write_bytes(struct.pack("7i", 8, 16, 1, 2, 2, -32, 64))
+    with pytest.raises(ValueError, match="vocabulary -32: its output does not share the embedding"):
+        read_model(tmp_path / "model.bin")
 
 
 def test_the_public_model_is_read_right(shared_data, tmp_path):

@@ -57,6 +57,11 @@ def test_a_command_that_fails_is_no_measurement(tmp_path: Path) -> None:
         peak(DOING, tmp_path / "facts.json", ["nothing"])
 
 
+def test_a_server_that_does_not_start_is_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the server did not start"):
+        peak(DOING, tmp_path / "facts.json", ["serve", str(tmp_path / "nowhere")])
+
+
 @pytest.mark.slow
 def test_the_peak_of_every_verb_is_beneath_what_is_stated_for_it(tmp_path: Path) -> None:
     memory.main(["--json", str(tmp_path / "memory.json")])
