@@ -20,6 +20,11 @@ OF_PLANS: dict[str, Any] = {
     **{"reference": None, "calib": None, "seed": 0, "option": []},
 }
 
+# what else --translate does not look at
+OF_FOLDERS: dict[str, Any] = {
+    **{"plan": None, "format": "stock", "densify": False, "uniform": False, "eval": None, "tasks": None, "heal": None},
+}
+
 
 def add_arguments(parser: Parser) -> None:
     """SRC DST, what is to go and how it is chosen, what is written, what is measured"""
@@ -118,6 +123,8 @@ def run(arguments: Namespace) -> int:
     # texts and tasks that are none are refused before anything is done
     if arguments.plan_only:
         refuse(arguments, {"eval": None, "heal": None}, "--plan-only writes no model; it does not go with {}")
+    if arguments.translate:
+        refuse(arguments, {**OF_PLANS, **OF_FOLDERS}, "--translate writes the same model; it does not go with {}")
     question, heal = _question(arguments), _heal(arguments)
     if arguments.translate:
         from moestro.compress.deepseek import translated

@@ -23,11 +23,12 @@ from moestro.compress.rewriting import Rewriting
 from moestro.formats import Checkpoint
 from moestro.formats.companions import companions
 from moestro.formats.complete import COUNTS_BY_LAYER
+from moestro.formats.sharded import index_of
 from moestro.formats.shards import INDEX, SINGLE, Shards, read_json
 from moestro.formats.writer import Outgoing
 from moestro.ops.whole_files import require_intact, sha256_json
 from moestro.train.durable import write_json, write_text
-from moestro.train.folder_job import FolderJob, clear_finished
+from moestro.train.folder_job import FolderJob, clear_finished, lies_in, named_folder
 
 # What a compressed folder says of how it was made, and the plan it was made by.
 RECORD, PLAN = "compression.json", "compression_plan.json"
@@ -62,14 +63,14 @@ def apply_plan(
     Raises: PlanError where plan, source, destination and layout do not fit; FormatError or DamagedFile for a damaged
     source.
     """
-    checkpoint = Checkpoint(source)
+    checkpoint, destination = Checkpoint(source), outside(source, destination)
     found = fingerprint(checkpoint)
     require_source(plan, found, checkpoint.path)
     require_intact(checkpoint.path)
     plan = uniform(plan, limits_of(checkpoint)) if output.uniform else plan
     check_plan(plan, checkpoint, output)
     job = {"plan": sha256_json(plan_text(plan)), **asdict(output)}
-    if (there := _there(source, destination, job)) is not None:
+    if (there := _there(destination, job)) is not None:
         clear_finished(destination)
         return there
     rewriting = Rewriting(checkpoint, plan, output.layout, output.densify, _tensors(plan, plan_path))
@@ -93,12 +94,11 @@ def apply_plan(
         return folder.publish()
 
 
-def _there(source: Path, destination: Path, job: dict[str, Any]) -> Path | None:
+def _there(destination: Path, job: dict[str, Any]) -> Path | None:
     """The destination where it is finished and was made by the same job, None where there is nothing.
 
     Raises: PlanError for anything else.
     """
-    require_outside(source, destination)
     if not destination.exists():
         return None
     record = destination / RECORD
@@ -114,10 +114,17 @@ def _there(source: Path, destination: Path, job: dict[str, Any]) -> Path | None:
     raise PlanError(f"{destination} {made}: choose another folder, or remove it")
 
 
-def require_outside(source: Path, destination: Path) -> None:
-    """Raises: PlanError where writing the destination would write into the source."""
-    if source.resolve() in (destination.resolve(), *destination.resolve().parents):
+def outside(source: Path, destination: Path) -> Path:
+    """The folder to be written (`named_folder`).
+
+    Raises: PlanError where writing it would write into the source, or it is the root of a file system.
+    """
+    if lies_in(destination, source):
         raise PlanError(f"{destination} lies in the source {source}, which is never changed: choose another folder")
+    try:
+        return named_folder(destination)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
 
 
 def _tensors(plan: Plan, plan_path: Path | None) -> dict[str, Tensor]:
@@ -160,7 +167,8 @@ def _companions(folder: FolderJob, rewriting: Rewriting, output: Output, files: 
     text = (source / "config.json").read_text(encoding="utf-8")
     write_text(folder.path / "config.json", edited(text, config_changes(rewriting, output)))
     if SINGLE not in files:
-        write_json(folder.path / INDEX, index_of(rewriting.checkpoint, files))
+        said = (rewriting.checkpoint.shards.index or {}).get("metadata")
+        write_json(folder.path / INDEX, index_of(files, said))
 
 
 def config_changes(rewriting: Rewriting, output: Output) -> dict[str, Any]:
@@ -180,17 +188,6 @@ def config_changes(rewriting: Rewriting, output: Output) -> dict[str, Any]:
     if plan.layers[0].narrows:
         changes[family.width_key] = rewriting.experts.width(plan.layers[0], 0)
     return changes
-
-
-def index_of(checkpoint: Checkpoint, files: dict[str, list[Outgoing]]) -> dict[str, Any]:
-    """The index of the written files; the source's own metadata stays, its sums are those of what is written."""
-    tensors = [tensor for all_ in files.values() for tensor in all_]
-    metadata = dict((checkpoint.shards.index or {}).get("metadata") or {})
-    metadata["total_size"] = sum(tensor.nbytes for tensor in tensors)
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(tensor.n_elements for tensor in tensors)
-    placed = {tensor.name: name for name, all_ in files.items() for tensor in all_}
-    return {"metadata": metadata, "weight_map": dict(sorted(placed.items()))}
 
 
 def _require_whole(folder: Path, rewriting: Rewriting, output: Output) -> None:

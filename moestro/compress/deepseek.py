@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from moestro.compress.applying import outside
 from moestro.compress.plan import PlanError
 from moestro.formats import Checkpoint
 from moestro.formats.companions import companions
+from moestro.formats.sharded import index_of
 from moestro.formats.shards import INDEX, SINGLE
 from moestro.formats.writer import Outgoing, computed, of_file
 from moestro.train.durable import write_json
@@ -50,10 +52,10 @@ ONLY: dict[str, Any] = {"scoring_func": "softmax", "attention_bias": False, "moe
 def translated(source: Path, destination: Path) -> Path:
     """Write the folder of a "deepseek" model as one of qwen2_moe, tensor by tensor; interrupted, it continues.
 
-    Raises: PlanError where it is another model, or `destination` is there.
+    Raises: PlanError where it is another model, or `destination` is there or lies in the source.
     """
     checkpoint = Checkpoint(source)
-    config = config_of(checkpoint)
+    config, destination = config_of(checkpoint), outside(source, destination)
     if destination.exists():
         raise PlanError(f"{destination} exists: choose another folder")
     files: dict[str, list[Outgoing]] = {}
@@ -68,9 +70,7 @@ def translated(source: Path, destination: Path) -> Path:
             folder.copy(path.relative_to(source).as_posix(), path)
         write_json(folder.path / "config.json", config)
         if SINGLE not in files:
-            placed = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
-            size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
-            write_json(folder.path / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
+            write_json(folder.path / INDEX, index_of(files))
         _ = Checkpoint(folder.path).family
         return folder.publish()
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moestro.compress.applying import EDITED, HEALING, RECORD, REQUESTED, require_outside
+from moestro.compress.applying import EDITED, HEALING, RECORD, REQUESTED, outside
 from moestro.compress.healing import Healing, heal_by_lora, heal_routers
 from moestro.compress.measuring import Question, loaded_folder, measured
 from moestro.compress.methods import Request
@@ -76,7 +76,7 @@ def healed(
     Raises: PlanError where the destination is something else, or the folder's experts are quantised; FolderInUse where
     another process writes it.
     """
-    require_outside(source, destination)
+    destination = outside(source, destination)
     job = {"asked": sha256_json(json.loads(json.dumps(asked, default=str))), "heal": asdict(heal)}
     bare = destination.with_name(f"{TEMPORARY}{destination.name}.unhealed")
     with holding(destination.with_name(f"{TEMPORARY}{destination.name}.healing"), FolderInUse(destination)) as kept:

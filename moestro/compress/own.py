@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from moestro.compress.applied import apply_to
+from moestro.compress.applying import outside
 from moestro.compress.feasible import limits_of
 from moestro.compress.fingerprint import fingerprint, require_source
 from moestro.compress.plan import Plan, PlanError
@@ -27,6 +28,7 @@ def apply_to_run(source: RunSource, plan: Plan, destination: Path) -> Path:
 
     Raises: PlanError where the plan is for another run, or a layer cannot be said in a recipe.
     """
+    destination = outside(source.path, destination)
     require_source(plan, fingerprint(source), source.path)
     _check(plan, source)
     text = plan_text(plan)
@@ -68,6 +70,8 @@ def _recipe(source: RunSource, layers: dict[int, Any], plan: Plan) -> Recipe:
         if layer.identical:
             continue
         node = copy.deepcopy(model["layers"].get(layer.layer, model["ffn"]))
+        if node is None:
+            raise PlanError(f"layer {layer.layer}: {came_with(source)}")
         moe: MoELayer = layers[layer.layer]
         branch = [branch is moe.bank for branch in moe.branches].index(True)
         if node.get("kind") != "moe" or node["branches"][branch].get("kind") != "ffn":

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from moestro.compress.applying import PLAN, REQUESTED, Progress, apply_plan, require_outside
+from moestro.compress.applying import PLAN, REQUESTED, Progress, apply_plan, outside
 from moestro.compress.feasible import STOCK, Output, limits_of
 from moestro.compress.fingerprint import fingerprint
 from moestro.compress.methods import METHODS, Request, checked
@@ -47,7 +47,7 @@ def compressed(request: Request, destination: Path, progress: Progress = lambda 
 
     Raises: PlanError, FormatError; FolderInUse where another process writes the same folder.
     """
-    require_outside(request.source, destination)
+    destination = outside(request.source, destination)
     wanted = wanted_by(request)
     kept = destination.with_name(f"{TEMPORARY}{destination.name}.plan")
     try:

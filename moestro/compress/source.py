@@ -20,6 +20,7 @@ from moestro.ops.whole_files import TEMPORARY, holding, record_hashes
 from moestro.recipe.build import build_model
 from moestro.recipe.evaluation import CHECKPOINTS
 from moestro.recipe.load import Recipe, load_recipe
+from moestro.recipe.pretrained import Pretrained
 from moestro.routers import BiasedRouter, ScoredRouter
 from moestro.train import load_weights
 from moestro.train.checkpoint import read_state, step_of, write_checkpoint
@@ -165,10 +166,13 @@ def write_run(source: RunSource, model: nn.Module, recipe: Recipe, folder: Path)
 def open_source(path: Path) -> Checkpoint | RunSource:
     """A run folder (it has a recipe), a run's export in our own layout, or a Hugging Face folder.
 
-    Raises: PlanError for a family that has to be translated first.
+    Raises: PlanError for a family that has to be translated first, and a run that has to be exported first.
     """
     if (path / "recipe.yaml").is_file():
-        return RunSource(path)
+        run = RunSource(path)
+        if isinstance(run.recipe.model, Pretrained) and not (run.recipe.model.layers or run.recipe.model.ffn):
+            raise PlanError(came_with(run))
+        return run
     found = Checkpoint(path)
     if found.config.get("model_type") == MODEL_TYPE:
         # which needs transformers
@@ -181,6 +185,14 @@ def open_source(path: Path) -> Checkpoint | RunSource:
             f"first (moestro compress {path} DST --translate)"
         )
     return found
+
+
+def came_with(run: RunSource) -> str:
+    """The refusal of mixtures that a pretrained model came with, which no recipe can describe made smaller."""
+    return (
+        f"{run.path} trains the experts that a public checkpoint came with: export the run (moestro export {run.path} "
+        "--out FOLDER), and compress that folder"
+    )
 
 
 def choice_of(layer: MoELayer) -> Any:

@@ -24,7 +24,7 @@ from moestro.recipe.build import build_model, build_training, claim_folder
 from moestro.recipe.load import Recipe, check_recipe
 from moestro.recipe.resolve import Origin, copy_tree, merge
 from moestro.train.folder import RunFolder, require_writable
-from moestro.train.folder_job import FolderJob, clear_finished
+from moestro.train.folder_job import FolderJob, clear_finished, lies_in
 from moestro.train.start import write_start
 
 # Files of a converted run besides those of every run: the figures, the dense recipe, where its units lie.
@@ -47,7 +47,7 @@ def convert_run(
     Raises: RecipeError for a folder that is neither or a recipe that does not fit; ConversionError where nothing is to
     be converted or a layer is not what it should be; CheckpointError without an intact checkpoint.
     """
-    require_new(Path(out))
+    require_new(Path(out), Path(source))
     dense = open_source(source, conversion.run, device, checkpoint)
     sites = dense_sites(dense.model, conversion.layers)
     before = evaluate(dense.model, dense.dataset.val_batches(dense.batch_size, held_out), precision=dense.precision)
@@ -184,8 +184,11 @@ def write_run(out: Path, recipe: Recipe, model: Transformer, dataset: Dataset, a
         job.publish()
 
 
-def require_new(out: Path) -> None:
-    """Raises: ConversionError where there is something at `out`; RunFolderError where it cannot be written."""
+def require_new(out: Path, source: Path | None = None) -> None:
+    """Raises: ConversionError where there is something at `out`, or it lies in the public checkpoint `source`;
+    RunFolderError where it cannot be written."""
+    if source is not None and (source / "config.json").is_file() and lies_in(out, source):
+        raise ConversionError(f"{out} lies in {source}, which is only read: choose another folder")
     require_writable(out)
     if out.exists() and any(out.iterdir()):
         clear_finished(out)

@@ -43,6 +43,8 @@ def open_source(path: str | Path, run: dict[str, Any], device: str, checkpoint: 
         recipe = pretrained_recipe(folder, run)
         dataset = build_data(recipe).prepare()
         return Source(str(path), folder.name, recipe, build_model(recipe, dataset.vocab_size, device), dataset)
+    if not folder.is_dir():
+        raise ConversionError(f"{folder} is no folder: neither a run nor a public checkpoint")
     if fixed := sorted({"data", "model", "extends"} & set(run)):
         raise ConversionError(
             f"run.{fixed[0]}: a converted run keeps the model and the text of the dense run; allowed: objectives, "

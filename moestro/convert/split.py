@@ -88,8 +88,8 @@ def padded(order: Int[Tensor, "w"], widths: Sequence[int]) -> tuple[Int[Tensor, 
 
 def places(order: Int[Tensor, "m"], n_units: int) -> Int[Tensor, "w"]:
     """Where each unit stands in `order`, the first time."""
-    there = torch.full((n_units,), -1)
-    for place in reversed(range(len(order))):
-        if order[place] >= 0:
-            there[order[place]] = place
-    return there
+    there = [-1] * n_units
+    for place, unit in reversed(list(enumerate(order.tolist()))):
+        if unit >= 0:
+            there[unit] = place
+    return torch.tensor(there)

@@ -5,7 +5,7 @@ and converters load. Every expert is a byte-for-byte copy of the dense network, 
 their sum, so that the mixture computes what the dense model did. One tensor at a time is read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from moestro.convert.run import require_new
 from moestro.convert.upcycle import Upcycle
 from moestro.formats import DENSE_FAMILIES, FAMILIES, Checkpoint, DenseFamily, Family, PerExpert
 from moestro.formats.companions import companions
-from moestro.formats.shards import INDEX, SINGLE
+from moestro.formats.sharded import files_of, index_of
+from moestro.formats.shards import INDEX
 from moestro.formats.writer import Outgoing, of_file, of_tensor
 from moestro.hf import skeleton
 from moestro.train.durable import write_json
@@ -68,12 +69,16 @@ def upcycle_folder(source: str | Path, out: str | Path, method: Upcycle, seed: i
     """
     checkpoint, target, dense = _checked(Path(source), method)
     folder = Path(out)
-    require_new(folder)
+    require_new(folder, checkpoint.path)
     family = FAMILIES[target.model_type]
     config = stock_config(complete_config(checkpoint), target, family, dense, method)
     # a job of its own every time: nothing that an interrupted conversion left is kept
     with FolderJob(folder, {"conversion": uuid4().hex}) as job:
-        write_shards(job, list(tensors(checkpoint, family, dense, method, seed)))
+        files = files_of(list(tensors(checkpoint, config, family, method, seed)), SHARD)
+        for name, outgoing in files.items():
+            job.write(name, outgoing, {"format": "pt"})
+        if len(files) > 1:
+            write_json(job.path / INDEX, index_of(files))
         for path in companions(checkpoint.path):
             job.copy(path.relative_to(checkpoint.path).as_posix(), path)
         write_json(job.path / "config.json", config)
@@ -118,12 +123,14 @@ def stock_config(
 
 
 def tensors(
-    checkpoint: Checkpoint, family: Family, dense: DenseFamily, method: Upcycle, seed: int
+    checkpoint: Checkpoint, config: Mapping[str, Any], family: Family, method: Upcycle, seed: int
 ) -> Iterator[Outgoing]:
-    """Every tensor of the mixture: copies of the dense networks, routers, the rest as it was."""
+    """Every tensor of the mixture: copies of the dense networks, routers, the rest as it was. `config` says all sizes,
+    those that the dense config.json leaves to defaults, too."""
+    dense = DENSE_FAMILIES[checkpoint.config["model_type"]]
     if not isinstance(family.experts, PerExpert):
         raise ConversionError(f"{family.model_type} keeps all experts in one tensor, which is no copy of another")
-    layers = range(checkpoint.config[dense.layers_key])
+    layers = range(config[dense.layers_key])
     matrices = {name: (layer, part) for layer in layers for part, name in dense.matrices(layer).items()}
     for name in checkpoint.names():
         entry = checkpoint.shards[name]
@@ -133,8 +140,8 @@ def tensors(
         layer, part = matrices[name]
         for expert in range(method.n_experts):
             yield of_file(getattr(family.experts, part).format(layer=layer, expert=expert), checkpoint.path, entry)
-    generator, d_model = torch.Generator().manual_seed(seed), checkpoint.config[dense.hidden_key]
-    std = checkpoint.config.get("initializer_range", 0.02)
+    generator, d_model = torch.Generator().manual_seed(seed), config[dense.hidden_key]
+    std = config["initializer_range"]
     for layer in layers:
         dtype = checkpoint.dtype(dense.matrices(layer)["up"])
         rows = torch.randn(method.n_experts, d_model, generator=generator) * std
@@ -150,23 +157,6 @@ def _silent(family: Family, layer: int, d_model: int, dtype: torch.dtype) -> Ite
     for part, shape in {"gate": (SILENT, d_model), "up": (SILENT, d_model), "down": (d_model, SILENT)}.items():
         yield of_tensor(f"{stem}.{part}_proj.weight", torch.zeros(shape, dtype=dtype))
     yield of_tensor(f"{stem}_gate.weight", torch.zeros(1, d_model, dtype=dtype))
-
-
-def write_shards(job: FolderJob, outgoing: Sequence[Outgoing]) -> None:
-    """One file, or several of about `SHARD` bytes with their index."""
-    shards: list[list[Outgoing]] = [[]]
-    for tensor in outgoing:
-        if shards[-1] and sum(one.nbytes for one in shards[-1]) + tensor.nbytes > SHARD:
-            shards.append([])
-        shards[-1].append(tensor)
-    several = len(shards) > 1
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if several else SINGLE for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        job.write(name, shard, {"format": "pt"})
-    if several:
-        files = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": sum(one.nbytes for one in outgoing)}, "weight_map": files}
-        write_json(job.path / INDEX, index)
 
 
 def verified(folder: Path, dense: Checkpoint, family: DenseFamily) -> int:

@@ -15,7 +15,8 @@ from moestro.export.card import Facts
 from moestro.export.exported import RECORD
 from moestro.export.own import OwnContents
 from moestro.export.pretrained import PretrainedContents
-from moestro.export.tensors import ExportError, files_of, index_of
+from moestro.export.tensors import ExportError
+from moestro.formats.sharded import files_of, index_of
 from moestro.formats.shards import INDEX
 from moestro.formats.writer import Outgoing
 from moestro.recipe.evaluation import CHECKPOINTS, untrained
@@ -23,7 +24,7 @@ from moestro.recipe.load import Recipe, load_recipe
 from moestro.recipe.pretrained import Pretrained
 from moestro.train.durable import write_json
 from moestro.train.folder import RunFolder
-from moestro.train.folder_job import FolderJob, clear_finished
+from moestro.train.folder_job import FolderJob, clear_finished, lies_in, named_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("moestro", "stock")
@@ -72,6 +73,8 @@ def export_run(run: str | Path, out: str | Path, choices: Choices = Choices()) -
     if not (run / "recipe.yaml").is_file():
         raise ExportError(f"{run} is not the folder of a run: it holds no recipe.yaml")
     recipe = load_recipe(run / "recipe.yaml")
+    if isinstance(recipe.model, Pretrained) and lies_in(out, recipe.model.folder):
+        raise ExportError(f"{out} lies in {recipe.model.folder}, which is only read: choose another folder")
     choices = replace(choices, layout=choices.layout or LAYOUTS[isinstance(recipe.model, Pretrained)])
     checkpoint = None if untrained(recipe, run) else CHECKPOINTS[choices.checkpoint](run)
     result = RunFolder(run).result
@@ -113,14 +116,11 @@ def _contents(recipe: Recipe, run: Path, checkpoint: Path | None, choices: Choic
 
 
 def _destination(out: Path) -> Path:
-    """The folder itself: links are followed, `.` and `..` have names.
-
-    Raises: ExportError for the root of a file system.
-    """
-    folder = out.expanduser().resolve()
-    if not folder.name:
-        raise ExportError(f"{out} is the root of the file system: choose another folder")
-    return folder
+    """Raises: ExportError for the root of a file system."""
+    try:
+        return named_folder(out)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
 
 
 def _write(

@@ -47,15 +47,18 @@ class PretrainedContents:
         self.source = Checkpoint(self.plan.folder)
         self.step, self.weights, self.causal = 0, _identity(self.source), True
         self.trained = checkpoint is not None
+        own: dict[str, Tensor] = {}
         if checkpoint is None:
-            decoder, own = self._untouched(), {}
+            self._describe(self._untouched())
         else:
             state = read_state(checkpoint)
             self.step, self.weights = state["step"], state["sha256"]["model.safetensors"]
-            decoder, own = self._trained(checkpoint)
-        self.architecture, self.n_parameters = type(decoder).__name__, n_parameters(decoder)
+            own = self._trained(checkpoint)
         self.config = _dtype_stated(self.source.config, self._stated_dtype())
         self.tensors = [self._outgoing(name, own.get(name)) for name in sorted(self.source.names())]
+
+    def _describe(self, decoder: PreTrainedModel) -> None:
+        self.architecture, self.n_parameters = type(decoder).__name__, n_parameters(decoder)
 
     def _untouched(self) -> PreTrainedModel:
         plan = self.plan
@@ -63,12 +66,14 @@ class PretrainedContents:
             raise ExportError(f"{self.run}: its recipe puts other layers into {plan.folder}, none of them trained yet")
         return skeleton(plan.folder)
 
-    def _trained(self, checkpoint: Path) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    def _trained(self, checkpoint: Path) -> dict[str, Tensor]:
         model: Any = build_model(self.recipe, load_tokenizer(self.run / "tokenizer").vocab_size)
         load_weights(model, checkpoint)
         try:
             with model.stock() as decoder:
-                return decoder, on_disk(decoder, self.source)
+                # behind this block its feed-forward layers are ours again, and not among its parameters
+                self._describe(decoder)
+                return on_disk(decoder, self.source)
         except ValueError as error:
             raise ExportError(f"{self.run}: {error}. No stock architecture has such a layer") from error
 

@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint under the names of a folder, and which file holds each."""
+"""The tensors of a checkpoint under the names of a folder."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.export.modeling import MoestroForCausalLM, stays_wide
-from moestro.formats.shards import SINGLE, Shards
+from moestro.formats.shards import Shards
 from moestro.formats.writer import Outgoing, computed, of_file, of_tensor
 from moestro.train.checkpoint import added_tensors, read_state
 from moestro.train.tensors import model_tensors
@@ -83,28 +83,6 @@ def cast(name: str, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
             f"{name} has numbers of up to {float(tensor.abs().max()):.3g}, beyond {dtype}: choose another"
         )
     return narrow
-
-
-def files_of(tensors: Sequence[Outgoing], shard_bytes: int) -> dict[str, list[Outgoing]]:
-    """{file name: tensors}: in their order, as many to a file as fit into `shard_bytes`, one at least."""
-    groups: list[list[Outgoing]] = [[]]
-    room = shard_bytes
-    for tensor in tensors:
-        if groups[-1] and tensor.nbytes > room:
-            groups.append([])
-            room = shard_bytes
-        groups[-1].append(tensor)
-        room -= tensor.nbytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
-
-
-def index_of(files: Mapping[str, Sequence[Outgoing]]) -> dict:
-    """The index of several files."""
-    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
-    weights = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
 
 
 def n_parameters(model: nn.Module) -> int:

@@ -21,6 +21,7 @@ from moestro.recipe.resolve import Origin
 from moestro.recipe.syntax import dump_yaml
 from moestro.train.durable import write_text
 from moestro.train.folder import RunFolder, RunFolderError
+from moestro.train.folder_job import lies_in
 from moestro.upgrades import RUN
 
 # The folder's copy in the run, and what is to be copied and whether it has been.
@@ -57,7 +58,7 @@ def import_model(
     holds something else; OSError where the disk is too small.
     """
     source, out = Path(source).expanduser().absolute(), Path(out).expanduser().absolute()
-    if source.resolve() in (out.resolve(), *out.resolve().parents):
+    if lies_in(out, source):
         raise RunFolderError(f"{out} lies in {source}, which is only read: choose another folder")
     checkpoint = library().checked(source)
     text = pretrained_tokenizer(source if tokenizer is None else Path(tokenizer).expanduser())

@@ -102,6 +102,22 @@ class FolderJob:
         return self.destination
 
 
+def named_folder(path: Path) -> Path:
+    """The folder itself, beside which a temporary one may lie: links are followed, `.` and `..` have names.
+
+    Raises: ValueError for the root of a file system.
+    """
+    folder = path.expanduser().resolve()
+    if not folder.name:
+        raise ValueError(f"{path} is the root of the file system: choose another folder")
+    return folder
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether what is written at `path` is written into `folder`, links followed."""
+    return folder.resolve() in (path.resolve(), *path.resolve().parents)
+
+
 def clear_finished(destination: Path) -> None:
     """Remove what a process that was killed just after it gave the folder its name left beside it."""
     control = destination.with_name(TEMPORARY + destination.name + ".job")

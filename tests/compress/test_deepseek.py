@@ -119,6 +119,8 @@ def test_other_models_are_refused(tmp_path):
     write_folder(tmp_path / "src", tensors(), config)
     with pytest.raises(PlanError, match="does not state 'n_shared_experts'"):
         translated(tmp_path / "src", tmp_path / "dst")
+    with pytest.raises(PlanError, match="inside lies in the source"):
+        translated(write_folder(tmp_path / "src", tensors(), CONFIG), tmp_path / "src" / "inside")
     (tmp_path / "there").mkdir()
     write_folder(tmp_path / "src", tensors(), CONFIG)
     with pytest.raises(PlanError, match="there exists"):

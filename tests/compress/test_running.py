@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,17 @@ def test_the_source_is_not_written_to(request_, inside):
     assert [path.name for path in request_.source.parent.iterdir()] == ["src"]
 
 
+def test_the_folder_is_that_to_which_a_name_leads(request_, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "dst")
+    assert compressed(request_, tmp_path / "link") == tmp_path / "disk" / "dst"
+    monkeypatch.chdir(tmp_path / "disk")
+    for name, said in ((".", "disk exists and was made otherwise"), ("/", "/ is the root of the file system")):
+        with pytest.raises(PlanError, match=said):
+            compressed(request_, Path(name))
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["dst"]
+
+
 @pytest.mark.parametrize("change", [{"method": "reap"}, {"method": "router-norm"}, {"options": {"a": 1}}])
 def test_a_refused_request_leaves_nothing(request_, tmp_path, change):
     with pytest.raises(PlanError):
@@ -102,6 +114,8 @@ def test_a_plan_with_tensors_beside_it_is_reported_and_finished(request_, tmp_pa
         (["--plan", "p.json", "--option", "force=true"], "--plan .* --option"),
         (["--plan", "p.json", "--semantics", "zero"], "--plan .* --semantics"),
         (["--method", "width", "--ratio", "0.5", "--tasks", "piqa"], "--tasks needs --eval"),
+        (["--translate", "--method", "width"], "--translate .* --method=width"),
+        (["--translate", "--heal", "lora"], "--translate .* --heal=lora"),
         (["--method", "width", "--ratio", "0.5", "--plan-only", "--eval", "stdlib"], "--plan-only .* --eval"),
     ],
 )

@@ -13,6 +13,7 @@ from moestro.convert.layers import ConversionError
 from moestro.convert.stock import TARGETS, upcycle_folder
 from moestro.convert.upcycle import Upcycle
 from moestro.formats import Checkpoint
+from moestro.ops.whole_files import require_intact
 
 SIZES = {
     "vocab_size": 60,
@@ -81,6 +82,18 @@ def test_large_models_are_written_in_shards(tmp_path, monkeypatch):
     torch.testing.assert_close(logits(tmp_path / "moe"), logits(dense), rtol=1e-4, atol=1e-4)
 
 
+def test_what_goes_with_any_weights_comes_along(tmp_path):
+    dense = folder("llama", tmp_path / "dense")
+    (dense / "original").mkdir()
+    for name in ("tokenizer.json", "original/params.json", "original/consolidated.00.pth", "model.gguf", "hashes.json"):
+        (dense / name).write_text("{}")
+    upcycle_folder(dense, tmp_path / "moe", Upcycle(2, 1))
+    came = {path.relative_to(tmp_path / "moe").as_posix() for path in (tmp_path / "moe").rglob("*") if path.is_file()}
+    own = {"config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors", "hashes.json"}
+    assert came == {"tokenizer.json", "original/params.json"} | own
+    require_intact(tmp_path / "moe")
+
+
 def test_a_copy_that_is_none_is_found_out(tmp_path, monkeypatch):
     dense = folder("llama", tmp_path / "dense")
     upcycle_folder(dense, tmp_path / "moe", Upcycle(2, 1))
@@ -104,8 +117,13 @@ def test_what_a_stock_folder_cannot_say_is_refused(tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2)).save_pretrained(gpt2)
     with pytest.raises(ConversionError, match="model_type 'gpt2' has no stock mixture; allowed: llama, mistral, qwen2"):
         upcycle_folder(gpt2, tmp_path / "moe", Upcycle(4, 2))
-    with pytest.raises(ConversionError, match="is not empty: choose another folder"):
-        upcycle_folder(dense, dense, Upcycle(4, 2))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("")
+    with pytest.raises(ConversionError, match="there is not empty: choose another folder"):
+        upcycle_folder(dense, tmp_path / "there", Upcycle(4, 2))
+    for out in (dense, dense / "inside"):
+        with pytest.raises(ConversionError, match="lies in .*dense, which is only read"):
+            upcycle_folder(dense, out, Upcycle(4, 2))
 
 
 def test_from_the_command_line(tmp_path, capsys):

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moestro.cli import main
+from moestro.compress import PlanError
+from moestro.compress.source import open_source
 from moestro.export import open_model
 from moestro.export.folder import Choices, ExportError, export_run
 from moestro.export.pretrained import on_disk
@@ -63,7 +65,8 @@ def test_what_comes_in_goes_out(family: str, tmp_path: Path, text_file: Path) ->
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     run = trained(source, tmp_path / "trained", text_file)
-    export_run(run, tmp_path / "on", STOCK)
+    on = export_run(run, tmp_path / "on", STOCK)
+    assert on.n_parameters == done.n_parameters == sum(p.numel() for p in tiny(family, vocab_size=260).parameters())
     before, after = tensors(source), tensors(tmp_path / "on")
     assert before.keys() == after.keys() and {n: t.shape for n, t in before.items()} == {
         n: t.shape for n, t in after.items()
@@ -98,6 +101,18 @@ def test_narrow_sharded_and_what_the_card_says(tmp_path: Path, text_file: Path) 
     card = (tmp_path / "narrow" / "README.md").read_text()
     assert "trained from the pretrained llama-tiny" in card and "under llama3, by its own card" in card
     assert open_model(tmp_path / "narrow").model.dtype == torch.bfloat16
+
+
+def test_nothing_is_written_into_the_folder_that_a_run_reads(tmp_path: Path) -> None:
+    source = public(tmp_path / "public", "mixtral")
+    before = sorted(path.name for path in source.iterdir())
+    import_model(source, tmp_path / "run", link=True)
+    with pytest.raises(ExportError, match="inside lies in .*public, which is only read"):
+        export_run(tmp_path / "run", source / "inside", STOCK)
+    assert sorted(path.name for path in source.iterdir()) == before
+    # its experts are compressed where a folder holds them
+    with pytest.raises(PlanError, match="export the run .* and compress that folder"):
+        open_source(tmp_path / "run")
 
 
 def test_layers_that_predict_further_tokens_are_kept(tmp_path: Path) -> None:
