@@ -14,8 +14,8 @@ from moestro.routing import Trace
 @dataclass(frozen=True)
 class ClusterVariance:
     """E^2 times the mean over clusters of the variance of P_e within each (Xie 2022, MoEC, arXiv:2207.09094; from its
-    released code). P_e is the mean probability of expert e, E the number of experts. Variances are unbiased (n - 1), 0
-    for a cluster of one expert. 0 if and only if probability is even inside every cluster.
+    released code). P_e is the mean probability of expert e, E the number of experts that take part. Variances are
+    unbiased (n - 1), 0 for a cluster of one expert. 0 if and only if probability is even inside every cluster.
 
     form `all`: all experts as one cluster (the code's type 0); `within`: as above (type 1, which it uses); `gap`: times
     exp(-(C1 - C2)), the two largest cluster means of P (type 2, which takes blocks of sorted experts instead of the

@@ -21,12 +21,17 @@ class Gate(NamedTuple):
     shown: Callable[[Tensor], Tensor]
 
 
+def log_softplus(logits: Float[Tensor, "t e"]) -> Float[Tensor, "t e"]:
+    """log log(1 + e^z): z itself far below 0, where log(1 + e^z) would round to 0 and its root have no slope."""
+    return torch.where(logits < -40, logits, F.softplus(logits.clamp(min=-40)).log())
+
+
 GATES: dict[str, Gate] = {
     "softmax": Gate(lambda logits: logits.softmax(-1), lambda logits: logits),
     "sigmoid": Gate(lambda logits: logits.sigmoid(), F.logsigmoid),
     "interpolate": Gate(lambda logits: logits.sigmoid(), lambda logits: logits),
     "entmax15": Gate(entmax15, lambda logits: logits),
-    "sqrt_softplus": Gate(lambda logits: F.softplus(logits).sqrt(), lambda logits: F.softplus(logits).log() / 2),
+    "sqrt_softplus": Gate(lambda logits: (log_softplus(logits) / 2).exp(), lambda logits: log_softplus(logits) / 2),
 }
 
 

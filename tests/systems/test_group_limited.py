@@ -86,6 +86,14 @@ def test_ties_go_to_the_lower_group() -> None:
     assert busy(TopK(4, limit=GroupLimit(4, 2))(torch.zeros(3, E)).dense()) == [{0, 1, 2, 3}] * 3
 
 
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_gates_have_a_slope_however_far_logits_are(gate: str) -> None:
+    logits = torch.tensor([[150.0, 30.0, -30.0, -150.0]]).requires_grad_()
+    for value in (TopK(2, gate=gate, renormalize=False)(logits).dense(), GATES[gate].shown(logits)):
+        (slope,) = torch.autograd.grad(value.sum(), logits)
+        assert value.isfinite().all() and slope.isfinite().all()
+
+
 @pytest.mark.parametrize("gate", sorted(POSITIVE - {"interpolate"}))
 def test_shown_logits_are_those_of_the_normalised_scores(gate: str) -> None:
     logits = random(T, E)
