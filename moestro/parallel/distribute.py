@@ -94,11 +94,15 @@ def _widths(bank: Any) -> Tensor:
 
 def network_of_experts(ranks: Ranks, settings: ParallelSettings) -> Network:
     """How ranks that hold experts together exchange rows: by way of their hosts where they are whole hosts of several
-    ranks (`LOCAL_WORLD_SIZE` of the launcher), else each with each. Every rank must call it."""
+    ranks (`LOCAL_WORLD_SIZE` of the launcher) and all hosts have as many, else each with each. Every rank must call
+    it."""
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks.experts is None:
         raise ValueError(f"parallel experts={settings.experts} needs several ranks")
-    if per_host == 1 or settings.experts <= per_host or settings.experts % per_host or ranks.world % per_host:
+    # all ranks have to decide alike: groups are made by all
+    uneven = ranks.any(per_host != ranks.told(per_host))
+    apart = per_host == 1 or settings.experts <= per_host or settings.experts % per_host or ranks.world % per_host
+    if uneven or apart:
         return Network(ranks.experts.get_group(EXPERTS))
     return two_level(ranks.world, settings.experts, per_host, timeout=waiting_time(settings))
 

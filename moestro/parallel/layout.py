@@ -107,10 +107,11 @@ def whole(tensor: Tensor) -> Tensor:
     if layout is None:
         return tensor
     total = torch.zeros(layout.shape, dtype=tensor.dtype, device=tensor.device)
-    for piece in layout.pieces:
+    # of copies the first one counts
+    for piece in layout.pieces if layout.copies is None or dist.get_rank(layout.copies) == 0 else ():
         total[piece.in_whole] = tensor[piece.in_own]
     dist.all_reduce(total)
-    return total if layout.n_copies == 1 else total / layout.n_copies
+    return total
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
@@ -143,10 +144,12 @@ def write_rows(tensor: Tensor, rows: Rows, value: Tensor | float, layout: Layout
 
 def row_pieces(places: Sequence[tuple[slice, slice]], shape: Sequence[int], copies: Any = None) -> Layout:
     """The layout of a tensor of which this rank holds some rows, as (rows of the whole, rows of its own) pairs; `shape`
-    is that of the whole tensor."""
+    is that of the whole tensor. Pairs of no rows are no pieces: another rank's may begin at the same place."""
     rest = tuple(shape[1:])
     zeros = (0,) * len(rest)
     pieces = tuple(
-        Piece((there.start, *zeros), (here.start, *zeros), (there.stop - there.start, *rest)) for there, here in places
+        Piece((there.start, *zeros), (here.start, *zeros), (there.stop - there.start, *rest))
+        for there, here in places
+        if there.stop > there.start
     )
     return Layout(tuple(shape), pieces, copies)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Thread
@@ -22,7 +22,8 @@ from moestro.parallel.sums import summed_over_ranks
 FAILED = "moestro/failed"
 # Seconds in which a store that can be reached answers; its client waits without end where the network is cut.
 ANSWER_S = 5.0
-A_LONG_TIME = timedelta(days=1)
+# How long a rank waits before it looks whether another one has failed.
+A_WHILE = timedelta(seconds=1)
 # what gloo and NCCL say where another rank is gone or silent
 SILENCE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe|socket", re.IGNORECASE)
 # The largest seed of a step: torch takes none above 2^64.
@@ -121,12 +122,22 @@ class Ranks:
 
     @contextmanager
     def main_first(self, what: str) -> Iterator[None]:
-        """Let the main rank do something before the others, however long it takes: they find what it left in files."""
+        """Let the main rank do something before the others, however long it takes: they find what it left in files.
+
+        Raises: RankLost on those that wait, where a rank fails meanwhile.
+        """
         if self.store is not None and not self.main:
-            self.store.wait([what], A_LONG_TIME)
+            self._await(what)
         yield
         if self.store is not None and self.main:
             self.store.set(what, "done")
+
+    def _await(self, what: str) -> None:
+        while not self.store.check([what]):
+            if self.store.check([FAILED]):
+                raise RankLost(f"rank {self.rank} of {self.world} waited for {what}, and another rank failed meanwhile")
+            with suppress(dist.DistStoreError):
+                self.store.wait([what], A_WHILE)
 
     def first_to_fail(self) -> bool:
         """Whether no other rank has called this: of several failing ranks the first has the cause, and says it. Where

@@ -6,6 +6,7 @@ from typing import Literal
 from moestro.parallel.placement import Strategy
 
 SHARDINGS = ("full", "hybrid", "none")
+LONGEST_S = 31_536_000
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class ParallelSettings:
                 raise ValueError(f"parallel {name}={getattr(self, name)}: must be at least 1")
         if self.replicas > 1 and self.sharding != "hybrid":
             raise ValueError(f"parallel replicas={self.replicas}: only with sharding: hybrid, not {self.sharding}")
-        if not self.timeout_s > 0:
-            raise ValueError(f"parallel timeout_s={self.timeout_s}: must be above 0")
+        if not 0 < self.timeout_s <= LONGEST_S:
+            raise ValueError(f"parallel timeout_s={self.timeout_s}: must be above 0, at most {LONGEST_S} (a year)")
 
     def copies(self, world: int) -> int:
         """How many ranks hold a copy of the same shard of what is sharded, of `world` ranks.

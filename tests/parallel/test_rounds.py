@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moestro.parallel.ranks import joined
+from moestro.parallel.ranks import RankLost, Ranks, joined
 from moestro.parallel.rounds import LATEST, own_round
 from moestro.parallel.settings import ParallelSettings
 
@@ -55,6 +55,22 @@ def test_a_round_that_was_given_up_is_not_joined(store: dist.TCPStore) -> None:
     given_up = store.get(LATEST)
     meet(store, 3, late=0)
     assert store.get(LATEST) != given_up
+
+
+def test_who_waits_for_the_main_rank_is_told_when_it_fails(store: dist.TCPStore) -> None:
+    def ranks(rank: int) -> Ranks:
+        return Ranks(torch.device("cpu"), rank, 2, store=dist.TCPStore("127.0.0.1", store.port, is_master=False))
+
+    def fails() -> bool:
+        time.sleep(0.2)
+        return ranks(0).first_to_fail()
+
+    with ThreadPoolExecutor(1) as thread:
+        main, waits = thread.submit(fails), ranks(1)
+        with pytest.raises(RankLost, match="rank 1 of 2 waited for data"), waits.main_first("data"):
+            pass
+        # whoever has the cause says it
+        assert main.result() and not waits.first_to_fail()
 
 
 def life(rank: int, port: int, results: Path, killed: bool) -> None:
