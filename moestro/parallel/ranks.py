@@ -113,6 +113,14 @@ class Ranks:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control)
         return bool(flag)
 
+    def least(self, own: float) -> float:
+        """The smallest of all ranks' numbers; every rank must call it. No device is waited for."""
+        if not self.several:
+            return own
+        number = torch.tensor(own, dtype=torch.float64)
+        dist.all_reduce(number, dist.ReduceOp.MIN, group=self.control)
+        return float(number)
+
     def seed_step(self, seed: int, step: int) -> None:
         """Make torch's default generators a function of (seed, step, rank), so that what is drawn in a step differs
         among ranks, and training continues alike after an interruption. Alone, one sequence of draws goes on from step

@@ -1,4 +1,4 @@
-"""Floor 11: how a recipe would run on machines that are not here: memory, messages, time, and the best mesh."""
+"""Floor 12: how a recipe would run on machines that are not here: memory, messages, time, and the best mesh."""
 
 from moestro.plan.fit import require_ranks_fit
 from moestro.plan.machines import MACHINES, Machine, machine_named

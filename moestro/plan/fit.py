@@ -1,5 +1,6 @@
 """Training on several ranks that would not fit into their memory, refused before anything is read or written."""
 
+import math
 import os
 from dataclasses import replace
 
@@ -24,13 +25,14 @@ def require_ranks_fit(recipe: Recipe, vocab_size: int, ranks: Ranks) -> None:
     if not build_training(recipe)[0].check_memory:
         return
     shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.device.type == "cpu" else 1
-    free = free_memory(ranks.device)
+    own = free_memory(ranks.device)
+    # one number for all, so that all decide alike
+    free = ranks.least(math.inf if own is None else own / shared)
     spread = planned(recipe, vocab_size, ranks)
     # what cannot be spread so is refused where it is
-    too_much = spread is not None and free is not None and spread.total > free / shared
-    if ranks.any(too_much) and spread is not None and free is not None:
-        where = f"{ranks.device} (rank {ranks.rank} of {ranks.world})"
-        raise Place(recipe.origin, ("train",)).error(told(spread.memory, free / shared, where, "a rank"))
+    if spread is not None and spread.total > free:
+        where = f"{ranks.device.type} (the fullest of {ranks.world} ranks)"
+        raise Place(recipe.origin, ("train",)).error(told(spread.memory, free, where, "a rank"))
 
 
 def planned(recipe: Recipe, vocab_size: int, ranks: Ranks) -> Spread | None:

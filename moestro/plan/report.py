@@ -102,7 +102,7 @@ def plan_page(work: Workload, found: Found) -> Group:
 
 def _asked(spread: Spread) -> str:
     verdict = "fits" if fits(spread) else "does not fit"
-    there = f"{verdict} {spread.machine.memory / GB:.1f} GB"
+    there = f"{verdict} {FULL * spread.machine.memory / GB:.1f} GB"
     return f"as the recipe is ({name_of(spread)}, {micro_batches(spread)}): {spread.total / GB:.1f} GB a rank, {there}"
 
 

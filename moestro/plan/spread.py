@@ -1,5 +1,6 @@
 """One way to spread a recipe over ranks, and what each rank then holds, sends and waits for."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -7,7 +8,7 @@ from moestro.parallel import ParallelSettings
 from moestro.plan import traffic
 from moestro.plan.imbalance import Balance, even
 from moestro.plan.machines import Machine
-from moestro.plan.workload import Mixture, Workload
+from moestro.plan.workload import Lookup, Mixture, Workload
 from moestro.train.estimate import (
     FLOAT32,
     FRAGMENTS,
@@ -83,6 +84,11 @@ class Spread:
         """Parameters of experts on the rank that has most."""
         return self.work.experts / self.experts * self.balance.parameters if self.experts > 1 else 0.0
 
+    @property
+    def learning(self) -> float:
+        """Share of the parameters besides tables' that learn."""
+        return 1 - self.work.frozen / max(1, self.work.dense + self.work.experts)
+
     @cached_property
     def memory(self) -> dict[str, float]:
         """Bytes by part on the fullest rank."""
@@ -106,8 +112,7 @@ class Spread:
 
     def state_bytes(self) -> float:
         """Float32 weights and two moments: 4 P + 8 of those that learn, P = sharded / shards + the rank's experts."""
-        learns = 1 - self.work.frozen / max(1, self.work.dense + self.work.experts)
-        return (FLOAT32 + 2 * FLOAT32 * learns) * (self.sharded / self.shards + self.own_experts)
+        return (FLOAT32 + 2 * FLOAT32 * self.learning) * (self.sharded / self.shards + self.own_experts)
 
     def gathered_bytes(self) -> float:
         """Whole weights in the dtype of products: those outside of blocks always, two blocks at a time (the next one
@@ -128,12 +133,15 @@ class Spread:
         return FLOAT32 * (whole + shard + self.own_experts)
 
     def row_gradient_bytes(self) -> float:
-        """Row-sparse gradients of the rank's part of the tables, from the tokens of all ranks."""
-        total = 0.0
+        """Row-sparse gradients of the rank's part of the tables, from the tokens of all ranks. Factors of them are of
+        the tokens that come to the rank, whole, for rows; of columns a part of all tokens, with all of their rows."""
+        total, columns = 0.0, self.settings.tables == "columns"
         for tables in self.work.tables:
             met = self.accumulate * self.tokens * tables.rows
             if self.work.settings.optim.fused_rows:
-                total += tables.count * (self.accumulate * self.tokens * FLOAT32 * tables.width + ROW_FACTORS * met)
+                come = 1.0 if columns else self.world * (1 - (1 - 1 / self.world) ** tables.rows)
+                vectors = self.accumulate * self.tokens * come * FLOAT32 * tables.width
+                total += tables.count * (vectors + ROW_FACTORS * met * (self.world if columns else 1))
             else:
                 rows = different_rows(tables.n_rows, met * self.world) / self.world
                 total += tables.count * rows * (FLOAT32 * tables.width + 8) * (1 if self.accumulate == 1 else 2)
@@ -148,12 +156,18 @@ class Spread:
         return {
             "activations": kept + max(working - gone, 0.0),
             "logits": logits,
-            "exchanged rows": max((self.exchanged_bytes(mixture) for mixture in self.work.mixtures), default=0.0),
+            "exchanged rows": max(map(self.exchanged_bytes, (*self.work.mixtures, *self.work.lookups)), default=0.0),
         }
 
-    def exchanged_bytes(self, mixture: Mixture) -> float:
-        """Buffers of one layer's exchange on the busiest rank: tokens that leave and arrive, there and back."""
-        if self.experts == 1:
+    def exchanged_bytes(self, layer: Mixture | Lookup) -> float:
+        """Buffers of one layer's exchange on the busiest rank, there and back: tokens that leave and arrive, or parts
+        of all tokens, with ids and gates of all their rows, where tables are split by columns."""
+        if isinstance(layer, Mixture):
+            ranks, n_experts, size = self.experts, len(layer.widths), self.itemsize * self.balance.work
+        else:
+            ranks, n_experts, size = self.world, math.inf, float(FLOAT32)
+        if ranks == 1:
             return 0.0
-        met = traffic.ranks_met(mixture.rows, even(self.experts), len(mixture.widths)) * self.balance.work
-        return 4 * self.tokens * met * self.work.d_model * self.itemsize
+        if isinstance(layer, Lookup) and self.settings.tables == "columns":
+            return self.tokens * (4 * layer.width * size + layer.rows * ranks * (traffic.ID + FLOAT32))
+        return 4 * self.tokens * traffic.ranks_met(layer.rows, even(ranks), n_experts) * self.work.d_model * size

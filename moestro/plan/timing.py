@@ -37,39 +37,38 @@ KERNELS = 60
 
 @dataclass(frozen=True)
 class Message:
-    """One kind of message: bytes that a rank sends in a step in `count` operations among `ranks`, neighbours or, with
-    `across`, one of each host. `rings` says that data goes round all ranks, so that a host's cards share it."""
+    """One kind of message: bytes that a rank sends in a step in `count` operations among `ranks`, every `stride`-th
+    one. `rings` says that data goes round all ranks, so that the cards of those on one host share what leaves it."""
 
     what: str
     sent: float
     count: int
     ranks: int
-    across: bool = False
+    stride: int = 1
     rings: bool = True
 
     def seconds(self, machine: Machine) -> float:
         """Latency of a tree's depth for every operation, and the bytes at the rate of the slowest link."""
         if self.ranks == 1 or not self.sent:
             return 0.0
-        inside = self.ranks <= machine.per_host and not self.across
+        inside = self.ranks * self.stride <= machine.per_host
         latency = machine.latency if inside else machine.network_latency
         return self.count * latency * math.ceil(math.log2(self.ranks)) + self.sent / self._rate(machine, inside)
 
     def _rate(self, machine: Machine, inside: bool) -> float:
         if inside:
             return machine.link
-        if self.across:
-            return machine.network
+        neighbours = max(1.0, machine.per_host / self.stride)
         if self.rings:
-            return min(machine.link, machine.network * machine.per_host)
+            return min(machine.link, machine.network * neighbours)
         # each with each: what leaves the host goes by the rank's own card
-        outside = (self.ranks - machine.per_host) / (self.ranks - 1)
+        outside = (self.ranks - neighbours) / (self.ranks - 1)
         return min(machine.network / outside, machine.link)
 
 
 def kernels(work: Workload) -> int:
     """Kernels of a forward pass."""
-    return KERNELS * (len(work.blocks) + len(work.mixtures) + len(work.unspread) + len(work.tables))
+    return KERNELS * (len(work.blocks) + len(work.mixtures) + len(work.unspread) + len(work.lookups))
 
 
 def units(work: Workload) -> int:
@@ -101,15 +100,8 @@ class StepTime:
         if s.experts > 1:
             copies = s.world // s.experts
             size = traffic.FLOAT32 * s.own_experts
-            far = s.experts >= s.machine.per_host
-            yield Message("experts' gradients", traffic.all_reduce(size, copies), 1, copies, far)
-            rounds = 4 if not s.recompute else 6
-            each = [
-                traffic.expert_exchange(s.tokens, s.work.d_model, m.rows, even(s.experts), s.itemsize, len(m.widths))
-                for m in s.work.mixtures
-            ]
-            sent = s.accumulate * sum(each) * s.balance.work * rounds / 4
-            yield Message("exchange of rows", sent, s.accumulate * rounds * len(each), s.experts, rings=False)
+            yield Message("experts' gradients", traffic.all_reduce(size, copies), 1, copies, s.experts)
+            yield self._exchange()
         if s.work.tables:
             yield self._tables()
         if s.work.query_features:
@@ -126,21 +118,37 @@ class StepTime:
         yield Message("reduced gradients", scattered, n + 1, s.shards)
         if s.copies > 1:
             between = traffic.all_reduce(traffic.FLOAT32 * learns / s.shards, s.copies)
-            yield Message("gradients of copies", between, n + 1, s.copies, s.shards >= s.machine.per_host)
+            yield Message("gradients of copies", between, n + 1, s.copies, s.shards)
+
+    @property
+    def _forwards(self) -> int:
+        """How often a micro-batch goes through a block."""
+        return 2 if self.spread.recompute else 1
+
+    def _exchange(self) -> Message:
+        s, f = self.spread, self._forwards
+        shares = even(s.experts)
+        sent = sum(
+            traffic.expert_exchange(s.tokens, s.work.d_model, m.rows, shares, s.itemsize, len(m.widths), f)
+            for m in s.work.mixtures
+        )
+        count = s.accumulate * 2 * (f + 1) * len(s.work.mixtures)
+        return Message("exchange of rows", s.accumulate * sent * s.balance.work, count, s.experts, rings=False)
 
     def _tables(self) -> Message:
-        s = self.spread
+        """The tables of one layer are met together: the rows' vectors travel once."""
+        s, f = self.spread, self._forwards
         by = traffic.table_rows_exchange if s.settings.tables == "rows" else traffic.table_columns_exchange
-        # tables of one layer are met together: the rows' vectors travel once
-        sent = sum(by(s.tokens, t.width, t.rows, s.world, traffic.FLOAT32) for t in s.work.tables)
-        rounds = 4 * s.accumulate * len(s.work.tables)
-        return Message("rows of tables", s.accumulate * sent, rounds, s.world, rings=False)
+        met = s.work.lookups
+        sent = sum(by(s.tokens, one.width, one.rows, s.world, traffic.FLOAT32, one.tables, f) for one in met)
+        count = s.accumulate * 2 * (f + 1) * len(met)
+        return Message("rows of tables", s.accumulate * sent, count, s.world, rings=False)
 
     def _query_statistics(self) -> Message:
         """Of every layer that normalises queries two sums forward and two backward in every micro-batch, two more where
         it is recomputed, and two after the step."""
         s, each = self.spread, self.spread.work.query_features
-        passes = (3 if s.recompute else 2) * s.accumulate
+        passes = (self._forwards + 1) * s.accumulate
         sent = sum(passes * traffic.query_statistics(f, s.world) + traffic.pooled_statistics(f, s.world) for f in each)
         return Message("query statistics", sent, 2 * (passes + 1) * len(each), s.world)
 
@@ -156,10 +164,11 @@ class StepTime:
         s = self.spread
         tokens = s.accumulate * s.tokens
         flops = tokens * training_flops(s.work, s.recompute)
-        again = TRAINING_FLOPS + (1 if s.recompute else 0)
+        again = TRAINING_FLOPS + self._forwards - 1
         experts = tokens * again * sum(m.rows * m.row_flops for m in s.work.mixtures)
         late = experts * (s.balance.work - 1)
-        moved = sum(t.count * t.rows * t.width * traffic.FLOAT32 * (1 + ROW_AGAIN) for t in s.work.tables) * tokens
+        times = self._forwards + ROW_AGAIN
+        moved = sum(t.count * t.rows * t.width * traffic.FLOAT32 * times for t in s.work.tables) * tokens
         launches = s.accumulate * kernels(s.work) * again
         moved += tokens * moved_per_token(s.work) * (again / TRAINING_FLOPS)
         products = (flops + late) / s.machine.flops(s.work.settings.precision)
@@ -170,7 +179,7 @@ class StepTime:
     def optimizer(self) -> float:
         """Seconds of the update of the rank's own numbers."""
         s = self.spread
-        return ADAMW * (s.sharded / s.shards + s.own_experts) / s.machine.memory_bandwidth
+        return ADAMW * s.learning * (s.sharded / s.shards + s.own_experts) / s.machine.memory_bandwidth
 
     @cached_property
     def waiting(self) -> float:

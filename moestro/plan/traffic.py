@@ -49,29 +49,45 @@ def _missed(rows: float, share: float, n_experts: float) -> float:
 
 
 def expert_exchange(
-    tokens: float, d_model: int, rows: float, shares: Sequence[float], itemsize: int, n_experts: float = math.inf
+    tokens: float,
+    d_model: int,
+    rows: float,
+    shares: Sequence[float],
+    itemsize: int,
+    n_experts: float = math.inf,
+    forwards: int = 1,
 ) -> float:
-    """Of one layer with experts on other ranks, forward and backward: a token goes once to every rank that has some of
-    its experts, and an answer comes back, with both gradients: 4 m d numbers for m other ranks. Of every row that
-    leaves its rank, a code (8 bytes), its gate and the gate's gradient (4 each); and two counts for every rank."""
+    """Of one layer with experts on other ranks, forward (f times: twice where it is recomputed) and backward: a token
+    goes once to every rank that has some of its experts, and an answer comes back, with both gradients: 2 (f + 1) m d
+    numbers for m other ranks. Of every row that leaves its rank, f times a code (8 bytes) and its gate (4), and the
+    gate's gradient (4); and f times two counts for every rank."""
     others = len(shares) - 1
     away = rows * sum(share * others / len(shares) for share in shares) / max(1e-12, sum(shares))
-    vectors = 4 * ranks_met(rows, shares, n_experts) * d_model * itemsize
-    return tokens * (vectors + away * (ID + 2 * FLOAT32)) + 2 * ID * others
+    vectors = 2 * (forwards + 1) * ranks_met(rows, shares, n_experts) * d_model * itemsize
+    return tokens * (vectors + away * (forwards * (ID + FLOAT32) + FLOAT32)) + forwards * 2 * ID * others
 
 
-def table_rows_exchange(tokens: float, d_model: int, rows: float, ranks: int, itemsize: int) -> float:
-    """Of one layer whose tables are split by rows: what `expert_exchange` says of ranks with equal shares."""
-    return expert_exchange(tokens, d_model, rows, [1 / ranks] * ranks, itemsize)
+def table_rows_exchange(
+    tokens: float, d_model: int, rows: float, ranks: int, itemsize: int, tables: int = 2, forwards: int = 1
+) -> float:
+    """Of one layer whose tables are split by rows: what `expert_exchange` says of ranks with equal shares, however many
+    tables there are; but a single one, of values, has no gradient of x to send back."""
+    shares = [1 / ranks] * ranks
+    spared = tokens * ranks_met(rows, shares) * d_model * itemsize if tables == 1 else 0.0
+    return expert_exchange(tokens, d_model, rows, shares, itemsize, forwards=forwards) - spared
 
 
-def table_columns_exchange(tokens: float, d_model: int, rows: float, ranks: int, itemsize: int) -> float:
-    """Of one layer whose tables are split by columns, each rank with d / g of every row: x and y in parts to and from
-    every rank and their gradients, 4 t d (g - 1) / g numbers; ids and gates of all tokens to all, and the partial
-    products with every row, summed, forward and backward (two reductions of t g k float32)."""
-    vectors = 4 * tokens * d_model * itemsize * (ranks - 1) / ranks
-    told = tokens * rows * (ID + FLOAT32) * (ranks - 1)
-    products = 2 * all_reduce(tokens * ranks * rows * FLOAT32, ranks)
+def table_columns_exchange(
+    tokens: float, d_model: int, rows: float, ranks: int, itemsize: int, tables: int = 2, forwards: int = 1
+) -> float:
+    """Of one layer whose `tables` are split by columns, each rank with d / g of every row: x and y in parts to and from
+    every rank and their gradients, 2 (f + 1) t d (g - 1) / g numbers in f forward passes and one backward, of a single
+    table, of values, one part less, x's gradient; f times ids and gates of all tokens to all; and sums of partial
+    products with every row (t g k float32), f for each table but the one whose rows are added up, and one backward.
+    """
+    vectors = (2 * (forwards + 1) - (tables == 1)) * tokens * d_model * itemsize * (ranks - 1) / ranks
+    told = forwards * tokens * rows * (ID + FLOAT32) * (ranks - 1)
+    products = (forwards * (tables - 1) + 1) * all_reduce(tokens * ranks * rows * FLOAT32, ranks)
     return vectors + told + products
 
 

@@ -37,7 +37,8 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Tables:
-    """Tables of row-sparse gradients that a layer meets: rows a token, rows of a table, width, and how many tables."""
+    """Tables of row-sparse gradients: rows that a token meets in all layers that have the table, rows of a table,
+    width, and how many such tables there are in the model."""
 
     rows: float
     n_rows: int
@@ -46,10 +47,19 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """One layer that meets such tables: rows a token, their width, and how many tables have each row."""
+
+    rows: float
+    width: int
+    tables: int
+
+
+@dataclass(frozen=True)
 class Workload:
     """A recipe in numbers. Parameters: `blocks` those of every block and `rest` those outside (embedding, norm, head),
-    without experts that can be spread (`mixtures`) and `tables`; `frozen` of them do not learn. `token_flops` of a
-    forward pass, `kept` by a token in every block, `query_features` of every layer with statistics
+    without experts that can be spread (`mixtures`) and `tables`, which `lookups` meet; `frozen` of them do not learn.
+    `token_flops` of a forward pass, `kept` by a token in every block, `query_features` of every layer with statistics
     over the batch, `routers` that have weights."""
 
     name: str
@@ -65,6 +75,7 @@ class Workload:
     mixtures: tuple[Mixture, ...]
     unspread: tuple[str, ...]
     tables: tuple[Tables, ...]
+    lookups: tuple[Lookup, ...]
     table_bytes: float
     query_features: tuple[int, ...]
     routers: int
@@ -111,6 +122,7 @@ def workload(recipe: Recipe, vocab_size: int | None = None) -> Workload:
         mixtures=tuple(mixture(name, *_with_layers(model)[name]) for name in spread),
         unspread=tuple(name for name in banks if name not in spread),
         tables=tuple(tables_of(model)),
+        lookups=tuple(lookups_of(model)),
         table_bytes=table_bytes(model, settings),
         query_features=tuple(m.features for m in model.modules() if isinstance(m, BatchQueryNorm)),
         routers=len(outermost(model, Router)),
@@ -190,6 +202,14 @@ def tables_of(model: Any) -> Sequence[Tables]:
     for key in tables_met(model):
         found[key] = found.get(key, 0) + 1
     return [Tables(*key, n) for key, n in found.items()]
+
+
+def lookups_of(model: Any) -> Iterator[Lookup]:
+    """Layer by layer, also of those that share their tables."""
+    for layer in model.moe_layers().values():
+        for bank in layer.banks():
+            if tables := bank.row_parameters():
+                yield Lookup(layer.router.rows_per_token(), tables[0].shape[1], len(tables))
 
 
 def training_flops(work: Workload, recompute: bool) -> float:

@@ -15,13 +15,15 @@ HMOE = Path(__file__).resolve().parents[2] / "recipes" / "paper" / "hmoe-0.4b.ya
 
 
 class Two(Ranks):
-    """One of two ranks; the other says nothing else."""
+    """One of two ranks; the other has `other` bytes free."""
 
-    def any(self, own: bool) -> bool:
-        return own
+    other = float("inf")
+
+    def least(self, own: float) -> float:
+        return min(own, self.other)
 
 
-def required(monkeypatch: pytest.MonkeyPatch, free: float, *changes: str) -> None:
+def required(monkeypatch: pytest.MonkeyPatch, free: float | None, *changes: str) -> None:
     monkeypatch.setattr("moestro.plan.fit.free_memory", lambda device: free)
     recipe = load_recipe(HMOE, ["train.batch_size=8", "train.accumulate=1", "data.tokenizer={kind: bytes}", *changes])
     require_ranks_fit(recipe, 256, Two(torch.device("cpu"), 1, 2))
@@ -30,9 +32,17 @@ def required(monkeypatch: pytest.MonkeyPatch, free: float, *changes: str) -> Non
 def test_what_is_too_large_for_a_rank_is_told_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"a rank needs about .* GB \(.*parameters and optimizer") as refused:
         required(monkeypatch, 1e9)
-    assert "cpu (rank 1 of 2) has 1.0 GB free" in str(refused.value) and OVERRIDE in str(refused.value)
+    assert "cpu (the fullest of 2 ranks) has 1.0 GB free" in str(refused.value) and OVERRIDE in str(refused.value)
     required(monkeypatch, 1e12)
     required(monkeypatch, 1e9, "train.check_memory=false")
+
+
+@pytest.mark.parametrize("own", [1e12, None])
+def test_all_ranks_refuse_what_one_cannot_hold(own: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    required(monkeypatch, own)
+    monkeypatch.setattr(Two, "other", 1e9)
+    with pytest.raises(RecipeError, match="fullest of 2 ranks. has 1.0 GB free"):
+        required(monkeypatch, own)
 
 
 def test_ranks_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from moestro.data import Batch
 from moestro.parallel import ParallelSettings, Ranks
 from moestro.plan import MACHINES, Spread, StepTime, workload
 from moestro.plan.imbalance import EVEN
-from moestro.plan.timing import KERNELS, kernels, moved_per_token
+from moestro.plan.timing import KERNELS, Message, kernels, moved_per_token
 from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import load_recipe
 from moestro.train.step import backward
@@ -76,3 +76,30 @@ def test_recomputation_moves_a_forward_pass_more():
         for recompute in (False, True)
     )
     assert twice == pytest.approx(once * 4 / 3, rel=1e-6)
+
+
+def test_every_layer_that_meets_tables_sends_for_itself():
+    """Also where all tables are of one shape."""
+    layers = "model.layers={%s}"
+    peer = (
+        "{kind: moe, router: {kind: product_key, heads: 2, top_k: 4, d_key: 16}, "
+        "branches: [{kind: singleton, n_experts: 256, sparse_gradients: true}]}"
+    )
+    for tables in ("rows", "columns"):
+        sent = []
+        for places in ((1,), (1, 2)):
+            change = layers % ", ".join(f"{place}: {peer}" for place in places)
+            work = workload(load_recipe(RECIPES / "dense.yaml", [change]))
+            spread = Spread(work, MACHINES["h200"], 4, ParallelSettings(tables=tables), 1, False, EVEN)  # type: ignore[arg-type]
+            sent.append(StepTime(spread).sent["rows of tables"])
+        assert sent[1] == pytest.approx(2 * sent[0])
+
+
+@pytest.mark.parametrize(("stride", "ranks", "link"), [(1, 8, True), (2, 4, True), (4, 4, False), (8, 2, False)])
+def test_ranks_that_are_neighbours_of_none_cross_hosts(stride: int, ranks: int, link: bool):
+    """16 ranks on two hosts: every 4th of them is two on each host, however few they are."""
+    machine = replace(MACHINES["h200"], latency=1e-30, network_latency=1e-30)
+    seconds = Message("", 1e9, 1, ranks, stride).seconds(machine)
+    cards = max(1, 8 // stride)
+    rate = machine.link if link else min(machine.link, machine.network * cards)
+    assert seconds == pytest.approx(1e9 / rate)

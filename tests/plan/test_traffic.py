@@ -2,14 +2,23 @@
 
 import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from moestro import GLUSingletonBank, SingletonBank
+from moestro.experts import TableBank, ValueBank
+from moestro.parallel.exchange import Network
 from moestro.parallel.expert_parallel import Parcels
+from moestro.parallel.row_tables import ColumnParallel, RowParallel
+from moestro.parallel.traffic import Traffic
 from moestro.plan import traffic
 from moestro.plan.imbalance import even
 from moestro.routing import SparseRouting
+from tests.parallel.processes import in_ranks
 
 
 def ring(n: int, ranks: int, rounds: int) -> list[float]:
@@ -77,6 +86,38 @@ def test_wide_rows_travel_less_in_columns_and_many_ranks_hear_less_of_rows():
     assert wide[1] < wide[0] and many[1] > many[0]
     assert traffic.table_rows_exchange(64, 256, 128, 1, 4) == 0
     assert traffic.table_columns_exchange(64, 256, 128, 1, 4) == 0
+
+
+TOKENS, ROWS, WIDTH, TABLE = 200, 6, 32, 600
+
+
+def sent_by(bank: TableBank, by_rows: bool, recompute: bool) -> float:
+    """Bytes that this rank sends for a layer's tables, forward and backward."""
+    spread: Any = RowParallel(bank, Network()) if by_rows else ColumnParallel(bank)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(TABLE, generator=draw)[:ROWS] for _ in range(TOKENS)])
+    x, weight = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.rand(TOKENS, ROWS, requires_grad=True)
+
+    def layer(x: Any, weight: Any) -> Any:
+        return torch.tanh(spread(x, SparseRouting.from_topk(ids, weight, TABLE)))
+
+    with Traffic() as counted:
+        y: Any = checkpoint(layer, x, weight, use_reentrant=False) if recompute else layer(x, weight)
+        y.sum().backward()
+    return counted.total
+
+
+def tables_send(rank: int) -> None:
+    for kind, n_tables in ((SingletonBank, 2), (GLUSingletonBank, 3), (ValueBank, 1)):
+        for by_rows, recompute in itertools.product((True, False), (False, True)):
+            formula = traffic.table_rows_exchange if by_rows else traffic.table_columns_exchange
+            want = formula(TOKENS, WIDTH, ROWS, 2, 4, n_tables, 2 if recompute else 1)
+            have = sent_by(kind(WIDTH, TABLE, sparse_gradients=True), by_rows, recompute)
+            assert have == pytest.approx(want, rel=0.005), (kind, by_rows, recompute)
+
+
+def test_tables_over_ranks_send_what_the_formulas_say(tmp_path: Path):
+    in_ranks(2, tables_send, tmp_path)
 
 
 def test_statistics_of_queries_are_mean_and_spread():
