@@ -47,7 +47,7 @@ def tiled_ffn(
     if len(token) and not 0 <= int(token.min()) <= int(token.max()) < len(x):
         raise ValueError(f"tokens {int(token.min())} to {int(token.max())}, allowed: 0 to {len(x) - 1}")
     x, weight, w_in, w_out = (v.contiguous() for v in (x, weight, w_in, w_out))
-    layout = Layout(token, len(x), bounds, widths)
+    layout = Layout(token, len(x), bounds, widths, d)
     if gradient:
         return _TiledFFN.apply(x, weight, w_in, w_out, layout)  # type: ignore
     return expert_tiles.forward(x, weight, w_in, w_out, layout, keep=False)[0]

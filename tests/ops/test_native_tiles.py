@@ -5,7 +5,7 @@ import torch
 
 from moestro import ops
 from moestro.ops import backend, native
-from moestro.ops.native import build
+from moestro.ops.native import build, expert_tiles
 from moestro.ops.tiled_ffn import tiled_ffn
 from tests.tolerances import BFLOAT16_NORM
 
@@ -52,7 +52,7 @@ def test_each_experts_results_equal_float64(case, counted):
     arguments = inputs(*CASES[case])
     *_, offsets, _, _, widths = arguments
     have, want = results("native", torch.bfloat16, arguments), results("reference", torch.float64, arguments)
-    assert "tile_dweights" in counted and all(v.dtype == torch.bfloat16 for v in have)
+    assert "tile_gradients" in counted and all(v.dtype == torch.bfloat16 for v in have)
     rows, units = offsets.diff().tolist(), list(widths)
     parts = [[len(have[0])], [len(have[1])], rows, [2 * w for w in units], units]
     for index, (mine, true, sizes) in enumerate(zip(have, want, parts, strict=True)):
@@ -87,6 +87,38 @@ def test_threads_and_calls_change_no_bit(two_threads):
 
 
 @needs_tiles
+def test_gates_of_any_size_and_what_is_not_a_number():
+    gates = torch.tensor([-1e30, -200.0, -88.0, -20.0, 0.0, 20.0, 88.0, 200.0, 1e30, float("nan")]).bfloat16()
+    w_in = torch.zeros(4, 2).bfloat16()
+    w_in[0, 0], w_in[2, 1] = 1, 1
+    x = torch.stack([gates, torch.ones_like(gates)], 1)
+    token, offsets = torch.arange(len(gates)), torch.tensor([0, len(gates)])
+    arguments = x, token, torch.ones(len(gates)), offsets, w_in, torch.eye(2).bfloat16(), [2]
+    have, want = results("native", torch.bfloat16, arguments), results("reference", torch.float64, arguments)
+    for mine, true in zip(have[:2], want[:2], strict=True):
+        assert mine[-1].isnan().any() and mine[:-1].isfinite().all()
+        assert torch.allclose(mine[:-1].double(), true[:-1], rtol=2**-7, atol=1e-6)
+
+
+@needs_tiles
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_experts_in_groups_change_no_bit(experts, counted, monkeypatch):
+    arguments = inputs(300, [50, 0, 140, 90, 20, 33], [33, 40, 20, 64, 0, 7], 70)
+    together = results("native", torch.bfloat16, arguments)
+    assert counted.count("tile_gradients") == 1
+    counted.clear()
+    monkeypatch.setattr(expert_tiles, "_groups", lambda sizes, limit: [*range(0, len(sizes), experts), len(sizes)])
+    have = results("native", torch.bfloat16, arguments)
+    assert counted.count("tile_gradients") == 6 // experts
+    assert all(torch.equal(a, b) for a, b in zip(have, together, strict=True))
+
+
+def test_groups_are_as_large_as_the_cache_allows():
+    assert expert_tiles._groups([3, 4, 2, 9, 0, 1, 5], 7) == [0, 2, 3, 4, 7]
+    assert expert_tiles._groups([8], 7) == [0, 1] and expert_tiles._groups([], 7) == [0]
+
+
+@needs_tiles
 @pytest.mark.parametrize("wanted", range(4))
 def test_gradients_that_nobody_wants_are_not_computed(wanted, counted):
     arguments = inputs(*CASES["odd everything"])
@@ -96,7 +128,6 @@ def test_gradients_that_nobody_wants_are_not_computed(wanted, counted):
     assert [v is None for v in have[1:]] == [i != wanted for i in range(4)]
     assert torch.equal(have[1 + wanted], every[1 + wanted])
     assert counted.count("tile_rows") == (2 if wanted == 0 else 1)
-    assert counted.count("tile_dweights") == (1 if wanted > 1 else 0)
 
 
 @needs_tiles

@@ -8,8 +8,6 @@
 
 #include "tiles.h"
 
-static inline vec sigmoid(vec z) { return 1.0f / (1.0f + exponential(-z)); }
-
 /* Where every token's rows and every row's slot are: one item. */
 KERNEL(tile_places)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
@@ -49,7 +47,7 @@ static void across(const struct tiles *f, const uint16_t *of, const struct exper
             }
             exchange(v);
             for (int64_t i = 0; i < SIDE; i++)
-                _mm512_storeu_si512(to + ((e->slot + slot) / SIDE * deep + k) * TILE + i * DEEP, v[i]);
+                _mm512_storeu_si512(to + ((e->near_slot + slot) / SIDE * deep + k) * TILE + i * DEEP, v[i]);
         }
     }
 }
@@ -57,7 +55,7 @@ static void across(const struct tiles *f, const uint16_t *of, const struct exper
 /* 32 slots paired along slots: an expert's tiles of 16 columns, each all along its slots. */
 static void along(const struct tiles *f, const uint16_t *of, const struct expert *e, int64_t first, uint16_t *to) {
     int64_t deep = e->slots / DEEP;
-    uint16_t *tile = to + e->slot * UP_TO(f->d, DEEP) + first / DEEP * TILE;
+    uint16_t *tile = to + e->near_slot * UP_TO(f->d, DEEP) + first / DEEP * TILE;
     for (int64_t i = 0; i < SIDE; i++) {
         const uint16_t *even = row_at(f, of, e, first + 2 * i), *odd = row_at(f, of, e, first + 2 * i + 1);
         for (int64_t column = 0; column < f->d; column += DEEP) {
@@ -71,8 +69,8 @@ static void along(const struct tiles *f, const uint16_t *of, const struct expert
 KERNEL(tile_pack)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
     for (int64_t item = begin; item < end; item++) {
-        int64_t at = expert_of(f, item), first = (item - f->items[at]) * DEEP;
-        const struct expert *e = f->experts + at;
+        const struct expert *e = owner_of_slot(f, item * DEEP);
+        int64_t first = item * DEEP - e->slot;
         if (f->x_across)
             across(f, f->x, e, first, f->x_across);
         if (f->dy_across)
@@ -89,8 +87,8 @@ static void swiglu_tiles(const struct tiles *f, const struct expert *e, int64_t 
                          float c[4][SIDE * SIDE]) {
     uint16_t *z = f->z ? f->z + 2 * e->hidden + unit * e->slots + slot : NULL;
     for (int64_t u = 0; z && u < SIDE; u++) {
-        _mm512_storeu_si512(z + u * e->slots, narrow(c[0] + u * SIDE, c[1] + u * SIDE));
-        _mm512_storeu_si512(z + (e->wide + u) * e->slots, narrow(c[2] + u * SIDE, c[3] + u * SIDE));
+        store_past_cache(z + u * e->slots, 0xffffffffu, narrow(c[0] + u * SIDE, c[1] + u * SIDE));
+        store_past_cache(z + (e->wide + u) * e->slots, 0xffffffffu, narrow(c[2] + u * SIDE, c[3] + u * SIDE));
     }
     for (int64_t half = 0; half < 2; half++) {
         __m512i v[SIDE];
@@ -99,101 +97,110 @@ static void swiglu_tiles(const struct tiles *f, const struct expert *e, int64_t 
             v[u] = (__m512i)(gate * sigmoid(gate) * load(c[2 + half] + u * SIDE));
         }
         exchange(v);
-        uint16_t *to = f->hidden + e->hidden + (slot + half * SIDE) * e->wide + unit;
+        uint16_t *to = hidden_of(f, e) + (slot + half * SIDE) * stride_of_hidden(e) + unit;
         for (int64_t i = 0; i < SIDE; i++)
-            _mm256_storeu_si256((__m256i *)(to + i * e->wide), narrow_half((vec)v[i]));
+            _mm256_storeu_si256((__m256i *)(to + i * stride_of_hidden(e)), narrow_half((vec)v[i]));
     }
 }
 
-/* hidden = silu(x G) * (x U): items are 16 units of an expert. */
+/* What is read soon after a half of a block of units: the next one's weights. */
+static struct soon soon_of_half(const struct tiles *f, int64_t half, int64_t halves) {
+    struct soon soon = {0};
+    int64_t next = half + 1 < halves ? half + 1 : half, slots = owner_of_block(f, half / 2)->slots;
+    const struct expert *of = owner_of_block(f, next / 2);
+    const uint16_t *gate = f->w_in + (2 * of->unit + next * SIDE - of->block * DEEP) * f->d;
+    add_region(&soon, gate, f->d / 2, 64);
+    add_region(&soon, gate + of->width * f->d, f->d / 2, 64);
+    spread_over(&soon, next > half ? slots / DEEP * UP_TO(f->d, DEEP) / DEEP : 0);
+    return soon;
+}
+
+/* hidden = silu(x G) * (x U): items are 32 units of an expert, in halves. */
 KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
     int64_t deep = UP_TO(f->d, DEEP) / DEEP;
     uint16_t *copy = scratch(2 * SIDE * deep * DEEP);
     float c[4][SIDE * SIDE] __attribute__((aligned(64)));
     use_tiles();
-    for (int64_t item = begin; item < end; item++) {
-        int64_t at = expert_of(f, item), unit = (item - f->items[at]) * SIDE, stride;
-        const struct expert *e = f->experts + at;
+    for (int64_t half = 2 * begin; half < 2 * end; half++) {
+        const struct expert *e = owner_of_block(f, half / 2);
+        int64_t unit = half * SIDE - e->block * DEEP, stride;
+        if (!e->n)
+            continue;
         const uint16_t *gate = f->w_in + (2 * e->unit + unit) * f->d, *up = gate + e->width * f->d;
-        struct soon soon = {(const char *)(gate + SIDE * f->d), (const char *)(up + SIDE * f->d), 0};
-        soon.lines = e->slots ? f->d / (2 * (e->slots / DEEP) * deep) + 1 : 0;
+        struct soon soon = soon_of_half(f, half, 2 * end);
         gate = whole_rows(gate, e->width - unit, f->d, copy, &stride);
         up = whole_rows(up, e->width - unit, f->d, copy + SIDE * deep * DEEP, &stride);
         for (int64_t slot = 0; slot < e->slots; slot += DEEP) {
-            const uint16_t *b = f->x_across + (e->slot + slot) / SIDE * deep * TILE;
+            const uint16_t *b = f->x_across + (e->near_slot + slot) / SIDE * deep * TILE;
             product(gate, up, stride, b, b + deep * TILE, deep, c, &soon);
             swiglu_tiles(f, e, unit, slot, c);
         }
     }
+    _mm_sfence();
     _tile_release();
     free(copy);
 }
 
-/* `count` rows of a weight from `first` on, columns column..column+63, paired along units, behind `to` tiles of each of
-   four columns of `deep` tiles; zeros up to `wide` rows. */
+/* `count` rows of a weight from `first` on, COLUMNS columns from `column` on, paired along units, behind `to` tiles of
+   each of their sixteenths; zeros up to `wide` rows. */
 static void pair_weight(const uint16_t *w, int64_t count, int64_t wide, int64_t column, int64_t d, int64_t deep,
                         uint16_t *to) {
+    int64_t stop = column + COLUMNS < d ? column + COLUMNS : d;
     for (int64_t u = 0; u < wide; u += 2) {
         const uint16_t *even = u < count ? w + u * d : NULL, *odd = u + 1 < count ? w + (u + 1) * d : NULL;
         uint16_t *left = to + u / DEEP * TILE + u % DEEP / 2 * DEEP;
-        if (u + 24 < count) {
-            _mm_prefetch((const char *)(w + (u + 24) * d + column), _MM_HINT_T0);
-            _mm_prefetch((const char *)(w + (u + 24) * d + column + DEEP), _MM_HINT_T0);
-            _mm_prefetch((const char *)(w + (u + 25) * d + column), _MM_HINT_T0);
-            _mm_prefetch((const char *)(w + (u + 25) * d + column + DEEP), _MM_HINT_T0);
+        for (int64_t first = column; first < stop; first += DEEP, left += 2 * deep * TILE) {
+            if (u + 13 < count) {
+                _mm_prefetch((const char *)(w + (u + 12) * d + first), _MM_HINT_T0);
+                _mm_prefetch((const char *)(w + (u + 13) * d + first), _MM_HINT_T0);
+            }
+            pair(even, odd, first, d, left, left + deep * TILE);
         }
-        pair(even, odd, column, d, left, left + deep * TILE);
-        if (column + DEEP < d)
-            pair(even, odd, column + DEEP, d, left + 2 * deep * TILE, left + 3 * deep * TILE);
     }
 }
 
-/* Columns column..column+63 of an expert's rows: a [slots, 32 deep] times the paired weight b. */
-static void rows_of(const struct tiles *f, const struct expert *e, const uint16_t *a, const uint16_t *b, int64_t deep,
-                    int64_t column, float c[4][SIDE * SIDE]) {
-    for (int64_t slot = 0; slot < e->n; slot += DEEP)
-        for (int64_t part = 0; part < 2 && column + part * DEEP < f->d; part++) {
-            const uint16_t *left = b + 2 * part * deep * TILE, *here = a + slot * deep * DEEP;
-            __mmask32 mask = first_columns(f->d - column - part * DEEP);
-            product(here, here + SIDE * deep * DEEP, deep * DEEP, left, left + deep * TILE, deep, c, NULL);
+/* COLUMNS columns of an expert's rows: a [slots, 32 deep] times the paired weight b. */
+static void rows_of(const struct tiles *f, const struct expert *e, const uint16_t *a, int64_t stride, const uint16_t *b,
+                    int64_t deep, int64_t column) {
+    float c[4][SIDE * SIDE] __attribute__((aligned(64)));
+    int64_t stop = column + COLUMNS < f->d ? column + COLUMNS : f->d;
+    for (int64_t slot = 0; slot < e->n; slot += DEEP) {
+        const uint16_t *here = a + slot * stride, *left = b;
+        for (int64_t first = column; first < stop; first += DEEP, left += 2 * deep * TILE) {
+            __mmask32 mask = first_columns(f->d - first);
+            product(here, here + SIDE * stride, stride, left, left + deep * TILE, deep, c, NULL);
             for (int64_t i = 0; i < DEEP && slot + i < e->n; i++) {
                 float *two = c[i / SIDE * 2] + i % SIDE * SIDE;
-                _mm512_mask_storeu_epi16(f->rows + (e->slot + slot + i) * f->d + column + part * DEEP, mask,
+                _mm512_mask_storeu_epi16(f->rows + (e->slot + slot + i) * f->d + first, mask,
                                          narrow(two, two + SIDE * SIDE));
             }
         }
+    }
 }
 
-/* rows = hidden W_out, or with dz its gradient's rows dz W_in: items are 64 columns of an expert. */
-static void weight_rows(const struct tiles *f, int64_t begin, int64_t end) {
-    int64_t widest = 0;
-    for (int64_t e = 0; e < f->e; e++)
-        widest = f->experts[e].wide > widest ? f->experts[e].wide : widest;
-    uint16_t *paired = scratch((f->dz ? 2 : 1) * widest * 2 * DEEP);
-    float c[4][SIDE * SIDE] __attribute__((aligned(64)));
+/* rows = hidden W_out, or with dz its gradient's rows dz W_in: items are COLUMNS columns of an expert. */
+KERNEL(tile_rows)(const void *fields, int64_t begin, int64_t end) {
+    const struct tiles *f = fields;
+    int64_t blocks = UP_TO(f->d, COLUMNS) / COLUMNS, gates = f->dz ? 2 : 1, widest = 0;
+    for (int64_t item = begin; item < end; item++)
+        widest = f->experts[item / blocks].wide > widest ? f->experts[item / blocks].wide : widest;
+    uint16_t *paired = scratch(gates * widest * COLUMNS);
     use_tiles();
     for (int64_t item = begin; item < end; item++) {
-        int64_t at = expert_of(f, item), column = (item - f->items[at]) * 2 * DEEP;
-        const struct expert *e = f->experts + at;
-        int64_t half = e->wide / DEEP, deep = f->dz ? 2 * half : half;
+        const struct expert *e = f->experts + item / blocks;
+        int64_t column = item % blocks * COLUMNS, half = e->wide / DEEP, deep = gates * half;
+        const uint16_t *w = f->dz ? f->w_in + 2 * e->unit * f->d : f->w_out + e->unit * f->d;
         if (!e->n)
             continue;
-        if (f->dz) {
-            const uint16_t *gate = f->w_in + 2 * e->unit * f->d;
-            pair_weight(gate, e->width, e->wide, column, f->d, deep, paired);
-            pair_weight(gate + e->width * f->d, e->width, e->wide, column, f->d, deep, paired + half * TILE);
-            rows_of(f, e, f->dz + 2 * e->hidden, paired, deep, column, c);
-        } else {
-            pair_weight(f->w_out + e->unit * f->d, e->width, e->wide, column, f->d, deep, paired);
-            rows_of(f, e, f->hidden + e->hidden, paired, deep, column, c);
-        }
+        for (int64_t gate = 0; gate < gates; gate++)
+            pair_weight(w + gate * e->width * f->d, e->width, e->wide, column, f->d, deep, paired + gate * half * TILE);
+        rows_of(f, e, f->dz ? dz_of(f, e) : hidden_of(f, e), f->dz ? stride_of_dz(e) : stride_of_hidden(e), paired, deep,
+                column);
     }
     _tile_release();
     free(paired);
 }
-
-KERNEL(tile_rows)(const void *fields, int64_t begin, int64_t end) { weight_rows(fields, begin, end); }
 
 /* out = the sum of each token's rows, `weighted` or not, in the order of the rows: items are tokens. */
 KERNEL(tile_sum)(const void *fields, int64_t begin, int64_t end) {

@@ -14,10 +14,14 @@
 #define SIDE 16                 /* rows or columns of a tile of C */
 #define DEEP 32                 /* numbers along k of a tile */
 #define TILE (DEEP * SIDE)      /* numbers of a tile of A or B */
+#define COLUMNS 128             /* of an expert's rows that are computed together */
 #define UP_TO(n, step) (((n) + (step) - 1) / (step) * (step))
 
+/* Experts are taken in groups, whose packed rows and hidden numbers lie in memory that the next group writes again, so
+   that it stays in the cache. Units come in blocks of DEEP. */
 struct expert {
     int64_t n, row, slots, slot, width, unit, wide, hidden; /* wide: width up to DEEP; hidden: slots * wide before it */
+    int64_t block, near_slot, near_hidden;                  /* blocks before it; slot and hidden within its group */
 };
 
 struct tiles {
@@ -25,14 +29,12 @@ struct tiles {
     const int64_t *token;          /* [n], rows in the order of their experts */
     const float *weight;           /* [n] */
     const struct expert *experts;  /* [e] */
-    const int64_t *items;          /* [e + 1]: where the items of every expert begin */
     const uint16_t *w_in, *w_out;  /* [2 units, d], [units, d] */
-    uint16_t *x_across, *x_along;  /* rows of x, paired along d and along rows */
+    uint16_t *x_across, *x_along;  /* of a group: rows of x, paired along d and along rows */
     uint16_t *dy_across, *dy_along;
-    uint16_t *hidden;              /* an expert: [slots, wide] */
-    uint16_t *z, *dz_units;        /* an expert: [2 wide, slots]: gate, up */
-    uint16_t *dz;                  /* an expert: [slots, 2 wide] */
-    uint16_t *scaled;              /* an expert: [wide, slots], weight * hidden */
+    uint16_t *hidden;              /* of a group, an expert: [slots, wide + DEEP], the last columns unused */
+    uint16_t *dz;                  /* of a group, an expert: [slots, 2 wide + DEEP], likewise */
+    uint16_t *z;                   /* an expert: [2 wide, slots]: gate, up */
     uint16_t *rows;                /* [slots, d], what an expert adds to a token */
     float *part;                   /* an expert: [wide / DEEP, slots], gradients of weights */
     uint16_t *out;                 /* [t, d] */
@@ -42,17 +44,32 @@ struct tiles {
     int64_t n, t, d, e, weighted;
 };
 
-static inline int64_t expert_of(const struct tiles *f, int64_t item) {
-    int64_t low = 0, high = f->e - 1;
-    while (low < high) {
-        int64_t middle = (low + high + 1) / 2;
-        if (f->items[middle] <= item)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    return low;
+/* Rows that are a multiple of a page apart would push each other out of the cache: hence the columns between. */
+static inline int64_t stride_of_hidden(const struct expert *e) { return e->wide + DEEP; }
+static inline int64_t stride_of_dz(const struct expert *e) { return 2 * e->wide + DEEP; }
+static inline uint16_t *hidden_of(const struct tiles *f, const struct expert *e) {
+    return f->hidden + e->near_hidden + e->near_slot * DEEP;
 }
+static inline uint16_t *dz_of(const struct tiles *f, const struct expert *e) {
+    return f->dz + 2 * e->near_hidden + e->near_slot * DEEP;
+}
+
+/* The expert whose slots, or whose blocks of units, hold this one: where several begin there, the last is not empty. */
+#define OWNER(name, begins)                                                                                            \
+    static inline const struct expert *name(const struct tiles *f, int64_t at) {                                       \
+        int64_t low = 0, high = f->e - 1;                                                                              \
+        while (low < high) {                                                                                           \
+            int64_t middle = (low + high + 1) / 2;                                                                     \
+            if (f->experts[middle].begins <= at)                                                                       \
+                low = middle;                                                                                          \
+            else                                                                                                       \
+                high = middle - 1;                                                                                     \
+        }                                                                                                              \
+        return f->experts + low;                                                                                       \
+    }
+
+OWNER(owner_of_slot, slot)
+OWNER(owner_of_block, block)
 
 struct tile_config {
     uint8_t palette, start, zero[14];
@@ -69,11 +86,46 @@ static inline void use_tiles(void) {
     _tile_loadconfig(&config);
 }
 
-/* Memory that will be read soon, and how many lines of it to ask for with every tile. */
+/* Memory that will be read soon, region after region, and how many lines of it to ask for with every tile. */
 struct soon {
-    const char *first, *second;
-    int64_t lines;
+    struct region {
+        const char *from;
+        int64_t lines, step; /* bytes between lines */
+    } regions[6];
+    int64_t count, now, at_once;
 };
+
+static inline void add_region(struct soon *soon, const void *from, int64_t lines, int64_t step) {
+    soon->regions[soon->count++] = (struct region){from, lines, step};
+}
+
+/* All of it with so many tiles. */
+static inline void spread_over(struct soon *soon, int64_t tiles) {
+    int64_t lines = 0;
+    for (int64_t i = 0; i < soon->count; i++)
+        lines += soon->regions[i].lines;
+    soon->at_once = tiles ? (lines + tiles - 1) / tiles : 0;
+}
+
+static inline void ask(struct soon *soon) {
+    for (int64_t i = 0; i < soon->at_once; i++) {
+        while (soon->now < soon->count && !soon->regions[soon->now].lines)
+            soon->now++;
+        if (soon->now == soon->count)
+            return;
+        struct region *region = soon->regions + soon->now;
+        _mm_prefetch(region->from, _MM_HINT_T1);
+        region->from += region->step;
+        region->lines--;
+    }
+}
+
+/* Bytes of a weight that is read in columns, and asked for in the order in which it lies, while its units are worked on
+   otherwise: half of the smallest cache of a core that has tiles. Larger ones are asked for column by column. */
+#define KEPT (1 << 20)
+static inline int kept(const struct tiles *f, const struct expert *e, int64_t gates) {
+    return gates * e->width * f->d * 2 <= KEPT;
+}
 
 /* c = (a0, a1) times (b0, b1) over `deep` tiles of k: c[0] = a0 b0, c[1] = a0 b1, c[2] = a1 b0, c[3] = a1 b1. */
 static inline void product(const uint16_t *a0, const uint16_t *a1, int64_t stride, const uint16_t *b0,
@@ -91,10 +143,8 @@ static inline void product(const uint16_t *a0, const uint16_t *a1, int64_t strid
         _tile_loadd(5, a1 + k * DEEP, stride * 2);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        for (int64_t i = 0; soon && i < soon->lines; i++, soon->first += 64, soon->second += 64) {
-            _mm_prefetch(soon->first, _MM_HINT_T1);
-            _mm_prefetch(soon->second, _MM_HINT_T1);
-        }
+        if (soon)
+            ask(soon);
     }
     _tile_stored(0, c[0], 64);
     _tile_stored(1, c[1], 64);
@@ -147,6 +197,27 @@ static inline void pair(const uint16_t *even, const uint16_t *odd, int64_t first
 /* 32 numbers in bfloat16, of 16 and 16. */
 static inline __m512i narrow(const float *left, const float *right) {
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(right), _mm512_loadu_ps(left));
+}
+
+/* 1 / (1 + e^-z), to about two units in the last place. */
+static inline vec sigmoid(vec z) {
+    const __m512 most = _mm512_set1_ps(126.0f);
+    __m512 x = _mm512_mul_ps((__m512)z, _mm512_set1_ps(-1.44269504088896f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_min_ps(most, x)); /* in this order they keep what is no number */
+    __m512 whole = _mm512_roundscale_ps(x, 8);
+    vec r = (vec)_mm512_sub_ps(x, whole);
+    vec p = ((((r * 1.3398874e-3f + 9.6184373e-3f) * r + 5.5503324e-2f) * r + 2.4022648e-1f) * r + 6.9314720e-1f) * r + 1.0f;
+    vec sum = 1.0f + (vec)_mm512_scalef_ps((__m512)p, whole);
+    vec guess = (vec)_mm512_rcp14_ps((__m512)sum);
+    return guess * (2.0f - sum * guess);
+}
+
+/* A line of 32 numbers: past the cache, which would read first what is written over, where it is whole. */
+static inline void store_past_cache(uint16_t *to, __mmask32 mask, __m512i line) {
+    if ((uintptr_t)to % 64 == 0 && mask == 0xffffffffu)
+        _mm512_stream_si512((__m512i *)to, line);
+    else
+        _mm512_mask_storeu_epi16(to, mask, line);
 }
 
 static inline __m256i narrow_half(vec values) { return (__m256i)_mm512_cvtneps_pbh((__m512)values); }
