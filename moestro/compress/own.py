@@ -70,8 +70,6 @@ def _recipe(source: RunSource, layers: dict[int, Any], plan: Plan) -> Recipe:
         if layer.identical:
             continue
         node = copy.deepcopy(model["layers"].get(layer.layer, model["ffn"]))
-        if node is None:
-            raise PlanError(f"layer {layer.layer}: {came_with(source)}")
         moe: MoELayer = layers[layer.layer]
         branch = [branch is moe.bank for branch in moe.branches].index(True)
         if node.get("kind") != "moe" or node["branches"][branch].get("kind") != "ffn":

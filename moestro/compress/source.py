@@ -42,7 +42,7 @@ class Kind:
 class RunSource:
     """A run's newest checkpoint. Layers are blocks of the decoder; nothing but headers and routers is read.
 
-    Raises: PlanError where a block has more than one mixture.
+    Raises: PlanError where a block has more than one mixture, or one that a public checkpoint came with.
     """
 
     path: Path
@@ -106,6 +106,8 @@ class RunSource:
         found: dict[int, tuple[str, MoELayer]] = {}
         others = []
         for name, layer in self.model.moe_layers().items():
+            if self._came(layer_number(name)):
+                raise PlanError(f"block {layer_number(name)}: {came_with(self)}")
             if not isinstance(layer.router, ScoredRouter | BiasedRouter):
                 others.append(f"{name}: {type(layer.router).__name__}")
                 continue
@@ -117,6 +119,11 @@ class RunSource:
         if not found:
             raise PlanError(f"the model of {self.path} has no experts")
         return found
+
+    def _came(self, block: int) -> bool:
+        """Whether a block has the layer that a public checkpoint came with: no recipe describes it."""
+        plan = self.recipe.model
+        return isinstance(plan, Pretrained) and plan.ffn is None and block not in plan.layers
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -113,6 +113,10 @@ def test_nothing_is_written_into_the_folder_that_a_run_reads(tmp_path: Path) -> 
     # its experts are compressed where a folder holds them
     with pytest.raises(PlanError, match="export the run .* and compress that folder"):
         open_source(tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("layers: {}", "layers: {1: {kind: dense, width: 16}}"))
+    with pytest.raises(PlanError, match="block 0: .* export the run"):
+        _ = open_source(tmp_path / "run").moe_layers
 
 
 def test_layers_that_predict_further_tokens_are_kept(tmp_path: Path) -> None:
