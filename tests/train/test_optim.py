@@ -119,7 +119,8 @@ def test_small_gradients_and_no_clipping_change_nothing(clip):
 
 
 def test_rows_are_forgotten_and_no_others():
-    """Moments of the rows named are 0; those of other rows and parameters, and the step count, are as they were."""
+    """Moments of the rows named are 0, and no decay is owed; other rows and parameters, and the step count, are as they
+    were."""
     model = tiny_model(kinds=("moe", "rows"))
     optimizer = build_optimizer(model, OptimSettings())
     for _ in range(3):
@@ -131,13 +132,17 @@ def test_rows_are_forgotten_and_no_others():
     weight = model.get_parameter("blocks.0.ffn.router.score.weight")
     table = model.get_parameter("blocks.1.ffn.branches.0.up")
     met = int(optimizer.state[table]["clock"].argmax())
+    # a row that no step met owes the decay of all
+    idle = int(optimizer.state[table]["clock"].argmin())
     assert before[weight]["exp_avg"][1].any() and before[table]["exp_avg"][met].any()
+    assert before[table]["log_decay"] < 0 == before[table]["charged"][idle]
     optimizer.reset_rows(weight, 1)
     optimizer.reset_rows(table, slice(met, met + 1))
+    optimizer.reset_rows(table, idle)
     optimizer.reset_rows(nn.Parameter(torch.zeros(3)), 0)
     for parameter, entries in before.items():
         for key, value in entries.items():
-            for forgotten, row in ((weight, 1), (table, met)):
+            for forgotten, row in ((weight, 1), (table, met), (table, idle)):
                 if parameter is forgotten and key in ("exp_avg", "exp_avg_sq", "clock"):
                     value[row] = 0
                 if parameter is forgotten and key == "charged":

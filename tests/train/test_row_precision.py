@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from moestro.ops import backend
 from moestro.ops.rounding import rounding_key, stochastic_bfloat16
 from moestro.train import OptimSettings, train
 from moestro.train.checkpoint import read_tensors
@@ -17,13 +18,16 @@ from tests.train.tiny import Counting, tiny_model, tiny_settings
 
 
 @both
-def test_a_step_is_float32_s_and_then_rounded(skipped):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_is_float32_s_and_then_rounded(skipped, compiled):
+    """In plain torch, and by the kernels where they are built."""
     start = draw(0, 40, D, dtype=torch.bfloat16)
     half, single = nn.Parameter(start.clone()), nn.Parameter(start.float())
     one, other = optimizer_for(half, skipped), optimizer_for(single, skipped)
     gradient = draw(1, 2, D, dtype=torch.bfloat16)
-    take(one, half, rows([1, 4], gradient.clone()), 0.1)
-    take(other, single, rows([1, 4], gradient.float()), 0.1)
+    with backend.force(backend.active() if compiled else "fused"):
+        take(one, half, rows([1, 4], gradient.clone()), 0.1)
+        take(other, single, rows([1, 4], gradient.float()), 0.1)
     ids, key = torch.tensor([1, 4]), rounding_key(1, 1)
     mine, theirs = one.state[half], other.state[single]
     assert (mine["exp_avg"].dtype, mine["exp_avg_sq"].dtype) == (torch.bfloat16, torch.float32)
