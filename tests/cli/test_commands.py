@@ -1,6 +1,7 @@
 """The command line from end to end: what it prints, what it exits with, and that no mistake ends in a traceback."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -49,10 +50,16 @@ def moestro(*words: str, **options: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)  # type: ignore[call-overload]
 
 
+def children_seconds() -> float:
+    """Time of the processor that ended processes of this one took: a busy machine changes little in it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_is_quick_and_waits_for_no_torch() -> None:
-    begun = time.perf_counter()
+    begun = children_seconds()
     done = moestro("--help")
-    assert time.perf_counter() - begun < 1.0
+    assert children_seconds() - begun < 1.0
     assert done.returncode == 0 and "train" in done.stdout and "compare" in done.stdout
     check = (
         "import sys; from moestro.cli import main; code = main(['train', '--help']); sys.exit('torch' in sys.modules)"

@@ -146,13 +146,14 @@ def test_impossible_requests_are_refused(dataset: Dataset):
 
 
 def test_a_batch_costs_far_less_than_a_step(tmp_path: Path):
+    """In time of the processor: a busy machine changes nothing."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "{i} {"words " * 500}"}}\n' for i in range(1000)))
     dataset = TokenData(JsonlSource(path), ByteTokenizer(), 256, cache_dir=tmp_path).prepare(progress=False)
     dataset.train_batch(0, 16, 0)
     times = []
     for step in range(100):
-        start = time.perf_counter()
+        start = time.thread_time()
         dataset.train_batch(step, 16, 0)
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     assert sorted(times)[50] < 1e-3

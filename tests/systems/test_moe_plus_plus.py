@@ -1,5 +1,7 @@
 """MoE++: gating residuals, the muted zero expert and the weighted balance loss, against the paper's equations."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -86,7 +88,8 @@ TOKENS = torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(0))
 
 def test_every_block_follows_the_one_before() -> None:
     traces = model()(TOKENS).traces
-    for before, here in zip(traces, traces[1:], strict=False):
+    assert len(traces) == 3
+    for before, here in pairwise(traces):
         router = here.layer.router  # type: ignore[attr-defined]
         close(here.routing.logits, router.score(here.x) + before.routing.logits @ router.residual.T, **FLOAT64)
 
