@@ -97,17 +97,18 @@ def test_records_start_anew_and_the_cache_stays() -> None:
 wishes = st.lists(
     st.tuples(st.integers(0, 3), st.sampled_from("HL-")), min_size=1, max_size=3, unique_by=lambda w: w[0]
 )
-sequences = st.lists(st.tuples(wishes, wishes), min_size=1, max_size=12)
+# of three layers: with two, the next one is as far as the one before
+sequences = st.lists(st.tuples(wishes, wishes, wishes), min_size=1, max_size=12)
 
 
 @given(sequences, st.integers(1, 5), st.integers(1, 3), st.sampled_from(sorted(POLICIES)), st.integers(1, 2))
 def test_any_requests_as_in_the_paper(tokens: list, high: int, low: int, policy: str, repeats: int) -> None:
-    passes = [[(0, a), (1, b)] for a, b in tokens]
+    passes = [list(enumerate(layers)) for layers in tokens]
     slots, loader, cache = {"H": high, "L": low}, None, None
     want = {"hits": 0, "high": 0, "low": 0, "skips": 0}
     for _ in range(repeats):
-        loader = served(passes, slots, POLICIES[policy], 2, loader=loader)
-        found = hobbit.replay(passes, slots, policy, 2, cache)
+        loader = served(passes, slots, POLICIES[policy], 3, loader=loader)
+        found = hobbit.replay(passes, slots, policy, 3, cache)
         cache = found["cache"]
         want = {name: want[name] + found[name] for name in want}
     counts = loader.counts
