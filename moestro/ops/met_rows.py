@@ -4,6 +4,8 @@ of which experts of one neuron, of several, gated ones and plain values are made
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from moestro.ops import backend
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import TableGradients
-from moestro.ops.table_rows import Segments, ragged_dots, ragged_sums
+from moestro.ops.row_operations import row_dtypes, row_operations, widens
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Met:
         return torch.searchsorted(self.token, torch.arange(self.n_tokens, device=self.token.device))
 
     @cached_property
-    def _segments(self) -> dict[tuple[int, bool], Segments]:
+    def _segments(self) -> dict[tuple[ModuleType, int, bool], Any]:
         return {}
 
-    def segments(self, n_rows: int, sparse: bool) -> Segments:
-        """The places of every row of the tables, sorted once for all of them."""
-        key = n_rows, sparse
+    def segments(self, rows: ModuleType, n_rows: int, sparse: bool) -> Any:
+        """`rows.Segments`: the places of every row of the tables, sorted once for all of them."""
+        key = rows, n_rows, sparse
         if key not in self._segments:
-            self._segments[key] = Segments(self.row, n_rows, sparse)
+            self._segments[key] = rows.Segments(self.row, n_rows, sparse)
         return self._segments[key]
 
 
@@ -69,12 +71,12 @@ def met_experts(
     """
     outside = compute_dtype(x)
     down, inner = tables["down"], [tables[name] for name in ("gate", "up") if name in tables]
-    inside = torch.promote_types(down.dtype, torch.float32) if sparse_gradients else outside
-    if not sparse_gradients:
-        down, inner = down.to(inside), [table.to(inside) for table in inner]
+    rows = row_operations(x, weight, *inner, down)
+    inside, stored = row_dtypes(widens(rows), down, outside, sparse_gradients)
+    down, inner = down.to(stored), [table.to(stored) for table in inner]
     x, weight = x.to(outside).to(inside), weight.to(inside)
     with without_autocast(x):
-        z = [met_dots(table, met, x, sparse_gradients) for table in inner]
+        z = [met_dots(table, met, x, sparse_gradients, rows) for table in inner]
         if columns is not None and z:
             z = list(columns.dots(torch.stack(z)))
         coefficient = weight
@@ -83,72 +85,74 @@ def met_experts(
             coefficient = weight * (hidden if len(z) == 1 else hidden * z[1])
         if columns is not None:
             coefficient = columns.slopes(coefficient)
-        y = met_sums(down, met, coefficient, sparse_gradients)
+        y = met_sums(down, met, coefficient, sparse_gradients, rows)
     return y.to(outside)
 
 
-def met_dots(table: Tensor, met: Met, x: Float[Tensor, "t d"], sparse: bool) -> Float[Tensor, "n"]:
+def met_dots(table: Tensor, met: Met, x: Float[Tensor, "t d"], sparse: bool, rows: ModuleType) -> Float[Tensor, "n"]:
     """out_n = table[row_n] . x_(token_n)."""
     if backend.active() == "reference":
         return (F.embedding(met.row, table, sparse=sparse).to(x.dtype) * x[met.token]).sum(-1)
-    return _dots(table, met, x, sparse)  # type: ignore[call-arg]
+    return _dots(table, met, x, sparse, rows)  # type: ignore[call-arg]
 
 
-def met_sums(table: Tensor, met: Met, coefficient: Float[Tensor, "n"], sparse: bool) -> Float[Tensor, "t d"]:
+def met_sums(
+    table: Tensor, met: Met, coefficient: Float[Tensor, "n"], sparse: bool, rows: ModuleType
+) -> Float[Tensor, "t d"]:
     """out_t = sum over the rows n of token t of coefficient_n * table[row_n]."""
     if backend.active() == "reference":
-        rows = F.embedding(met.row, table, sparse=sparse).to(coefficient.dtype) * coefficient[:, None]
-        return rows.new_zeros(met.n_tokens, rows.shape[1]).index_add(0, met.token, rows)
-    return _sums(table, met, coefficient, sparse)  # type: ignore[call-arg]
+        each = F.embedding(met.row, table, sparse=sparse).to(coefficient.dtype) * coefficient[:, None]
+        return each.new_zeros(met.n_tokens, each.shape[1]).index_add(0, met.token, each)
+    return _sums(table, met, coefficient, sparse, rows)  # type: ignore[call-arg]
 
 
 @torch.compiler.disable
-def _dots(table: Tensor, met: Met, x: Tensor, sparse: bool) -> Tensor:
-    return _MetDots.apply(table, met, x, sparse)  # type: ignore[return-value]
+def _dots(table: Tensor, met: Met, x: Tensor, sparse: bool, rows: ModuleType) -> Tensor:
+    return _MetDots.apply(table, met, x, sparse, rows)  # type: ignore[return-value]
 
 
 @torch.compiler.disable
-def _sums(table: Tensor, met: Met, coefficient: Tensor, sparse: bool) -> Tensor:
-    return _MetSums.apply(table, met, coefficient, sparse)  # type: ignore[return-value]
+def _sums(table: Tensor, met: Met, coefficient: Tensor, sparse: bool, rows: ModuleType) -> Tensor:
+    return _MetSums.apply(table, met, coefficient, sparse, rows)  # type: ignore[return-value]
 
 
 class _MetDots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, met, x, sparse):  # type: ignore[override]
+    def forward(ctx, table, met, x, sparse, rows):  # type: ignore[override]
         ctx.save_for_backward(table, x)
-        ctx.met, ctx.sparse, ctx.gradients = met, sparse, TableGradients({0: table})
-        return ragged_dots(table, met.row, x, met.token)
+        ctx.met, ctx.sparse, ctx.rows, ctx.gradients = met, sparse, rows, TableGradients({0: table})
+        return rows.ragged_dots(table, met.row, x, met.token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         table, x = ctx.saved_tensors
         met = ctx.met
-        dx = ragged_sums(table, met.row, dout.contiguous(), met.starts) if ctx.needs_input_grad[2] else None
-        return _table_gradient(ctx, len(table), x, dout), None, dx, None
+        dx = ctx.rows.ragged_sums(table, met.row, dout.contiguous(), met.starts) if ctx.needs_input_grad[2] else None
+        return _table_gradient(ctx, len(table), x, dout), None, dx, None, None
 
 
 class _MetSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, met, coefficient, sparse):  # type: ignore[override]
+    def forward(ctx, table, met, coefficient, sparse, rows):  # type: ignore[override]
         ctx.save_for_backward(table, coefficient)
-        ctx.met, ctx.sparse, ctx.gradients = met, sparse, TableGradients({0: table})
-        return ragged_sums(table, met.row, coefficient.contiguous(), met.starts)
+        ctx.met, ctx.sparse, ctx.rows, ctx.gradients = met, sparse, rows, TableGradients({0: table})
+        return rows.ragged_sums(table, met.row, coefficient.contiguous(), met.starts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         table, coefficient = ctx.saved_tensors
         met, dy = ctx.met, dy.contiguous()
-        along = ragged_dots(table, met.row, dy, met.token) if ctx.needs_input_grad[2] else None
-        return _table_gradient(ctx, len(table), dy, coefficient), None, along, None
+        along = ctx.rows.ragged_dots(table, met.row, dy, met.token) if ctx.needs_input_grad[2] else None
+        return _table_gradient(ctx, len(table), dy, coefficient), None, along, None, None
 
 
 def _table_gradient(ctx, n_rows: int, source: Tensor, coefficient: Tensor) -> Tensor | None:
     met = ctx.met
     (gradient,) = ctx.gradients.of(
         ctx.needs_input_grad,
-        lambda: met.segments(n_rows, ctx.sparse),
+        lambda: met.segments(ctx.rows, n_rows, ctx.sparse),
         lambda order: met.token[order],
         {0: (source, coefficient)},
     )

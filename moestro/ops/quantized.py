@@ -1,5 +1,6 @@
 """Tables in 8 bits a number, with a scale for every row: read as they are, widened row by row."""
 
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -7,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moestro.ops import table_rows
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import spans
+from moestro.ops.row_operations import row_operations
 from moestro.ops.tables import new_table
 
 Storage = Literal["int8", "fp8"]
@@ -60,52 +61,56 @@ def quantized_singletons(
     gate: QuantizedTable | None = None,
 ) -> Float[Tensor, "t d"]:
     """`singleton_experts` of tables in 8 bits: a row's scale is a factor of its dot product or of its weight, so codes
-    are all that is gathered. Differentiable in x and weight; the tables are fixed. Arithmetic in float32 at least."""
+    are all that is gathered, a quarter of the bytes of float32. Differentiable in x and weight; the tables are fixed.
+    Arithmetic in float32 at least; with native kernels where it is float32 and the tables are on the CPU."""
     outside = compute_dtype(x)
     inside = torch.promote_types(outside, torch.float32)
     x, weight, act = x.to(outside).to(inside), weight.to(inside), find(activation).forward
+    rows = row_operations(x, weight, up.scale, down.scale, codes=(up.codes, down.codes))
     with without_autocast(x):
-        along = _dots(up, ids, x)  # type: ignore[call-arg]
-        opened = act(along) if gate is None else act(_dots(gate, ids, x))  # type: ignore[call-arg]
+        along = _dots(up, ids, x, rows)  # type: ignore[call-arg]
+        opened = act(along) if gate is None else act(_dots(gate, ids, x, rows))  # type: ignore[call-arg]
         hidden = opened if gate is None else opened * along
-        return _sums(down, ids, hidden * weight).to(outside)  # type: ignore[call-arg]
+        return _sums(down, ids, hidden * weight, rows).to(outside)  # type: ignore[call-arg]
 
 
 @torch.compiler.disable
-def _dots(table: QuantizedTable, ids: Tensor, x: Tensor) -> Tensor:
-    return _Dots.apply(*table, ids, x)  # type: ignore
+def _dots(table: QuantizedTable, ids: Tensor, x: Tensor, rows: ModuleType) -> Tensor:
+    return _Dots.apply(*table, ids, x, rows)  # type: ignore
 
 
 @torch.compiler.disable
-def _sums(table: QuantizedTable, ids: Tensor, weight: Tensor) -> Tensor:
-    return _Sums.apply(*table, ids, weight)  # type: ignore
+def _sums(table: QuantizedTable, ids: Tensor, weight: Tensor, rows: ModuleType) -> Tensor:
+    return _Sums.apply(*table, ids, weight, rows)  # type: ignore
 
 
 class _Dots(torch.autograd.Function):
     """out_tk = row ids_tk . x_t. It and `_Sums` are each other's adjoint."""
 
     @staticmethod
-    def forward(ctx, codes, scale, ids, x):  # type: ignore[override]
+    def forward(ctx, codes, scale, ids, x, rows):  # type: ignore[override]
         ctx.save_for_backward(codes, scale, ids)
-        return table_rows.dots(codes, ids, x) * scale[ids]
+        ctx.rows = rows
+        return rows.dots(codes, ids, x, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         codes, scale, ids = ctx.saved_tensors
-        return None, None, None, table_rows.weighted_rows(codes, ids, dout * scale[ids])
+        return None, None, None, ctx.rows.weighted_rows(codes, ids, dout, scale), None
 
 
 class _Sums(torch.autograd.Function):
     """out_t = sum_k weight_tk * row ids_tk."""
 
     @staticmethod
-    def forward(ctx, codes, scale, ids, weight):  # type: ignore[override]
+    def forward(ctx, codes, scale, ids, weight, rows):  # type: ignore[override]
         ctx.save_for_backward(codes, scale, ids)
-        return table_rows.weighted_rows(codes, ids, weight * scale[ids])
+        ctx.rows = rows
+        return rows.weighted_rows(codes, ids, weight, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         codes, scale, ids = ctx.saved_tensors
-        return None, None, None, table_rows.dots(codes, ids, dout.contiguous()) * scale[ids]
+        return None, None, None, ctx.rows.dots(codes, ids, dout.contiguous(), scale), None

@@ -1,5 +1,7 @@
 """Experts of a few neurons each, of any widths, fetched by id: an expert is as many one-neuron rows with one gate."""
 
+from types import ModuleType
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,7 +12,7 @@ from moestro.ops.activations import activation as find
 from moestro.ops.met_rows import Met
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import TableGradients
-from moestro.ops.table_rows import Segments, ragged_dots, ragged_sums
+from moestro.ops.row_operations import row_dtypes, row_operations, widens
 
 
 def ragged_experts(
@@ -31,15 +33,14 @@ def ragged_experts(
     met. Saves x and one number a neuron met. Dtypes and `sparse_gradients` as in `singleton_experts`.
     """
     outside = compute_dtype(x)
-    inside = torch.promote_types(up.dtype, torch.float32) if sparse_gradients else outside
-    x, weight = x.to(outside).to(inside), weight.to(inside)
-    if not sparse_gradients:
-        up, down = up.to(inside), down.to(inside)
+    rows = row_operations(x, weight, up, down)
+    inside, stored = row_dtypes(widens(rows), up, outside, sparse_gradients)
+    x, weight, up, down = x.to(outside).to(inside), weight.to(inside), up.to(stored), down.to(stored)
     with without_autocast(x):
         if backend.active() == "reference":
             y = reference.ragged_experts(x, ids, weight, starts, up, down, activation, sparse_gradients)
         else:
-            y = _fused(x, ids, weight, starts, up, down, activation, sparse_gradients)  # type: ignore[call-arg]
+            y = _fused(x, ids, weight, starts, up, down, activation, sparse_gradients, rows)  # type: ignore[call-arg]
     return y.to(outside)
 
 
@@ -66,42 +67,51 @@ def neurons_met(met: Met, starts: Int[Tensor, "e1"]) -> tuple[Met, Int[Tensor, "
 
 @torch.compiler.disable
 def _fused(
-    x: Tensor, ids: Tensor, weight: Tensor, starts: Tensor, up: Tensor, down: Tensor, activation: str, sparse: bool
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    starts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    sparse: bool,
+    rows: ModuleType,
 ) -> Tensor:
-    return _Ragged.apply(x, ids, weight, starts, up, down, activation, sparse)  # type: ignore
+    return _Ragged.apply(x, ids, weight, starts, up, down, activation, sparse, rows)  # type: ignore
 
 
 class _Ragged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ids, weight, starts, up, down, activation, sparse):  # type: ignore[override]
+    def forward(ctx, x, ids, weight, starts, up, down, activation, sparse, rows):  # type: ignore[override]
         met = Neurons(ids, starts)
-        z = ragged_dots(up, met.row, x, met.token)
+        z = rows.ragged_dots(up, met.row, x, met.token)
         ctx.save_for_backward(x, ids, weight, starts, up, down, z)
-        ctx.activation, ctx.sparse = activation, sparse
+        ctx.activation, ctx.sparse, ctx.rows = activation, sparse, rows
         ctx.gradients = TableGradients({4: up, 5: down})
         gates = weight.flatten()[met.pair]
-        return ragged_sums(down, met.row, find(activation).forward(z) * gates, met.starts)
+        return rows.ragged_sums(down, met.row, find(activation).forward(z) * gates, met.starts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, ids, weight, starts, up, down, z = ctx.saved_tensors
-        act, met = find(ctx.activation), Neurons(ids, starts)
+        act, met, rows = find(ctx.activation), Neurons(ids, starts), ctx.rows
         hidden, gates = act.forward(z), weight.flatten()[met.pair]
-        along = ragged_dots(down, met.row, dy.contiguous(), met.token)
+        along = rows.ragged_dots(down, met.row, dy.contiguous(), met.token)
         dz = act.backward(along * gates, z)
         tables = ctx.gradients.of(
             ctx.needs_input_grad,
-            lambda: Segments(met.row, len(up), ctx.sparse),
+            lambda: rows.Segments(met.row, len(up), ctx.sparse),
             lambda order: met.token[order],
             {4: (x, dz), 5: (dy, hidden * gates)},
         )
         return (
-            ragged_sums(up, met.row, dz, met.starts),
+            rows.ragged_sums(up, met.row, dz, met.starts),
             None,
             torch.segment_reduce(along * hidden, "sum", lengths=met.width, unsafe=True).view_as(weight),
             None,
             *tables,
+            None,
             None,
             None,
         )

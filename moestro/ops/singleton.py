@@ -7,11 +7,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moestro.ops import backend, reference, table_rows, triton_peer
+from moestro.ops import backend, reference, triton_peer
 from moestro.ops.activations import activation as find
-from moestro.ops.native import table_rows as native_table_rows
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import TableGradients
+from moestro.ops.row_operations import row_dtypes, row_operations, widens
 
 
 def singleton_experts(
@@ -38,8 +38,8 @@ def singleton_experts(
     those instead of a gradient.
     """
     outside = compute_dtype(x)
-    native = backend.runs_native(x, weight, up, down)
-    inside, stored = _dtypes(native or backend.active() == "triton", up, outside, sparse_gradients)
+    rows = row_operations(x, weight, up, down)
+    inside, stored = row_dtypes(widens(rows) or backend.active() == "triton", up, outside, sparse_gradients)
     x, weight, up, down = x.to(outside).to(inside), weight.to(inside), up.to(stored), down.to(stored)
     gate = None if gate is None else gate.to(stored)
     with without_autocast(x):
@@ -48,7 +48,7 @@ def singleton_experts(
         elif backend.active() == "triton":
             y = triton_peer.singleton_experts(x, ids, weight, up, down, activation, sparse_gradients, gate)
         else:
-            y = _fused(x, ids, weight, up, down, activation, sparse_gradients, gate, _rows(native))  # type: ignore
+            y = _fused(x, ids, weight, up, down, activation, sparse_gradients, gate, rows)  # type: ignore
     return y.to(outside)
 
 
@@ -63,8 +63,8 @@ def value_rows(
     Memory, dtypes and gradients as in `singleton_experts`; the dtype outside is autocast's, else that of `values`.
     """
     outside = compute_dtype(values)
-    native = backend.runs_native(weight, values)
-    inside, stored = _dtypes(native or backend.active() == "triton", values, outside, sparse_gradients)
+    rows = row_operations(weight, values)
+    inside, stored = row_dtypes(widens(rows) or backend.active() == "triton", values, outside, sparse_gradients)
     weight, values = weight.to(inside), values.to(stored)
     with without_autocast(values):
         if backend.active() == "reference":
@@ -72,20 +72,8 @@ def value_rows(
         elif backend.active() == "triton":
             y = triton_peer.value_rows(ids, weight, values, sparse_gradients)
         else:
-            y = _fused_values(ids, weight, values, sparse_gradients, _rows(native))  # type: ignore
+            y = _fused_values(ids, weight, values, sparse_gradients, rows)  # type: ignore
     return y.to(outside)
-
-
-def _rows(native: bool) -> ModuleType:
-    """Who fetches rows; the backward pass asks the same."""
-    return native_table_rows if native else table_rows
-
-
-def _dtypes(widens: bool, table: Tensor, outside: torch.dtype, sparse: bool) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the arithmetic and that in which tables are read; kernels that widen what they read copy none."""
-    if widens:
-        return torch.float32, table.dtype
-    return (torch.promote_types(table.dtype, torch.float32), table.dtype) if sparse else (outside, outside)
 
 
 @torch.compiler.disable

@@ -1,5 +1,6 @@
 """Rows of large tables fetched by id: dot products, weighted sums, and the gradient of a table. No fetched row outlives
-its chunk, and every sum runs in a fixed order. `native.table_rows` has the same three on compiled kernels."""
+its chunk, and every sum runs in a fixed order. `native.table_rows` has the same on compiled kernels, and
+`ops.row_operations` chooses."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,13 @@ from torch import Tensor
 _ROWS = 1024
 
 
-def dots(table: Shaped[Tensor, "e d"], ids: Int[Tensor, "t k"], x: Float[Tensor, "t d"]) -> Float[Tensor, "t k"]:
-    """out_tk = table[ids_tk] . x_t."""
+def dots(
+    table: Shaped[Tensor, "e d"],
+    ids: Int[Tensor, "t k"],
+    x: Float[Tensor, "t d"],
+    scale: Float[Tensor, "e"] | None = None,
+) -> Float[Tensor, "t k"]:
+    """out_tk = scale[ids_tk] * table[ids_tk] . x_t; without a scale it is 1."""
     t, k = ids.shape
     d = x.shape[1]
     out = x.new_empty(t, k)
@@ -22,13 +28,18 @@ def dots(table: Shaped[Tensor, "e d"], ids: Int[Tensor, "t k"], x: Float[Tensor,
         rows = buffer[: (b - a) * k]
         _read(table, ids[a:b].reshape(-1), rows)
         torch.bmm(rows.view(b - a, k, d), x[a:b, :, None], out=out[a:b, :, None])
-    return out
+    return out if scale is None else out * scale[ids]
 
 
 def weighted_rows(
-    table: Shaped[Tensor, "e d"], ids: Int[Tensor, "t k"], coefficient: Float[Tensor, "t k"]
+    table: Shaped[Tensor, "e d"],
+    ids: Int[Tensor, "t k"],
+    coefficient: Float[Tensor, "t k"],
+    scale: Float[Tensor, "e"] | None = None,
 ) -> Float[Tensor, "t d"]:
-    """out_t = sum_k coefficient_tk * table[ids_tk]."""
+    """out_t = sum_k coefficient_tk * scale[ids_tk] * table[ids_tk]; without a scale it is 1."""
+    if scale is not None:
+        coefficient = coefficient * scale[ids]
     if ids.numel() == 0:
         return coefficient.new_zeros(len(ids), table.shape[1])
     if table.dtype != coefficient.dtype:

@@ -35,7 +35,7 @@ def tables_in(folder: Path | None) -> Iterator[None]:
 def new_table(
     rows: int, width: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Zeros [rows, width] for a table of rows, not yet written: pages are made when they are.
+    """Zeros [rows, width] for a table of rows, in huge pages where the system has them.
 
     Raises: OSError where a file of that size does not fit on the disk.
     """
@@ -43,9 +43,10 @@ def new_table(
     folder = _FOLDER.get()
     if folder is not None and device.type == "cpu" and rows * width:
         return _mapped(rows, width, dtype, folder)
-    table = torch.zeros(rows, width, dtype=dtype, device=device)
+    table = torch.empty(rows, width, dtype=dtype, device=device)
+    # first asked for, then written: pages are made when they are
     request_huge_pages(table)
-    return table
+    return table.zero_()
 
 
 def _mapped(rows: int, width: int, dtype: torch.dtype, folder: Path) -> Tensor:

@@ -1,12 +1,13 @@
 """Huge pages: asked of the system where it has them, harmless elsewhere."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from moestro.experts import SingletonBank
-from moestro.ops import huge_pages
+from moestro.ops import huge_pages, tables
 from moestro.ops.huge_pages import request_huge_pages
 from moestro.train.row_adamw import RowAdamW
 
@@ -70,3 +71,13 @@ def test_tables_and_their_moments_lie_in_huge_pages():
     for parameter in bank.parameters():
         assert advised(parameter)
         assert advised(optimizer.state[parameter]["exp_avg"]) and advised(optimizer.state[parameter]["exp_avg_sq"])
+
+
+def test_tables_are_asked_for_before_they_are_written(monkeypatch):
+    """Pages that exist already stay small."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # noqa: E731
+    grown, before = [], resident()
+    monkeypatch.setattr(tables, "request_huge_pages", lambda table: grown.append(resident() - before))
+    table = tables.new_table(2**16, 2**8)
+    assert grown[0] < table.nbytes / 4 and not table.any()

@@ -71,6 +71,21 @@ def test_what_is_kept_in_bfloat16_is_rounded_by_the_same_bits(variant):
 
 
 @built
+@every_variant
+def test_what_is_not_a_number_stays_so_in_bfloat16(variant):
+    """With all bits set, too, to which nothing can be added; and the greatest numbers become infinite, not negative."""
+    values = torch.full((6, 40), -1, dtype=torch.int32).view(torch.float32)
+    values[3:] = torch.finfo(torch.float32).max
+    table, one = torch.ones(N, 40).bfloat16(), torch.ones(6)
+    mean, square = torch.zeros_like(table), torch.zeros(N, 40)
+    with backend.force("native"), native.variant(variant):
+        everything = RowConstants((0.0, 0.95), 1e-8, key=1)
+        adamw_rows(table, (mean, square), RowValues(IDS, values), RowFactors(one, -one, one), everything)
+    assert table[IDS[:3]].isnan().all() and mean[IDS[:3]].isnan().all()
+    assert (mean[IDS[3:]] > 3e38).all() and mean[IDS[3:]].isposinf().any()
+
+
+@built
 @pytest.mark.usefixtures("two_threads")
 def test_threads_change_no_bit():
     many = updated("native", factored(64), 64, torch.bfloat16)

@@ -56,7 +56,8 @@ static inline void store_numbers(void *to, int64_t at, const float *restrict fro
     for (int64_t i = 0; i < n; i++) {
         uint32_t number;
         memcpy(&number, from + i, sizeof number);
-        out[i] = (uint16_t)((number + (mixed(bits + (uint32_t)(column + i) * 0x9e3779b9u) & 0xffff)) >> 16);
+        uint32_t rounded = (number + (mixed(bits + (uint32_t)(column + i) * 0x9e3779b9u) & 0xffff)) >> 16;
+        out[i] = (uint16_t)(from[i] == from[i] ? rounded : 0x7fc0); /* a sum could carry into the sign */
     }
 }
 
@@ -105,7 +106,7 @@ static inline void update(const struct row_adamw *f, int64_t i, int64_t n, const
     }
 }
 
-static inline void prefetch_rows(const struct row_adamw *f, int64_t i) {
+PREFETCHING prefetch_rows(const struct row_adamw *f, int64_t i) {
     int64_t at = f->ids[i] * f->d, wide = f->narrow ? 2 : 4;
     for (int64_t byte = 0; byte < f->d * 4; byte += LINE) {
         __builtin_prefetch((char *)(f->square + at) + byte, 1);

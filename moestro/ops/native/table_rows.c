@@ -6,59 +6,100 @@
 
 #include "vector.h"
 
-#define AHEAD 4 /* rows: all of it */
-#define FAR 16  /* rows: where it begins, which finds its page */
+#define AHEAD 8192 /* bytes of rows that are asked for in whole */
+#define FAR 16     /* rows before those: where each begins, which finds its page */
 #define LINE 64
 
+enum format { FLOAT32, BFLOAT16, INT8, FLOAT8 };
+
 struct rows {
-    const void *table;  /* [n, d] float32, or bfloat16 where narrow */
-    const int64_t *ids; /* [t, k] */
-    const float *in;    /* the other factor */
+    const void *table;    /* [e, d] */
+    const float *scale;   /* [e] a factor of every row, or NULL: 1 */
+    const int64_t *ids;   /* [n] rows, token after token */
+    const int64_t *place; /* NULL: k for each token; else [n], the token of each, or [t], where each token's begin */
+    const float *in;      /* the other factor */
     float *out;
-    int64_t t, k, d, narrow;
+    int64_t n, t, k, d, format;
 };
 
-static inline const char *row_of(const struct rows *f, int64_t id) {
-    return (const char *)f->table + id * f->d * (f->narrow ? 2 : 4);
+static inline int64_t bytes_of_row(const struct rows *f) {
+    return f->d * (f->format == FLOAT32 ? 4 : f->format == BFLOAT16 ? 2 : 1);
 }
 
-static inline void prefetch_rows(const struct rows *f, int64_t pair) {
-    int64_t pairs = f->t * f->k;
-    if (pair + FAR < pairs)
-        __builtin_prefetch(row_of(f, f->ids[pair + FAR]), 0, 1);
-    if (pair + AHEAD >= pairs)
+static inline const char *row_of(const struct rows *f, int64_t id) {
+    return (const char *)f->table + id * bytes_of_row(f);
+}
+
+static inline int64_t rows_ahead(const struct rows *f) { return AHEAD / (bytes_of_row(f) + 1) + 1; }
+
+PREFETCHING prefetch_rows(const struct rows *f, int64_t pair, int64_t ahead) {
+    if (pair + ahead + FAR < f->n) {
+        int64_t id = f->ids[pair + ahead + FAR];
+        __builtin_prefetch(row_of(f, id), 0, 1);
+        if (f->scale)
+            __builtin_prefetch(f->scale + id, 0, 1);
+    }
+    if (pair + ahead >= f->n)
         return;
-    const char *row = row_of(f, f->ids[pair + AHEAD]);
-    for (int64_t at = 0; at < f->d * (f->narrow ? 2 : 4); at += LINE)
+    const char *row = row_of(f, f->ids[pair + ahead]);
+    for (int64_t at = 0; at < bytes_of_row(f); at += LINE)
         __builtin_prefetch(row + at, 0, 1);
 }
 
-/* out[t, k] = table[ids[t, k]] . in[t], for tokens begin..end-1; in is [t, d]. */
-KERNEL(rows_dot)(const void *fields, int64_t begin, int64_t end) {
-    const struct rows *f = fields;
-    for (int64_t t = begin; t < end; t++) {
-        const float *x = f->in + t * f->d;
-        for (int64_t pair = t * f->k; pair < (t + 1) * f->k; pair++) {
-            prefetch_rows(f, pair);
-            const void *row = row_of(f, f->ids[pair]);
-            f->out[pair] = f->narrow ? dot_bfloat16(row, x, f->d) : dot_float32(row, x, f->d);
-        }
+static inline float dot(const struct rows *f, const void *row, const float *x) {
+    switch (f->format) {
+    case FLOAT32:
+        return dot_float32(row, x, f->d);
+    case BFLOAT16:
+        return dot_bfloat16(row, x, f->d);
+    case INT8:
+        return dot_int8(row, x, f->d);
+    default:
+        return dot_float8(row, x, f->d);
     }
 }
 
-/* out[t] = sum over k of in[t, k] * table[ids[t, k]], for tokens begin..end-1; in is [t, k]. */
+static inline void add(const struct rows *f, float *y, const void *row, float scale) {
+    switch (f->format) {
+    case FLOAT32:
+        return add_float32(y, row, scale, f->d);
+    case BFLOAT16:
+        return add_bfloat16(y, row, scale, f->d);
+    case INT8:
+        return add_int8(y, row, scale, f->d);
+    default:
+        return add_float8(y, row, scale, f->d);
+    }
+}
+
+/* out[n] = table[ids[n]] . in[the token of n], for n from begin to end - 1; in is [t, d]. */
+KERNEL(rows_dot)(const void *fields, int64_t begin, int64_t end) {
+    const struct rows *f = fields;
+    int64_t ahead = rows_ahead(f);
+    int64_t token = f->place || begin >= end ? 0 : begin / f->k, rest = begin - token * f->k;
+    for (int64_t pair = begin; pair < end; pair++) {
+        prefetch_rows(f, pair, ahead);
+        int64_t id = f->ids[pair];
+        float found = dot(f, row_of(f, id), f->in + (f->place ? f->place[pair] : token) * f->d);
+        f->out[pair] = f->scale ? found * f->scale[id] : found;
+        if (++rest == f->k)
+            token++, rest = 0;
+    }
+}
+
+/* out[t] = sum over the n of token t of in[n] * table[ids[n]], for tokens begin..end-1; in is [n]. */
 KERNEL(rows_sum)(const void *fields, int64_t begin, int64_t end) {
     const struct rows *f = fields;
+    int64_t ahead = rows_ahead(f);
     for (int64_t t = begin; t < end; t++) {
         float *y = f->out + t * f->d;
         memset(y, 0, f->d * sizeof *y);
-        for (int64_t pair = t * f->k; pair < (t + 1) * f->k; pair++) {
-            prefetch_rows(f, pair);
-            const void *row = row_of(f, f->ids[pair]);
-            if (f->narrow)
-                add_bfloat16(y, row, f->in[pair], f->d);
-            else
-                add_float32(y, row, f->in[pair], f->d);
+        int64_t first = f->place ? f->place[t] : t * f->k;
+        int64_t last = !f->place ? first + f->k : t + 1 < f->t ? f->place[t + 1] : f->n;
+        for (int64_t pair = first; pair < last; pair++) {
+            prefetch_rows(f, pair, ahead);
+            int64_t id = f->ids[pair];
+            add(f, y, row_of(f, id), f->scale ? f->in[pair] * f->scale[id] : f->in[pair]);
         }
     }
 }

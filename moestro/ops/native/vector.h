@@ -5,6 +5,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 /* KERNEL(name) is the exported function name_variant. */
 #define PASTE(name, variant) name##_##variant
@@ -19,8 +22,13 @@
 #define WIDTH 4
 #endif
 
+/* Where memory is asked for ahead. GCC takes a function that does nothing else for one without an effect, and drops the
+   calls that it has not inlined by then. */
+#define PREFETCHING static inline __attribute__((always_inline)) void
+
 typedef float vec __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t ivec __attribute__((vector_size(WIDTH * 4)));
+typedef int16_t short_vec __attribute__((vector_size(WIDTH * 2)));
 typedef uint16_t half_vec __attribute__((vector_size(WIDTH * 2)));
 
 static inline vec load(const float *from) {
@@ -57,7 +65,59 @@ static inline vec load_bfloat16(const uint16_t *from) {
     return v;
 }
 
-/* row . x and y += scale * row, row in either format; the order of the sums is that of the variant's vectors. */
+typedef int8_t sbyte_vec __attribute__((vector_size(WIDTH)));
+
+static inline vec load_int8(const int8_t *from) {
+#if defined(__AVX512F__)
+    /* compilers take it apart */
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#else
+    sbyte_vec bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, short_vec), ivec), vec);
+#endif
+}
+
+/* float8 is a sign, 4 bits of exponent and 3 of fraction (e4m3fn: no infinities, all bits set is not a number); a
+   float32 of the same bits, moved to its place, is 2^120 times too small. */
+static inline float float8_number(uint8_t code) {
+    uint32_t sign = (uint32_t)(code & 0x80) << 24, rest = code & 0x7f;
+    uint32_t bits = rest == 0x7f ? 0x7fc00000 : (rest << 20) + (120u << 23);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    if (rest < 8) /* the fraction alone: no number of float32 is so small that it has no leading bit */
+        value = (float)rest * 0x1p-9f;
+    memcpy(&bits, &value, sizeof bits);
+    bits |= sign;
+    memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
+static inline vec load_float8(const uint8_t *from) {
+#if defined(__AVX512F__)
+    /* by way of float16, whose conversion takes numbers of any size */
+    __m256i code = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
+    __m256i rest = _mm256_slli_epi16(code, 7), keep = _mm256_set1_epi16((int16_t)0xbf80);
+    __mmask16 wrong = _mm256_cmpeq_epi16_mask(_mm256_and_si256(code, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7f));
+    rest = _mm256_and_si256(rest, keep);
+    rest = _mm256_mask_mov_epi16(rest, wrong, _mm256_set1_epi16(0x7e00));
+    return (vec)_mm512_mul_ps(_mm512_cvtph_ps(rest), _mm512_set1_ps(256));
+#else
+    sbyte_vec bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    ivec code = __builtin_convertvector(__builtin_convertvector(bytes, short_vec), ivec), rest = code & 0x7f;
+    ivec small = rest < 8, wrong = rest == 0x7f, bits = ((rest << 20) + (120 << 23)) | (wrong & 0x7fc00000);
+    vec fraction = __builtin_convertvector(rest, vec) * 0x1p-9f;
+    ivec fraction_bits;
+    memcpy(&fraction_bits, &fraction, sizeof fraction);
+    bits = (fraction_bits & small) | (bits & ~small) | (code & INT32_MIN);
+    vec v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+#endif
+}
+
+/* row . x and y += scale * row, row in any format; the order of the sums is that of the variant's vectors. */
 
 #define DOT(name, type, load_row, one)                                                                                 \
     static inline float name(const type *row, const float *x, int64_t d) {                                             \
@@ -80,6 +140,8 @@ static inline vec load_bfloat16(const uint16_t *from) {
 #define AS_IS(value) (value)
 DOT(dot_float32, float, load, AS_IS)
 DOT(dot_bfloat16, uint16_t, load_bfloat16, widened)
+DOT(dot_int8, int8_t, load_int8, AS_IS)
+DOT(dot_float8, uint8_t, load_float8, float8_number)
 
 #define ADD(name, type, load_row, one)                                                                                 \
     static inline void name(float *y, const type *row, float scale, int64_t d) {                                       \
@@ -92,6 +154,8 @@ DOT(dot_bfloat16, uint16_t, load_bfloat16, widened)
 
 ADD(add_float32, float, load, AS_IS)
 ADD(add_bfloat16, uint16_t, load_bfloat16, widened)
+ADD(add_int8, int8_t, load_int8, AS_IS)
+ADD(add_float8, uint8_t, load_float8, float8_number)
 
 /* Rounded to the nearest, ties to even; what is not a number stays so. */
 static inline void store_bfloat16(uint16_t *to, vec v) {
