@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.effects.expert_probes import outputs
 from bench.effects.study import Trained
 from moestro.evaluate.perplexity import evaluating
 from moestro.evaluate.scoring import score
@@ -59,7 +60,5 @@ def same_cluster(trace: Trace, cluster: Tensor) -> Tensor:
 
 def cosines(bank: Any, x: Tensor) -> Tensor:
     """Mean over tokens of the cosine of every two experts' outputs, [e, e]."""
-    n = bank.n_experts
-    rows = bank.run(x.repeat(n, 1), torch.arange(n + 1) * len(x)).view(n, len(x), -1)
-    directions = F.normalize(rows.double(), dim=-1)
+    directions = F.normalize(outputs(bank, x).double(), dim=-1)
     return torch.einsum("etd,ftd->ef", directions, directions) / len(x)

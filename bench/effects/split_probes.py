@@ -10,13 +10,12 @@ from torch import Tensor
 
 from bench.effects.conversion import ConvertedJob
 from moestro.convert.grouping import BalancedKMeans, CoActivation, Contiguous, Grouping, Shuffled
-from moestro.convert.layers import inputs_of
+from moestro.convert.layers import Site, inputs_of
 from moestro.convert.mixture import Mixture
 from moestro.convert.routers import expert_outputs
 from moestro.convert.run import dense_sites
 from moestro.convert.seen import Seen
 from moestro.convert.split import Split
-from moestro.data import Batch
 from moestro.evaluate import evaluate
 from moestro.experts.widths import equal
 from moestro.layers import MoELayer
@@ -58,13 +57,9 @@ class Told(Router):
 def splits(job: ConvertedJob) -> dict[str, float]:
     """Held-out loss (nats a token) of a job's dense source: `dense`; split in 4 with the best subset of k = 1, ..., 4
     experts (`k1`...) and, at k = 2, with other choices; and with other groupings at k = 1."""
-    run, seed = opened_run(job.source), job.seed
+    run = opened_run(job.source)
     sites = dense_sites(run.model, None)
-    batches = calibration_batches(run, seed)
-    seen = [
-        Seen(site.network, inputs_of(run.model, site.module, batches, "fp32"), seed * 1000 + site.index)
-        for site in sites
-    ]
+    seen = seen_by(run, sites, job.seed)
     made = {name: [split(one, grouping) for one in seen] for name, grouping in GROUPINGS.items()}
 
     def loss(grouping: str = "contiguous", top_k: int = 2, labels: str = "subset", scale: float = 1.0) -> float:
@@ -86,10 +81,14 @@ def splits(job: ConvertedJob) -> dict[str, float]:
     return found
 
 
-def calibration_batches(run: Run, seed: int) -> list[Batch]:
-    """The training text that calibration reads."""
+def seen_by(run: Run, sites: Sequence[Site], seed: int) -> list[Seen]:
+    """Every dense network with its inputs on the training text that calibration reads."""
     steps = max(1, CALIBRATION // (run.batch_size * run.dataset.seq_len))
-    return [run.dataset.train_batch(i, run.batch_size, seed) for i in range(steps)]
+    batches = [run.dataset.train_batch(i, run.batch_size, seed) for i in range(steps)]
+    return [
+        Seen(site.network, inputs_of(run.model, site.module, batches, "fp32"), seed * 1000 + site.index)
+        for site in sites
+    ]
 
 
 def split(seen: Seen, grouping: Grouping) -> Mixture:

@@ -8,14 +8,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bench.effects.conversion import ConvertedJob
-from bench.effects.split_probes import MEASURED, calibration_batches
+from bench.effects.split_probes import MEASURED, seen_by
 from moestro.convert.grouping import BalancedKMeans, Contiguous, Grouping, Importance, equal_importance
 from moestro.convert.layers import inputs_of
 from moestro.convert.mixture import Mixture
 from moestro.convert.network import Network
 from moestro.convert.routers import expert_outputs
 from moestro.convert.run import dense_sites
-from moestro.convert.seen import Seen
 from moestro.convert.split import Split
 from moestro.data import Batch
 from moestro.evaluate import evaluate, routing_report
@@ -109,11 +108,7 @@ def widths(job: ConvertedJob) -> dict[str, dict[str, float]]:
     best experts are chosen at a price that makes half of the units active."""
     run = opened_run(job.source)
     sites = dense_sites(run.model, None)
-    batches = calibration_batches(run, job.seed)
-    seen = [
-        Seen(site.network, inputs_of(run.model, site.module, batches, "fp32"), job.seed * 1000 + site.index)
-        for site in sites
-    ]
+    seen = seen_by(run, sites, job.seed)
     found = {}
     for name, (rule, grouping) in SPLITS.items():
         for site in sites:

@@ -10,6 +10,7 @@ import yaml
 
 from moestro.data.shards import SPLITS, open_shard, read_meta
 from moestro.formats.shards import header
+from moestro.ops.whole_files import HASHES, require_intact
 from moestro.train.checkpoint import verified_state
 
 # what a clock, or the number of processes that it took, decides; checksums and sizes of what contains such entries
@@ -53,9 +54,9 @@ def timeless(value: Any) -> Any:
 
 
 def half_written(root: Path) -> list[str]:
-    """What lies under its own name and cannot be read whole: files that are no JSON, YAML or safetensors, checkpoints
-    and token shards that do not have their hashes. Of metrics.jsonl the last line may be torn: it is cut when training
-    goes on. Folders and files under temporary names are passed over."""
+    """What lies under its own name and cannot be read whole: files that are no JSON, YAML or safetensors; checkpoints,
+    token shards and files beside a list of hashes that do not have theirs. Of metrics.jsonl the last line may be torn:
+    it is cut when training goes on. Folders and files under temporary names are passed over."""
     found = []
     for path in files_below(root):
         inside = path.relative_to(root)
@@ -74,6 +75,8 @@ def require_readable(path: Path) -> None:
     elif path.name == "meta.json":
         for split in SPLITS:
             open_shard(path.parent, split, read_meta(path.parent))
+    elif path.name == HASHES:
+        require_intact(path.parent)
     elif path.suffix == ".json":
         json.loads(path.read_bytes())
     elif path.suffix == ".jsonl":

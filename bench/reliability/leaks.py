@@ -97,20 +97,29 @@ def _leave(url: str, body: bytes, number: int) -> None:
             connection.recv(20)
 
 
+def address(process: subprocess.Popen[str]) -> str:
+    """Where a server that was just started listens.
+
+    Raises: RuntimeError where it did not start.
+    """
+    found = re.search(r"(http://\S+)/v1", process.stdout.readline() if process.stdout else "")
+    if found is None:
+        raise RuntimeError("the server did not start")
+    return found[1]
+
+
 def serving(work: Workspace) -> list[Figure]:
     """Watch a server between requests."""
     command = [sys.executable, "-m", "moestro", "serve", str(work.folder / "hmoe"), "--port", "0", "--name", "hmoe"]
     counts, sizes = [], []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        found = re.search(r"(http://\S+)/v1", process.stdout.readline() if process.stdout else "")
-        if found is None:
-            raise RuntimeError("the server did not start")
+        url = address(process)
         for number in range(REQUESTS):
-            ask(found[1], number)
+            ask(url, number)
             if number >= FIRST and number % EVERY == 0:
                 counts.append(number)
                 sizes.append(resident(process.pid))
-        with urlopen(f"{found[1]}/metrics") as answer:
+        with urlopen(f"{url}/metrics") as answer:
             gauges = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
         process.send_signal(signal.SIGTERM)
     growth, waiting = (

@@ -22,6 +22,7 @@ from statistics import median
 
 from bench.harness import ROOT
 from bench.reliability.figures import Figure, report
+from bench.reliability.leaks import resident
 from moestro.train.checkpoint import list_checkpoints, read_state
 
 RECIPE = "recipes/hmoe_peer.yaml"
@@ -84,7 +85,7 @@ class Session:
             time.sleep(min(MINUTE, max(0.0, until - time.monotonic())))
             if self.process.poll() is not None:
                 sys.exit(f"training ended by itself with {self.process.returncode}")
-            self.memory.append(resident(self.process.pid))
+            self.memory.append(resident(self.process.pid) / 1024)
 
     def end(self, by: signal.Signals) -> int:
         """Send the signal and wait; returns the exit status."""
@@ -96,12 +97,6 @@ class Session:
         """Resident memory at the end over that after ten minutes, or a tenth of a shorter session; 1 for no growth."""
         start = min(10, len(self.memory) // 10)
         return median(self.memory[-5:]) / median(self.memory[start : start + 5])
-
-
-def resident(pid: int) -> float:
-    """Resident memory of a process in MiB."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def lines(run: Path) -> list[dict]:

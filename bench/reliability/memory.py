@@ -10,7 +10,6 @@ with workers the largest process') that is at most what is stated.
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 from bench.harness import ROOT
 from bench.reliability.figures import Figure, report
-from bench.reliability.leaks import ask
+from bench.reliability.leaks import address, ask
 from bench.reliability.memory_model import MIB, STATED, Sizes, stated
 from bench.reliability.victims import COMPARISON, RECIPES
 from bench.reliability.workspace import STOCK, Workspace, made_workspace
@@ -175,11 +174,9 @@ def _ask_and_stop(process: subprocess.Popen[str]) -> None:
     Raises: RuntimeError where there is none.
     """
     try:
-        found = re.search(r"(http://\S+)/v1", process.stdout.readline() if process.stdout else "")
-        if found is None:
-            raise RuntimeError("the server did not start")
+        url = address(process)
         for number in range(REQUESTS):
-            ask(found[1], number)
+            ask(url, number)
     finally:
         process.send_signal(signal.SIGINT)
 

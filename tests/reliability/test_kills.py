@@ -12,6 +12,7 @@ from bench.reliability import kills
 from bench.reliability.contents import contents, half_written
 from bench.reliability.kills import Killing
 from bench.reliability.victims import Victim
+from moestro.ops.whole_files import record_hashes
 from moestro.train.checkpoint import write_checkpoint
 
 
@@ -48,6 +49,14 @@ def test_what_is_half_written_under_its_own_name_is_found(folder, name, damage):
     found = half_written(folder)
     # a damaged file of a checkpoint is found by its header, its hash or both
     assert found and all(line.split("/")[0].split(":")[0] == name.split("/")[0] for line in found)
+
+
+def test_a_file_without_the_hash_beside_it_is_found(folder):
+    record_hashes(folder, ["done.json"])
+    assert half_written(folder) == []
+    (folder / "done.json").write_text(json.dumps({"step": 4}))
+    (found,) = half_written(folder)
+    assert found.startswith("hashes.json: ") and "done.json is damaged" in found
 
 
 def test_only_clocks_are_left_out_of_contents(folder, tmp_path):
