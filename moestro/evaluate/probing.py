@@ -32,7 +32,7 @@ class OneExpert(Router):
         routing = self.router(x, *earlier)
         weight = routing.dense().sum(1, keepdim=True)
         expert = torch.full_like(weight, self.expert, dtype=torch.int64)
-        return SparseRouting.from_topk(expert, weight, self.n_experts, routing.logits)
+        return SparseRouting.from_topk(expert, weight, self.n_experts, routing.logits, raw=routing.raw)
 
     def flops(self, n_tokens: int) -> float:
         return self.router.flops(n_tokens)

@@ -74,8 +74,13 @@ class Routing:
         return self
 
     def first_choice(self) -> Int[Tensor, "t"]:
-        """The expert of each token's greatest weight, the lowest such; 0 for a token without experts."""
-        return self.dense().detach().argmax(-1)
+        """The expert of each token's greatest weight, of equal ones that of the greatest logit, then the lowest; 0 for
+        a token without experts."""
+        weight = self.dense().detach()
+        if self.logits is None:
+            return weight.argmax(-1)
+        best = (weight == weight.amax(-1, keepdim=True)) & (weight > 0)
+        return self.logits.detach().masked_fill(~best, -torch.inf).argmax(-1)
 
 
 @dataclass(frozen=True)

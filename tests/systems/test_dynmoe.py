@@ -67,6 +67,15 @@ def test_outputs_and_gradients_equal_the_reference(options, training) -> None:
             close(parameter.grad, twin.leaves[name].grad, **FLOAT64, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_the_first_of_equal_gates_is_that_of_the_greatest_logit() -> None:
+    """Strata and probes ask for it: the lowest number would be no choice."""
+    layer = top_any_layer()
+    routing = layer.router(random(60, D))
+    some = routing.per_token(1.0) > 0
+    assert torch.equal(routing.first_choice()[some], routing.logits.argmax(-1)[some]) and not some.all()
+    assert not routing.first_choice()[~some].any()
+
+
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 100.0])
 def test_active_is_whose_cosine_exceeds_its_threshold(sharpness) -> None:
     layer = top_any_layer(MASK, sharpness=sharpness, orthogonal=False)
