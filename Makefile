@@ -10,7 +10,7 @@ BENCH_ARGS ?= --quick
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-PINS := pyproject.toml constraints.txt $(wildcard start_up/*)
+PINS := pyproject.toml constraints.txt $(wildcard start_up/*.*)
 KERNELS := $(wildcard moestro/ops/native/*.[ch] moestro/ops/native/build.py)
 # no target talks to a model or data hub
 export HF_HUB_OFFLINE := 1

@@ -124,7 +124,7 @@ def test_python_starts_with_one_small_module_more(python: Path, tmp_path: Path) 
     folder = str(installed_files()["moestro.pth"].parent)
     program = "import os, sys; before = {*sys.modules}; sys.path.insert(0, sys.argv[1]); import _moestro_start_up\n"
     program += "_moestro_start_up.install(); print(*{*sys.modules} - before)"
-    assert said(python, "-S", "-c", program, folder, home=tmp_path).split() == ["_moestro_start_up"]
+    assert said(python, "-S", "-B", "-c", program, folder, home=tmp_path).split() == ["_moestro_start_up"]
 
 
 def test_later_pythons_start_the_same() -> None:
