@@ -7,7 +7,6 @@ from itertools import count
 from typing import Any
 
 from moestro.compare.plan import Comparison
-from moestro.cost import TRAINING_FLOPS
 from moestro.recipe.build import build_model
 from moestro.recipe.load import Recipe
 from moestro.recipe.syntax import RecipeError
@@ -40,10 +39,8 @@ class Match:
 
 
 def training_flops(recipe: Recipe, vocab_size: int) -> float:
-    """Useful training FLOPs of a token, expected before anything is learned: three times the forward's, less what is
-    spared where weights are frozen (experts count as if they learned)."""
-    model, length = build_model(recipe, vocab_size, device="meta"), recipe.data.value("seq_len")
-    return TRAINING_FLOPS * model.expected_token_flops(length) - float(model.flops(1, length, ()).spared) / length
+    """Those of a token of the recipe's model (`Transformer.expected_training_flops`)."""
+    return build_model(recipe, vocab_size, device="meta").expected_training_flops(recipe.data.value("seq_len"))
 
 
 def sizes(plan: Comparison, budget: float, vocab_size: int) -> list[Size]:

@@ -27,7 +27,7 @@ MENU = {
 def render_report(results: Mapping) -> str:
     """The whole page as HTML: style, script and drawings inside, nothing fetched.
 
-    Raises ValueError where `results` is not a results.json of format 1.
+    Raises: ValueError where `results` is no results.json of the version written here.
     """
     verdict, looks = main_verdict(results), arm_looks(results)
     body = "".join(

@@ -20,6 +20,7 @@ from moestro.compare.match import Match, Size, match, sizes
 from moestro.compare.plan import Comparison, budget_name, load_comparison
 from moestro.compare.report import write_report
 from moestro.compare.results import collect
+from moestro.ops.cores import own_cores
 from moestro.ops.whole_files import holding
 from moestro.recipe.build import build_data, build_training
 from moestro.train.durable import write_json
@@ -43,7 +44,7 @@ def compare(
 ) -> dict[str, Any]:
     """Run the comparison at `path` in the folder `out`; returns what it wrote to results.json, besides report.html.
 
-    `workers` runs go on at a time, by default as many as the machine has cores for. Runs that finished earlier are not
+    `workers` runs go on at a time, by default as many as this process has cores for. Runs that finished earlier are not
     run again, interrupted ones continue. A run that fails is reported, the others go on. Stopped early, it writes the
     results and the report of what has finished.
 
@@ -84,7 +85,7 @@ def announcement(plan: Comparison, all_sizes: Sequence[Size]) -> str:
 
 def default_workers(plan: Comparison, device: str) -> int:
     """Runs at a time: as many as there are cores for; one on an accelerator."""
-    return max(1, (os.cpu_count() or 1) // plan.threads) if device == "cpu" else 1
+    return max(1, own_cores() // plan.threads) if device == "cpu" else 1
 
 
 def _width(size: Size) -> int:

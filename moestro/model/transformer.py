@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moestro.cost import Cost, Kept, of_products
+from moestro.cost import TRAINING_FLOPS, Cost, Kept, of_products
 from moestro.layers.adapted import adapter_flops
 from moestro.layers.moe import MoELayer
 from moestro.model.active import idle_parameters
@@ -136,6 +136,11 @@ class Transformer(nn.Module):
         adapters = float(adapter_flops(self, 1, seq_len).useful) / seq_len
         head = 2.0 * self.head.weight.numel()
         return head + adapters + sum(block.expected_token_flops(seq_len) for block in self._blocks())
+
+    def expected_training_flops(self, seq_len: int) -> float:
+        """Useful training FLOPs of a token before anything is learned: three times the forward pass's, less what is
+        spared where weights are frozen (experts count as if they learned)."""
+        return TRAINING_FLOPS * self.expected_token_flops(seq_len) - float(self.flops(1, seq_len, ()).spared) / seq_len
 
     def kept_per_token(self) -> list[Kept]:
         """What a token leaves in each block for the backward pass, before anything is learned."""

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+from moestro.ops.cores import own_cores
+
 # what is not finished yet, whatever becomes of it
 TEMPORARY = ".writing-"
 # the hashes of the files beside it
@@ -103,7 +105,7 @@ def hashes_of(files: Iterable[Path]) -> list[str]:
     files = list(files)
     if len(files) < 2:
         return [sha256(file) for file in files]
-    with ThreadPoolExecutor(min(MOST_HASHED, len(files), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MOST_HASHED, len(files), own_cores())) as pool:
         return list(pool.map(sha256, files))
 
 

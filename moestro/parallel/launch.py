@@ -6,18 +6,20 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from moestro.ops.cores import own_cores
+
 
 def launch(n_ranks: int, words: Sequence[str], max_restarts: int = 0) -> int:
     """Run `python -m moestro WORDS` on `n_ranks` ranks of this host; returns the exit code. After a rank is lost all
     are started anew, up to `max_restarts` times, and continue from the last checkpoint. The ranks print for themselves.
 
-    Each rank gets its share of the processor's cores, unless OMP_NUM_THREADS is set.
+    Each rank gets its share of the cores that this process has, unless OMP_NUM_THREADS is set.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, own_cores() // n_ranks)))
     # its reports repeat what the failed rank has said
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     options = ["--standalone", f"--nproc-per-node={n_ranks}", f"--max-restarts={max_restarts}", "-m", "moestro"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moestro.cost import TRAINING_FLOPS, Kept
+from moestro.cost import Kept
 from moestro.experts import ExpertBank
 from moestro.parallel.parallelize import outermost
 from moestro.recipe.bind import Part
@@ -59,8 +59,8 @@ class Lookup:
 class Workload:
     """A recipe in numbers. Parameters: `blocks` those of every block and `rest` those outside (embedding, norm, head),
     without experts that can be spread (`mixtures`) and `tables`, which `lookups` meet; `frozen` of them do not learn.
-    `token_flops` of a forward pass, `kept` by a token in every block, `query_features` of every layer with statistics
-    over the batch, `routers` that have weights."""
+    FLOPs of a token: `token_flops` of a forward pass, `training_flops` of both without recomputation. `kept` by a token
+    in every block, `query_features` of every layer with statistics over the batch, `routers` that have weights."""
 
     name: str
     settings: TrainSettings
@@ -71,6 +71,7 @@ class Workload:
     rest: int
     frozen: int
     token_flops: float
+    training_flops: float
     kept: tuple[Kept, ...]
     mixtures: tuple[Mixture, ...]
     unspread: tuple[str, ...]
@@ -118,6 +119,7 @@ def workload(recipe: Recipe, vocab_size: int | None = None) -> Workload:
         rest=sum(counted([model], apart | {id(p) for block in model.blocks for p in block.parameters()})),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         token_flops=model.expected_token_flops(seq_len),
+        training_flops=model.expected_training_flops(seq_len),
         kept=tuple(model.kept_per_token()),
         mixtures=tuple(mixture(name, *_with_layers(model)[name]) for name in spread),
         unspread=tuple(name for name in banks if name not in spread),
@@ -215,4 +217,4 @@ def lookups_of(model: Any) -> Iterator[Lookup]:
 def training_flops(work: Workload, recompute: bool) -> float:
     """FLOPs of a token, forward and backward; with recomputation the forward pass of all but the head twice."""
     head = 2.0 * work.d_model * work.vocab_size
-    return TRAINING_FLOPS * work.token_flops + (work.token_flops - head if recompute else 0.0)
+    return work.training_flops + (work.token_flops - head if recompute else 0.0)

@@ -145,6 +145,18 @@ def test_a_budget_takes_the_steps_it_pays_for():
         assert days(each) == pytest.approx(100 * StepTime(each).total / 86_400)
 
 
+def test_weights_that_do_not_learn_cost_no_gradient_of_theirs():
+    work = planned("smola")
+    assert work.frozen > 0 and 2 * work.token_flops < work.training_flops < 3 * work.token_flops
+    assert planned("hmoe").training_flops == pytest.approx(3 * planned("hmoe").token_flops)
+    updates = replace(H200, memory_bandwidth=1.0)
+    some, every = (
+        StepTime(Spread(one, updates, 1, ParallelSettings(), 1, False, EVEN)).optimizer
+        for one in (work, replace(work, frozen=0))
+    )
+    assert some == pytest.approx(every * (1 - work.frozen / (work.dense + work.experts)))
+
+
 def test_a_vocabulary_that_only_files_know_is_asked_for():
     with pytest.raises(RecipeError, match="--vocab"):
         planned("hmoe", "data.tokenizer={kind: file, path: somewhere.json}")
