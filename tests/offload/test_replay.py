@@ -94,6 +94,17 @@ def test_records_start_anew_and_the_cache_stays() -> None:
     assert (cleared.hits, cleared.misses_high) == (4, 12)
 
 
+@pytest.mark.parametrize(("per_sequence", "known"), [(True, (0, 0, [])), (False, (2, 1, [(0, 1)]))])
+def test_records_of_a_sequence_end_with_it(per_sequence: bool, known: tuple) -> None:
+    """Passes, uses, and what the pass before used; model-level records go on."""
+    records = Records(per_sequence)
+    records.start_pass()
+    records.use((0, 1), HIGH)
+    records.start_pass()
+    records.start_sequence()
+    assert (records.token, records.of((0, 1)).uses, sorted(records.previous)) == known
+
+
 wishes = st.lists(
     st.tuples(st.integers(0, 3), st.sampled_from("HL-")), min_size=1, max_size=3, unique_by=lambda w: w[0]
 )
