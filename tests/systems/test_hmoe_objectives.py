@@ -141,10 +141,10 @@ def test_penalty_gradient_equals_its_closed_form(select: str, normalize: Normali
     close(grad(logits), expected, **FLOAT64)
 
 
-def train_router(objective: Objective, steps: int = 400) -> tuple[Tensor, Tensor]:
+def train_router(objective: Objective, steps: int = 250) -> tuple[Tensor, Tensor]:
     """A bare top-2 router under one loss: (f, mean active width over K times the mean width) at the end."""
     torch.manual_seed(0)
-    x, router = torch.randn(4096, 16), ScoredRouter(LinearScore(16, N, init_std=0.3), TopK(2))
+    x, router = torch.randn(2048, 16), ScoredRouter(LinearScore(16, N, init_std=0.3), TopK(2))
     layer = MoELayer(router, [FFNBank(16, WIDTHS)])
     optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.002, total_iters=steps)
