@@ -14,7 +14,7 @@ from moestro.compress.observed import Observed
 from moestro.compress.plan import LayerPlan, Semantics
 from moestro.compress.units import Units, merged
 from moestro.layers.moe import MoELayer
-from moestro.routers import RemappedRouter, ScoredRouter, SkippingTopK, TopK
+from moestro.routers import BiasedRouter, RemappedRouter, ScoredRouter, SkippingTopK, TopK
 
 
 def layer_number(name: str) -> int:
@@ -73,8 +73,8 @@ def apply_to(
         layer.router = RemappedRouter(layer.router, plan.new_ids).to(index.device)
     if bank is not None:
         layer.branches[[branch is layer.bank for branch in layer.branches].index(True)] = bank
-    for place, row in rows:
-        layer.router.score.weight[place] = row  # type: ignore[union-attr,index,operator]
+    for tensor, means in zip(_by_expert(layer.router) if rows else (), rows, strict=True):
+        tensor.copy_(means)
 
 
 def new_expert(bank: FeedForward, plan: LayerPlan, place: int, moments: Observed | None) -> Units:
@@ -105,17 +105,21 @@ def _moments(moments: Observed | None, expert: int) -> tuple[Tensor | None, Tens
     return getattr(moments, f"input_moments_{expert}"), getattr(moments, f"hidden_moments_{expert}")
 
 
-def _rows(layer: MoELayer, plan: LayerPlan, semantics: Semantics, merged_rows: str) -> list[tuple[int, Tensor]]:
-    """Router rows of merged experts, where they are means."""
+def _rows(layer: MoELayer, plan: LayerPlan, semantics: Semantics, merged_rows: str) -> list[Tensor]:
+    """The router's rows and biases of merged experts, where they are means."""
     if semantics != "slice" or merged_rows != "mean" or not plan.groups:
         return []
-    weight = layer.router.score.weight  # type: ignore[union-attr]
-    means = []
-    for place, group in enumerate(plan.groups):
-        share = torch.tensor(group.weights, dtype=torch.float64)
-        members = weight[list(group.members)].double()  # type: ignore[index,operator]
-        means.append((place, ((share / share.sum())[:, None] * members).sum(0).to(weight.dtype)))  # type: ignore[union-attr]
-    return means
+    shares = torch.zeros(plan.n_kept, plan.n_experts, dtype=torch.float64, device=next(layer.parameters()).device)
+    for new, group in enumerate(plan.groups):
+        shares[new, list(group.members)] = shares.new_tensor(group.weights) / sum(group.weights)
+    return [torch.tensordot(shares, old.double(), 1).to(old.dtype) for old in _by_expert(layer.router)]
+
+
+def _by_expert(router: Any) -> list[Tensor]:
+    """The tensors of a router that have a row or a number for every expert, and are averaged where experts merge."""
+    score = router.score
+    biases = [getattr(score, "bias", None), router.bias if isinstance(router, BiasedRouter) else None]
+    return [score.weight, *(bias for bias in biases if bias is not None)]
 
 
 def _skip(layer: MoELayer, below: float) -> None:

@@ -65,8 +65,9 @@ class NewExperts:
     def _made(self, layer: LayerPlan, new: int) -> ExpertMatrices:
         kept = layer.keep[new]
         group = None if layer.groups is None else layer.groups[new]
-        made = self.checkpoint.expert(layer.layer, kept)
-        if group is not None and group.weights != (1.0,):
+        if group is None or group.weights == (1.0,):
+            made = self.checkpoint.expert(layer.layer, kept)
+        else:
             experts = [self.checkpoint.expert(layer.layer, member) for member in group.members]
             made = merged_experts(experts, group.weights, group.align, group.members.index(kept))
         units = None if layer.units is None else layer.units[new]

@@ -1,12 +1,15 @@
 """What routing still works after compression, and what a folder of each kind can say; asked before any measurement."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from moestro.compress.budget import share_of
 from moestro.compress.plan import LayerPlan, Plan, PlanError, Semantics
 from moestro.compress.source import RunSource, choice_of
 from moestro.formats import Checkpoint, Fused
+from moestro.formats.complete import stated
 from moestro.routers.groups import EVERYWHERE
 
 Layout = Literal["stock", "padded", "custom"]
@@ -34,15 +37,19 @@ class InfeasibleError(PlanError):
 @dataclass(frozen=True)
 class Limits:
     """What a router asks of its experts: `top_k` of them for a token, out of the best `topk_group` of `n_group` equal
-    groups of consecutive experts, each of which is scored by its best `scored_by`."""
+    groups of consecutive experts, each of which is scored by its best `scored_by`. Groups of unequal `sizes` keep all
+    of theirs."""
 
     top_k: int
     n_group: int = 1
     topk_group: int = 1
     scored_by: int = 1
+    sizes: tuple[int, ...] = ()
 
     def group_of(self, expert: int, n_experts: int) -> int:
         """The routing group of an expert."""
+        if self.sizes:
+            return bisect_right([*accumulate(self.sizes)], expert)
         return expert // (n_experts // self.n_group)
 
     def per_group(self, layer: LayerPlan) -> list[int]:
@@ -56,6 +63,8 @@ class Limits:
         Raises: InfeasibleError where routing would not work, with the ratios between which it was.
         """
         removed = share_of(ratio, n_experts)
+        if self.sizes and removed:
+            raise InfeasibleError(f"ratio={ratio}: {self._unequal()}, allowed: 0")
         if removed % self.n_group:
             below = removed // self.n_group * self.n_group
             near = [count / n_experts for count in (below, below + self.n_group) if count < n_experts]
@@ -89,6 +98,10 @@ class Limits:
         """Raises: InfeasibleError where the survivors of a layer leave a token without experts, or where groups have
         different numbers of them and `equal` ones are needed."""
         counts = self.per_group(layer)
+        if self.sizes:
+            if counts != list(self.sizes):
+                raise InfeasibleError(f"layer {layer.layer} keeps {counts} experts: {self._unequal()}")
+            return
         if equal and len(set(counts)) > 1:
             raise InfeasibleError(
                 f"layer {layer.layer} keeps {counts} experts of its {self.n_group} routing groups; a folder without "
@@ -96,6 +109,9 @@ class Limits:
             )
         if (why := self.refusal(min(counts))) is not None:
             raise InfeasibleError(f"layer {layer.layer} keeps {layer.n_kept} of {layer.n_experts} experts, {why}")
+
+    def _unequal(self) -> str:
+        return f"routing groups of unequal sizes {list(self.sizes)} lose no experts (method width makes them narrower)"
 
 
 def limits_of(checkpoint: Checkpoint | RunSource) -> Limits:
@@ -105,14 +121,18 @@ def limits_of(checkpoint: Checkpoint | RunSource) -> Limits:
         chosen = [choice_of(layer) for _, layer in checkpoint.mixtures.values()]
         limited = [c.limit for c in chosen if getattr(c, "limit", EVERYWHERE).limits]
         most = max(getattr(c, "top_k", 1) for c in chosen)
-        return Limits(most, limited[0].n_groups, limited[0].top_groups, limited[0].best) if limited else Limits(most)
+        if not limited:
+            return Limits(most)
+        groups = limited[0]
+        sizes = groups.sizes if len(set(groups.sizes)) > 1 else ()
+        return Limits(most, groups.n_groups, groups.top_groups, groups.best, sizes)
     config, family = checkpoint.config, checkpoint.family
     groups = config.get("n_group") or 1
     by_one = family.correction is None
     limited = family.grouped and groups > 1 and (not by_one or config.get("topk_method") == "group_limited_greedy")
     if not limited:
         return Limits(checkpoint.top_k)
-    return Limits(checkpoint.top_k, groups, config["topk_group"], 1 if by_one else 2)
+    return Limits(checkpoint.top_k, groups, stated(config, "topk_group", checkpoint.path), 1 if by_one else 2)
 
 
 def pads_exactly(checkpoint: Checkpoint) -> bool:

@@ -11,26 +11,40 @@ from torch import Tensor
 from moestro.export.configuration import MoestroConfig
 from moestro.export.modeling import MoestroForCausalLM
 from moestro.export.tensors import own_names
-from moestro.formats.shards import Entry, FormatError, Shards
+from moestro.formats.shards import Entry, FormatError, Shards, read_json
 from moestro.recipe.load import Recipe, check_recipe
 from moestro.recipe.resolve import Origin
 from moestro.train.tensors import model_tensors
+from moestro.upgrades import EXPORT
 
 # What an export says of itself.
 RECORD = "export.json"
 
 
+def stored_configuration(file: Path) -> MoestroConfig | None:
+    """The configuration of a folder that this package exported, as today's version says it; None of any other.
+
+    Raises: VersionError where a newer moestro wrote it; FormatError where it is no JSON object.
+    """
+    tree = read_json(file)
+    if tree.get("model_type") != MoestroConfig.model_type:
+        return None
+    return MoestroConfig.from_dict(EXPORT.upgraded(tree, file))
+
+
 class ExportedFolder:
     """Reads nothing but headers until it is asked.
 
-    Raises: FormatError where the folder is damaged, or holds other tensors than its configuration describes.
+    Raises: FormatError where the folder is damaged, or holds other tensors than its configuration describes;
+    VersionError where a newer moestro wrote it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config: MoestroConfig = MoestroConfig.from_pretrained(self.path, local_files_only=True)  # type: ignore
-        if not self.config.construction:
+        config = stored_configuration(self.path / "config.json")
+        if config is None or not config.construction:
             raise FormatError(f"{self.path / 'config.json'} has no construction: it is no export of ours")
+        self.config = config
         self.shards = Shards(self.path)
         with torch.device("meta"):
             self.model = MoestroForCausalLM(self.config)

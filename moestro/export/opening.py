@@ -12,9 +12,10 @@ from moestro import __version__
 from moestro.data import load_tokenizer
 from moestro.export.configuration import MoestroConfig
 from moestro.export.construction import construction
+from moestro.export.exported import stored_configuration
 from moestro.export.modeling import MoestroForCausalLM, stays_wide
 from moestro.export.tokenizers import fast_tokenizer
-from moestro.formats.shards import Shards, read_json
+from moestro.formats.shards import Shards
 from moestro.ops.whole_files import require_intact
 from moestro.recipe.build import build_model
 from moestro.recipe.evaluation import CHECKPOINTS, untrained
@@ -57,7 +58,7 @@ def open_model(
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder} holds no model: neither recipe.yaml (a run) nor config.json (Hugging Face)")
     said: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    if (own := _own_configuration(folder / "config.json")) is not None:
+    if (own := stored_configuration(folder / "config.json")) is not None:
         said["config"] = own
     # no pickle, which may run code, and no file outside of the folder
     Shards(folder)
@@ -65,17 +66,6 @@ def open_model(
     model = AutoModelForCausalLM.from_pretrained(folder, **weights, **said)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     return _opened(model, tokenizer, device)
-
-
-def _own_configuration(file: Path) -> MoestroConfig | None:
-    """The configuration of a folder that this package exported, as today's version says it; None of any other.
-
-    Raises: VersionError where a newer moestro wrote it; FormatError where it is no JSON object.
-    """
-    tree = read_json(file)
-    if tree.get("model_type") != MoestroConfig.model_type:
-        return None
-    return MoestroConfig.from_dict(EXPORT.upgraded(tree, file))
 
 
 def _opened(model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: str | torch.device) -> Opened:

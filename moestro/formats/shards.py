@@ -80,7 +80,9 @@ def header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise FormatError(f"{path} is no safetensors file: its header is not valid JSON") from error
     if not isinstance(fields, dict):
         raise FormatError(f"{path} is no safetensors file: its header is a {type(fields).__name__}, no object")
-    metadata, base = fields.pop("__metadata__", {}), 8 + length
+    metadata, base = fields.pop("__metadata__", None) or {}, 8 + length
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path} is no safetensors file: its __metadata__ is no object of words: {metadata!r}")
     entries = {name: _entry(path, name, field, base) for name, field in fields.items()}
     end = max((entry.stop for entry in entries.values()), default=base)
     if end != size:

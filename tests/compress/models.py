@@ -7,13 +7,14 @@ from moestro.experts import FFNBank
 from moestro.layers import DenseFFN, MoELayer
 from moestro.model import Block, Transformer
 from moestro.model.attention import Attention
-from moestro.routers import LinearScore, ScoredRouter, TopK
+from moestro.routers import GroupLimit, LinearScore, ScoredRouter, TopK
+from moestro.routers.groups import EVERYWHERE
 
 D, E, VOCAB = 8, 6, 17
 
 
-def mixture(width=5, k=2) -> MoELayer:
-    return MoELayer(ScoredRouter(LinearScore(D, E, init_std=1.0), TopK(k)), [FFNBank(D, [width] * E)])
+def mixture(width=5, k=2, groups: GroupLimit = EVERYWHERE) -> MoELayer:
+    return MoELayer(ScoredRouter(LinearScore(D, E, init_std=1.0), TopK(k, limit=groups)), [FFNBank(D, [width] * E)])
 
 
 def decoder(layers: str = "mmmm", seed: int = 0) -> Transformer:

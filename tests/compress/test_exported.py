@@ -14,6 +14,7 @@ from moestro.export import open_model
 from moestro.export.exported import ExportedFolder
 from moestro.export.folder import Choices, export_run
 from moestro.formats import FormatError
+from moestro.upgrades import VersionError
 from tests.compress.test_own import run  # noqa: F401
 from tests.tolerances import FLOAT32
 
@@ -50,6 +51,13 @@ def test_an_export_loses_experts_as_its_run_does(tmp_path, run, exported):  # no
     assert (folder / "README.md").read_text().count("# dst") == 1
     assert compressed(Request(exported, "width", 0.5, per_layer=True), folder) == folder
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_an_export_of_a_newer_version_is_refused(exported):
+    file = exported / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
+    with pytest.raises(VersionError, match="written by a newer moestro"):
+        ExportedFolder(exported)
 
 
 def test_text_is_asked_for_and_figures_are_reported(tmp_path, exported, text_file, capsys):

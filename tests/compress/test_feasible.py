@@ -1,14 +1,18 @@
 """What cannot be routed or written is refused before anything is measured, with what can be."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from moestro.compress import PlanError
+from moestro.compress import LayerPlan, PlanError
 from moestro.compress.applying import apply_plan
 from moestro.compress.feasible import InfeasibleError, Limits, Output, Wanted, check_method, check_request, limits_of
+from moestro.compress.source import RunSource
 from moestro.formats import Checkpoint
+from moestro.routers import GroupLimit
 from tests.compress.folders import plan_for, saved
+from tests.compress.models import mixture
 
 PLAIN, GROUPS = Limits(2), Limits(4, n_group=4, topk_group=2, scored_by=2)
 
@@ -34,6 +38,19 @@ def test_a_ratio_becomes_a_number_of_experts():
 def test_ratios_that_leave_too_few_name_those_that_do_not(limits, ratio, said):
     with pytest.raises(InfeasibleError, match=said):
         limits.n_kept(16, ratio)
+
+
+def test_routing_groups_of_unequal_sizes_keep_their_experts():
+    class Unequal(RunSource):
+        mixtures = {0: ("blocks.0.ffn", mixture(groups=GroupLimit(3, 2, 1, (1, 3, 2))))}  # type: ignore[assignment]
+
+    limits = limits_of(Unequal(Path()))
+    assert limits == Limits(2, 3, 2, 1, (1, 3, 2)) and limits.n_kept(6, 0.0) == 6
+    with pytest.raises(InfeasibleError, match=r"unequal sizes \[1, 3, 2\] lose no experts .*allowed: 0"):
+        limits.n_kept(6, 0.5)
+    limits.check(LayerPlan(0, 6, tuple(range(6))))
+    with pytest.raises(InfeasibleError, match=r"layer 0 keeps \[1, 2, 2\] experts: routing groups of unequal sizes"):
+        limits.check(LayerPlan(0, 6, (0, 1, 2, 4, 5)))
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from moestro.compress.merging import (
 )
 from moestro.compress.observed import expert_output
 from moestro.compress.partition import agglomerate
-from moestro.compress.plan import Group, rows_of
+from moestro.compress.plan import Group, LayerPlan, rows_of
 from moestro.compress.pruning import Subject
 from moestro.compress.similarity import output_distance
 from moestro.evaluate import evaluate
+from moestro.routers import BiasedRouter
 from moestro.routers.groups import GroupLimit
 from tests.compress.models import E, decoder, text
 
@@ -201,6 +202,20 @@ def test_plans_to_choose_from_are_measured_with_the_router_rows_that_are_written
     written = evaluate(applied(given.model, plans, "slice", "mean"), text(4))["loss"]
     assert measured(given.model, {"merge": plans}, text(4), "slice") == {"merge": written}
     assert evaluate(applied(given.model, plans, "slice", "kept"), text(4))["loss"] != written
+
+
+def test_biases_of_merged_experts_are_means_as_their_rows_are():
+    model = decoder("m")
+    (layer,) = model.moe_layers().values()
+    layer.router = BiasedRouter(layer.router.score, 2)
+    layer.router.bias.copy_(torch.arange(E) / 10)
+    row, bias = layer.router.score.weight.detach().clone(), layer.router.bias.clone()
+    groups = (Group((0, 4), (0.25, 0.75)), *(Group((e,), (1.0,)) for e in (1, 2, 3, 5)))
+    plan = LayerPlan(0, E, (0, 1, 2, 3, 5), groups)
+    (smaller,) = applied(model, [plan], "slice", "mean").moe_layers().values()
+    for have, old in ((smaller.router.score.weight, row), (smaller.router.bias, bias)):
+        torch.testing.assert_close(have[0], 0.25 * old[0] + 0.75 * old[4])
+        assert torch.equal(have[1:], old[[1, 2, 3, 5]])
 
 
 def test_impossible_settings_are_refused():

@@ -146,6 +146,7 @@ def test_damaged_folders_are_refused(tmp_path: Path, damage: Callable[[Path], No
         ({"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}, "entry for t is malformed"),
         ({"dtype": "F32", "shape": [4], "data_offsets": [0.0, 16.0]}, "entry for t is malformed"),
         ("[1]", "its header is a list, no object"),
+        ('{"__metadata__": {"format": 1}}', "its __metadata__ is no object of words"),
         ("[" * 100_000, "header is not valid JSON"),
     ],
 )
