@@ -45,8 +45,16 @@ class Host(Protocol):
         """The model without its experts' tensors."""
         ...
 
+    @property
+    def predictable(self) -> bool:
+        """Whether routers can be asked before their layer is reached."""
+        ...
+
     def predictor(self, model: Any, device: torch.device) -> Predictor:
-        """Asks the routers of the layers ahead."""
+        """Asks the routers of the layers ahead.
+
+        Raises: OffloadError where they cannot be.
+        """
         ...
 
     def calibration(self) -> Calibration:
@@ -65,6 +73,8 @@ class StockHost:
 
     Raises: OffloadError where its experts are quantised; FormatError for a folder that is none.
     """
+
+    predictable = True
 
     def __init__(self, folder: str | Path) -> None:
         from moestro.hf.experts import eager_experts

@@ -44,7 +44,9 @@ class OwnHost:
             raise OffloadError(f"{self.path}: no mixture of this model has a bank of experts that can be offloaded")
         self.experts: Experts = [_experts(folder, name, bank) for name, bank in self.banks.items()]
         self.layers, self.compute = tuple(range(len(self.banks))), compute_ffn
-        self.top_k = max(round(layer.router.rows_per_token()) for layer in decoder.moe_layers().values())
+        layers = decoder.moe_layers()
+        self.top_k = max(round(layer.router.rows_per_token()) for layer in layers.values())
+        self.predictable = not any(layers[_layer(name)].follows for name in self.banks)
 
     def _built(self, device: torch.device) -> Any:
         from moestro.export.modeling import MoestroForCausalLM
@@ -87,11 +89,10 @@ class OwnHost:
         return any(name.startswith(f"{bank}.") for bank in (*self.banks, *self.tables))
 
     def predictor(self, model: Any, device: torch.device) -> "RouterPredictor":
-        layers = model.decoder.moe_layers()
-        routers = [layers[name.rsplit(".branches.", 1)[0]].router for name in self.banks]
-        if any(router.follows for router in routers):
+        if not self.predictable:
             raise OffloadError("routers that follow the layer before cannot be asked ahead of time: prefetch 0")
-        return RouterPredictor(routers)
+        layers = model.decoder.moe_layers()
+        return RouterPredictor([layers[_layer(name)].router for name in self.banks])
 
     def calibration(self) -> Calibration:
         # w_out is kept transposed: its columns are outputs
@@ -138,6 +139,11 @@ def _banks(decoder: Any) -> dict[str, FFNBank]:
         if len(banks) == 1:
             found |= banks
     return found
+
+
+def _layer(bank: str) -> str:
+    """The name of a bank's layer."""
+    return bank.rsplit(".branches.", 1)[0]
 
 
 def _row_banks(decoder: Any) -> dict[str, TableBank]:

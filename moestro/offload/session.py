@@ -193,13 +193,13 @@ class Session:
 
     @contextmanager
     def recording(self, path: Path, depth: int = 3) -> Iterator[Recorder]:
-        """Inside, routing is written to `path`, with predictions `depth` layers ahead.
+        """Inside, routing is written to `path`, with predictions `depth` layers ahead where routers can be asked.
 
         Raises: OffloadError where there are rows alone, whose traces `offload.routing_traces` records.
         """
         if not self.host.experts:
             raise OffloadError(f"{self.host.path} has rows of tables alone: they are not traced while generating")
-        if self.engine.predictor is None:
+        if self.engine.predictor is None and self.host.predictable:
             self.engine.predictor = self.host.predictor(self.model, self.device)
         recorder = self.engine.recorder = Recorder(path, self.header)
         self.engine.recorded_depth = depth

@@ -17,6 +17,7 @@ from moestro.offload.rows import RowCache, Table, _forward, least_size
 from moestro.offload.running import generate
 from moestro.offload.scorer import Precision, Thresholds
 from moestro.offload.session import Plan, Session
+from moestro.offload.trace import read_trace
 from moestro.recipe.build import run_training
 from moestro.recipe.load import load_recipe
 from moestro.routing import SparseRouting
@@ -116,6 +117,17 @@ def test_what_layers_record_in_training_asks_for_no_expert(run_of: Callable[...,
     with Session(folder, Plan(least(folder)), poison=True) as session, session.running():
         assert torch.allclose(session.model(tokens(12)).logits, want, **FLOAT32)
         assert session.counts.misses_high > 8
+
+
+def test_routers_that_follow_are_traced_without_predictions(run_of: Callable[..., Path], tmp_path: Path) -> None:
+    router = "{kind: residual, score: {kind: linear}, select: {kind: top_k, top_k: 2}}"
+    folder = run_of("moe", "model.n_layers=2", f"model.ffn.router={router}")
+    with Session(folder, Plan(least(folder))) as session, session.recording(tmp_path / "t.jsonl"):
+        generate(session, tokens(5)[0], 4)
+    trace = read_trace(tmp_path / "t.jsonl")
+    assert trace.complete and len(trace.steps) == 2 * 4 and not any(step.ahead for step in trace.steps)
+    with pytest.raises(OffloadError, match="cannot be asked ahead of time: prefetch 0"):
+        Session(folder, Plan(1 << 40, depth=1))
 
 
 def test_tokens_may_differ_in_the_number_of_their_rows(tmp_path: Path) -> None:
