@@ -125,3 +125,15 @@ def test_scores_of_all_keys_are_never_in_memory():
 
     # the other way shows that the measure sees them
     assert largest("native") < t * h * 2 * n * 4 <= largest("fused")
+
+
+@each_variant
+def test_sums_of_infinities_of_both_signs_come_first(variant):
+    """They are not numbers; a bound on the k-th best sum must not be one."""
+    keys = torch.randint(-2, 3, (2, 2, 70, 4), generator=torch.Generator().manual_seed(0)).float()
+    keys[0, :, 5:9, 0], keys[1, :, 3:60, 0] = torch.inf, -torch.inf
+    query = torch.ones(3, 2, 8)
+    scores, *_ = topk("native", query, keys, 50, variant)
+    want, *_ = topk("fused", query, keys, 50)
+    assert scores.isnan().any() and scores.isposinf().any()
+    torch.testing.assert_close(scores, want, rtol=0, atol=0, equal_nan=True)

@@ -21,6 +21,7 @@
 #define TOKENS 48 /* at a time, a multiple of QUERIES */
 #define LANES (WIDTH / 2)
 #define LEAST INT32_MIN
+#define FEW 256 /* that are counted instead of sorted */
 
 typedef int64_t lvec __attribute__((vector_size(WIDTH * 4)));
 
@@ -119,29 +120,27 @@ static inline int64_t placed(int32_t key, int64_t place) {
     return (int64_t)((uint64_t)(uint32_t)key << 32 | (uint32_t)~(uint32_t)place);
 }
 
-/* Those of keys[0..count) that are at least `least`, with their places; returns how many. */
-static int64_t survivors(const int32_t *keys, int64_t count, int32_t least, int64_t *out) {
+/* Those of keys[0..count) that are at least `least`, with their places; returns how many. Without a branch on what is
+   found: it cannot be foreseen. `spare` has room for 2 * count and 2 * WIDTH more. */
+static int64_t survivors(const int32_t *keys, int64_t count, int32_t least, int32_t *spare, int64_t *out) {
     int64_t found = 0;
 #if defined(__AVX512F__)
+    int32_t *place = spare + count + WIDTH;
     const __m512i step = _mm512_set1_epi32(-16), bound = _mm512_set1_epi32(least);
     /* ~place for places 0, 1, ... */
-    __m512i place = _mm512_setr_epi32(-1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11, -12, -13, -14, -15, -16);
+    __m512i here = _mm512_setr_epi32(-1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11, -12, -13, -14, -15, -16);
     for (int64_t i = 0; i < count; i += 16) {
         __m512i key = _mm512_loadu_si512(keys + i);
         __mmask16 in = _mm512_cmpge_epi32_mask(key, bound);
-        if (in) {
-            int32_t kept[16];
-            uint32_t kept_place[16];
-            _mm512_storeu_si512(kept, _mm512_maskz_compress_epi32(in, key));
-            _mm512_storeu_si512(kept_place, _mm512_maskz_compress_epi32(in, place));
-            int n = __builtin_popcount(in);
-            for (int j = 0; j < n; j++)
-                out[found + j] = (int64_t)((uint64_t)(uint32_t)kept[j] << 32 | kept_place[j]);
-            found += n;
-        }
-        place = _mm512_add_epi32(place, step);
+        _mm512_storeu_si512(spare + found, _mm512_maskz_compress_epi32(in, key));
+        _mm512_storeu_si512(place + found, _mm512_maskz_compress_epi32(in, here));
+        found += __builtin_popcount(in);
+        here = _mm512_add_epi32(here, step);
     }
+    for (int64_t i = 0; i < found; i++)
+        out[i] = (int64_t)((uint64_t)(uint32_t)spare[i] << 32 | (uint32_t)place[i]);
 #else
+    (void)spare;
     for (int64_t i = 0; i < count; i++) {
         out[found] = placed(keys[i], i);
         found += keys[i] >= least;
@@ -155,9 +154,10 @@ static int descending(const void *a, const void *b) {
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
-/* The k greatest of all[0..count), in order, into best[0..k); no two are equal. Both have room for LANES more. */
+/* The k greatest of all[0..count), in order, into best[0..k); no two are equal. `all` has room for LANES more. */
 static void in_order(int64_t *all, int64_t count, int64_t k, int64_t *best) {
-    if (count > 256) {
+    int64_t ranked[FEW + 1]; /* what fills the last vector comes behind all others */
+    if (count > FEW) {
         qsort(all, count, sizeof *all, descending);
         memcpy(best, all, k * sizeof *best);
         return;
@@ -169,17 +169,32 @@ static void in_order(int64_t *all, int64_t count, int64_t k, int64_t *best) {
         memcpy(&mine, all + i, sizeof mine);
         for (int64_t j = 0; j < count; j++)
             rank -= all[j] > mine;
-        for (int l = 0; l < LANES && i + l < count; l++)
-            if (rank[l] < k)
-                best[rank[l]] = mine[l];
+        for (int l = 0; l < LANES; l++)
+            ranked[rank[l]] = mine[l];
     }
+    memcpy(best, ranked, k * sizeof *best);
 }
+
+/* What one thread needs. */
+struct room {
+    int32_t *keys;   /* [TOKENS, padded n] */
+    int64_t *best;   /* [2, TOKENS, k], and LANES more */
+    int32_t *maxima; /* [groups], a multiple of WIDTH */
+    int32_t *spare;  /* as `survivors` wants it */
+    int64_t *some;   /* [padded n, or padded candidates], and LANES more */
+    int32_t *p, *r;  /* [padded candidates] the pairs that can be among the k best sums */
+    int32_t *reach;  /* [k] the least r such that k pairs or more are as good as (p, r) */
+    int32_t *sums;   /* [padded candidates] */
+    float *sides;    /* [2, k] */
+    int64_t n_pairs, padded, groups;
+};
 
 /* The k greatest of keys[0..count) with their places, in order. The k-th greatest of the maxima of at least k groups
    is at most the k-th greatest of all. `count` is a multiple of BLOCK, of which no more than the last BLOCK - 1 are
-   LEAST; `groups`, a multiple of WIDTH, have room in `maxima`. */
-static void best_of(const int32_t *keys, int64_t count, int64_t k, int64_t groups, int32_t *maxima, int64_t *some,
-                    int64_t *best) {
+   LEAST. */
+static void best_of(const int32_t *keys, int64_t count, int64_t k, const struct room *room, int64_t *best) {
+    const int64_t groups = room->groups;
+    int32_t *maxima = room->maxima;
     for (int64_t group = 0; group < groups; group += WIDTH) {
         ivec most = (ivec){0} + LEAST;
         for (int64_t i = group; i < count; i += groups) {
@@ -190,8 +205,8 @@ static void best_of(const int32_t *keys, int64_t count, int64_t k, int64_t group
         }
         memcpy(maxima + group, &most, sizeof most);
     }
-    int64_t found = survivors(keys, count, kth_greatest(maxima, groups, k), some);
-    in_order(some, found, k, best);
+    int64_t found = survivors(keys, count, kth_greatest(maxima, groups, k), room->spare, room->some);
+    in_order(room->some, found, k, best);
 }
 
 struct search {
@@ -202,22 +217,16 @@ struct search {
     int64_t t, h, g, n, half, k;
 };
 
-/* What one thread needs. */
-struct room {
-    int32_t *keys;   /* [TOKENS, padded n] */
-    int64_t *best;   /* [2, TOKENS, k], and LANES more */
-    int32_t *maxima; /* [groups] */
-    int64_t *some;   /* [padded n, or candidates], and LANES more */
-    int64_t *pairs;  /* [candidates] p * k + r for the pairs that can be among the k best sums */
-    int64_t n_pairs, padded, groups;
-};
-
-static int64_t staircase(int64_t k, int64_t *pairs) {
+/* Their number; the pairs and their reach where there is room for them. */
+static int64_t staircase(int64_t k, struct room *room) {
     int64_t count = 0;
-    for (int64_t p = 0; p < k; p++)
+    for (int64_t p = 0; p < k; p++) {
         for (int64_t r = 0; (p + 1) * (r + 1) <= k; r++, count++)
-            if (pairs)
-                pairs[count] = p * k + r;
+            if (room)
+                room->p[count] = (int32_t)p, room->r[count] = (int32_t)r;
+        if (room)
+            room->reach[p] = (int32_t)((k + p) / (p + 1) - 1);
+    }
     return count;
 }
 
@@ -239,8 +248,7 @@ static void search_side(const struct search *f, struct room *room, int64_t head,
         int32_t *keys = room->keys + t * room->padded;
         for (int64_t i = f->n; i < room->padded; i++)
             keys[i] = LEAST;
-        best_of(keys, room->padded, f->k, room->groups, room->maxima, room->some,
-                room->best + (side * TOKENS + t) * f->k);
+        best_of(keys, room->padded, f->k, room, room->best + (side * TOKENS + t) * f->k);
     }
 }
 
@@ -248,19 +256,40 @@ static inline int64_t place_of(int64_t item) { return (uint32_t)~(uint32_t)item;
 
 static inline int32_t key_of(int64_t item) { return (int32_t)(item >> 32); }
 
+/* At most the k-th best sum: at least k pairs are as good as (p, reach of p), for every p. */
+static int32_t least_sum(const struct room *room, const float *a, const float *b, int64_t k) {
+    int32_t least = LEAST;
+    for (int64_t p = 0; p < k; p++) {
+        float sum = a[p] + b[room->reach[p]];
+        int32_t key = sortable_one(sum);
+        if (sum == sum && key > least) /* infinities of both signs: pairs before it may be worse */
+            least = key;
+    }
+    return least;
+}
+
 static void best_sums(const struct search *f, struct room *room, const int64_t *left, const int64_t *right,
                       float *scores, int64_t *ids) {
-    for (int64_t c = 0; c < room->n_pairs; c++) {
-        int64_t pair = room->pairs[c];
-        float sum = score_of(key_of(left[pair / f->k])) + score_of(key_of(right[pair % f->k]));
-        room->some[c] = placed(sortable_one(sum), c);
+    float *a = room->sides, *b = a + f->k;
+    int64_t padded = rounded_up(room->n_pairs, WIDTH);
+    for (int64_t j = 0; j < f->k; j++)
+        a[j] = score_of(key_of(left[j])), b[j] = score_of(key_of(right[j]));
+    for (int64_t c = 0; c < padded; c += WIDTH) {
+        vec sum;
+        for (int i = 0; i < WIDTH; i++)
+            sum[i] = a[room->p[c + i]] + b[room->r[c + i]];
+        ivec key = sortable(sum);
+        memcpy(room->sums + c, &key, sizeof key);
     }
+    for (int64_t c = room->n_pairs; c < padded; c++)
+        room->sums[c] = LEAST;
     int64_t *best = room->best + 2 * TOKENS * f->k;
-    in_order(room->some, room->n_pairs, f->k, best);
+    int64_t found = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->spare, room->some);
+    in_order(room->some, found, f->k, best);
     for (int64_t j = 0; j < f->k; j++) {
-        int64_t pair = room->pairs[place_of(best[j])];
+        int64_t pair = place_of(best[j]);
         scores[j] = score_of(key_of(best[j]));
-        ids[j] = place_of(left[pair / f->k]) * f->n + place_of(right[pair % f->k]);
+        ids[j] = place_of(left[room->p[pair]]) * f->n + place_of(right[room->r[pair]]);
     }
 }
 
@@ -270,15 +299,19 @@ KERNEL(product_key_topk)(const void *fields, int64_t begin, int64_t end) {
     int64_t candidates = staircase(f->k, NULL), parts = rounded_up(f->t, TOKENS) / TOKENS;
     struct room room = {
         .padded = rounded_up(f->n, BLOCK), .groups = rounded_up(2 * f->k, WIDTH), .n_pairs = candidates};
-    int64_t most = (room.padded > candidates ? room.padded : candidates) + LANES;
+    int64_t padded = rounded_up(candidates, WIDTH);
+    int64_t most = (room.padded > padded ? room.padded : padded) + LANES;
     room.keys = malloc(TOKENS * room.padded * sizeof *room.keys);
     room.best = malloc((2 * TOKENS + 1) * f->k * sizeof *room.best);
     room.maxima = malloc(room.groups * sizeof *room.maxima);
     room.some = malloc(most * sizeof *room.some);
-    room.pairs = malloc(candidates * sizeof *room.pairs);
-    if (!room.keys || !room.best || !room.maxima || !room.some || !room.pairs)
+    room.spare = malloc(2 * (most + WIDTH) * sizeof *room.spare);
+    room.p = calloc(3 * padded + f->k, sizeof *room.p);
+    room.sides = malloc(2 * f->k * sizeof *room.sides);
+    if (!room.keys || !room.best || !room.maxima || !room.some || !room.spare || !room.p || !room.sides)
         abort();
-    staircase(f->k, room.pairs);
+    room.r = room.p + padded, room.sums = room.r + padded, room.reach = room.sums + padded;
+    staircase(f->k, &room);
     for (int64_t item = begin; item < end; item++) {
         int64_t head = item / parts, first = item % parts * TOKENS;
         int64_t count = f->t - first < TOKENS ? f->t - first : TOKENS;
@@ -289,7 +322,8 @@ KERNEL(product_key_topk)(const void *fields, int64_t begin, int64_t end) {
             best_sums(f, &room, room.best + t * f->k, room.best + (TOKENS + t) * f->k, f->scores + at, f->ids + at);
         }
     }
-    free(room.keys), free(room.best), free(room.maxima), free(room.some), free(room.pairs);
+    free(room.keys), free(room.best), free(room.maxima), free(room.some), free(room.spare);
+    free(room.p), free(room.sides);
 }
 
 struct gradient {
