@@ -48,17 +48,22 @@ def traffic(
     if statistics == "step" and trace.step is not None:
         tokens, times = max(1.0, float(trace.step.n_tokens)), trace.step.micro_batches
         return trace.step.load.to(logits.dtype) / tokens, logits.softmax(-1).sum(0) / (tokens / times)
-    return shares(trace, trace.routing.as_wanted().load(), logits)
+    return shares(trace, trace.routing.as_wanted().load(), logits.softmax(-1))
 
 
 def shares(
-    trace: Trace, load: Float[Tensor, "e"], logits: Float[Tensor, "t e"]
+    trace: Trace, load: Float[Tensor, "e"], each: Float[Tensor, "t e"]
 ) -> tuple[Float[Tensor, "e"], Float[Tensor, "e"]]:
-    """(f, P) of a micro-batch, of all processes that share it: `load` and the probabilities over its tokens."""
-    tokens = logits.new_tensor([trace.routing.n_tokens])
-    own = torch.cat([load.to(logits.dtype), logits.softmax(-1).sum(0), tokens])
-    fraction, probability, total = trace.summed(own).split([len(load), len(load), 1])
-    return fraction.detach() / total.detach().clamp(min=1), probability / total.detach().clamp(min=1)
+    """(f, P) of a micro-batch, of all processes that share it: `load` and what `each` token gives, over its tokens."""
+    fraction, mean = over_tokens(trace, load.to(each.dtype), each.sum(0))
+    return fraction.detach(), mean
+
+
+def over_tokens(trace: Trace, *sums: Float[Tensor, "_"]) -> list[Float[Tensor, "_"]]:
+    """Sums over a micro-batch's tokens divided by their number, both of all processes that share it."""
+    tokens = sums[0].new_tensor([trace.routing.n_tokens])
+    *found, total = trace.summed(torch.cat([*sums, tokens])).split([*map(len, sums), 1])
+    return [each / total.detach().clamp(min=1) for each in found]
 
 
 def check_statistics(statistics: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.objectives.balance import present, require_logits
+from moestro.objectives.balance import over_tokens, present, require_logits
 from moestro.routing import Trace
 
 
@@ -40,7 +40,7 @@ class ClusterVariance:
             raise ValueError("cluster_variance found a layer without clusters; allowed: ffn: {kind: moe, clusters: 8}")
         there = present(logits)
         probability = logits.softmax(-1)
-        share = probability.sum(0) / max(1, len(logits))
+        (share,) = over_tokens(trace, probability.sum(0))
         variance = _variance(share, torch.zeros_like(cluster) if self.form == "all" else cluster, there)
         value = there.sum() ** 2 * variance
         if self.form == "gap":
@@ -48,7 +48,8 @@ class ClusterVariance:
         if self.form == "token_gap":
             mass = torch.zeros_like(probability).index_add(1, cluster, probability)
             counted = mass.masked_fill(_count(cluster, there) == 0, -torch.inf)
-            return value * (-_gap(counted).sum() / max(1, len(logits))).exp()
+            (gap,) = over_tokens(trace, _gap(counted).sum()[None])
+            return value * (-gap).exp().squeeze(0)
         return value
 
 

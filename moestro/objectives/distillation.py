@@ -60,13 +60,16 @@ class MutualDistillation:
             raise ValueError(f"distance='kl' needs logits of classes, these experts return {rows.shape[1]} channels")
         outputs = Outputs(token, rows, trace.routing.n_tokens)
         paired = (outputs.count >= 2).to(rows.dtype)
-        total = (DISTANCES[self.distance](outputs, self) * paired).sum()
+        own = (DISTANCES[self.distance](outputs, self) * paired).sum()
+        size = (self.over_features(outputs.mean.detach().square()) * paired).sum()
+        total, size, pairs = trace.summed(torch.stack([own, size, paired.sum()]))
+        pairs = pairs.detach().clamp(min=1)
+        scale = torch.ones_like(pairs)
         if self.distance == "mse" and self.normalize:
-            size = self.over_features(outputs.mean.detach().square())
-            total = total / ((size * paired).sum() / paired.sum().clamp(min=1)).clamp(min=torch.finfo(rows.dtype).tiny)
+            scale = (size.detach() / pairs).clamp(min=torch.finfo(rows.dtype).tiny)
         if self.statistics == "step" and trace.step is not None:
-            return total * (trace.step.micro_batches / max(1, trace.step.n_paired))
-        return total / paired.sum().clamp(min=1)
+            return own / scale * (trace.step.micro_batches / max(1, trace.step.n_paired))
+        return total / scale / pairs
 
     def over_features(self, squares: Float[Tensor, "m o"]) -> Float[Tensor, "m"]:
         """Their mean or their sum."""

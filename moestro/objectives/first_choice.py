@@ -19,5 +19,5 @@ class FirstChoiceBalance:
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         logits = require_logits(trace.routing, "first_choice_balance")
         first = torch.bincount(logits.argmax(-1), minlength=logits.shape[1])
-        fraction, probability = shares(trace, first, logits)
+        fraction, probability = shares(trace, first, logits.softmax(-1))
         return n_present(trace, "first_choice_balance") * (fraction * probability).sum()

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import n_present, require_logits
+from moestro.objectives.balance import n_present, require_logits, shares
 from moestro.routers import ReLU
 from moestro.routing import Trace
 
@@ -28,6 +28,5 @@ class GateL1:
         if not isinstance(select, ReLU):
             raise ValueError("gate_l1 needs gates that may be zero; allowed: select: {kind: relu, ...}")
         gates = require_logits(trace.routing, "gate_l1").relu()
-        tokens = max(1, len(gates))
-        fraction = trace.routing.load().to(gates.dtype) / (select.target * tokens)
-        return select.pressure.to(gates.dtype) * n_present(trace, "gate_l1") * (fraction * gates.sum(0) / tokens).sum()
+        fraction, mean = shares(trace, trace.routing.load(), gates)
+        return select.pressure.to(gates.dtype) * n_present(trace, "gate_l1") * (fraction / select.target * mean).sum()

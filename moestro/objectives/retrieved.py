@@ -36,10 +36,14 @@ class RetrievedParameterPenalty:
         gates = routing.weight
         widths = torch.as_tensor(trace.layer.expert_widths()).to(gates.device).long().expand(routing.n_experts)
         chosen = widths[routing.expert]
-        pool = torch.bincount(widths if routing.logits is None else widths[present(routing.logits)]).to(gates.dtype)
-        rows = torch.bincount(chosen, minlength=len(pool)).to(gates.dtype) / max(1, routing.n_rows)
-        tiny = torch.finfo(gates.dtype).tiny
-        share = torch.zeros_like(pool).index_add(0, chosen, gates) / gates.sum().clamp(min=tiny)
+        tiny, pool = torch.finfo(gates.dtype).tiny, torch.bincount(widths).to(gates.dtype)
+        own = torch.stack(
+            [torch.zeros_like(pool).index_add(0, chosen, each) for each in (torch.ones_like(gates), gates)]
+        )
+        rows, share = trace.summed(own)
+        rows, share = rows.detach() / rows.detach().sum().clamp(min=1), share / share.sum().clamp(min=tiny)
+        if routing.logits is not None:
+            pool = torch.bincount(widths[present(routing.logits)], minlength=len(pool)).to(pool)
         each = torch.arange(len(pool), device=gates.device, dtype=gates.dtype)
         # (N / n_c) (c / w), where N times w is the sum of all widths
         weight = pool.sum() ** 2 * each / (pool.clamp(min=1) * (pool @ each).clamp(min=tiny))

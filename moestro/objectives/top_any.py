@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import n_present
+from moestro.objectives.balance import n_present, over_tokens
 from moestro.ops.precision import at_least_fp32
 from moestro.routers import ScoredRouter, TopAny
 from moestro.routing import SparseRouting, Trace
@@ -73,10 +73,10 @@ class GateBalance:
         routing, gate, experts = gates(trace, "gate_balance")
         k = routing.per_token(1.0)
         zeros = gate.new_zeros(routing.n_experts)
-        fraction = zeros.index_add(0, routing.expert, gate) / max(1, routing.n_tokens)
-        served = (k > 0).sum().clamp(min=1)
-        share = zeros.index_add(0, routing.expert, gate / k[routing.token].to(gate.dtype)) / served
-        return experts * (share * fraction).sum()
+        taken = zeros.index_add(0, routing.expert, gate / k[routing.token].to(gate.dtype))
+        rows, served = zeros.index_add(0, routing.expert, gate), (k > 0).sum()[None].to(gate.dtype)
+        share, fraction, of_all = over_tokens(trace, taken, rows, served)
+        return experts * (share / of_all.clamp(min=torch.finfo(gate.dtype).tiny) * fraction).sum()
 
 
 @dataclass(frozen=True)
@@ -84,5 +84,5 @@ class GateEfficiency:
     """Share of the pairs of a token and an expert taking part that are active: the mean k over their number."""
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
-        routing, gate, experts = gates(trace, "gate_efficiency")
-        return gate.sum() / (max(1, routing.n_tokens) * experts.clamp(min=1))
+        _, gate, experts = gates(trace, "gate_efficiency")
+        return over_tokens(trace, gate.sum()[None])[0].squeeze(0) / experts.clamp(min=1)
