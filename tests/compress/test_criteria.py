@@ -12,6 +12,7 @@ from moestro.compress.observed import Observed, expert_output, gates_of
 from moestro.experts import FFNBank
 from moestro.layers import MoELayer
 from moestro.routers import BiasedRouter, GroupLimit, LinearScore, ScoredRouter, SlotRouter, TopK
+from moestro.routing import SparseRouting
 from tests.compress.layers import matrices, small_layer, tokens
 from tests.reference import expert_removal as reference
 from tests.tolerances import FLOAT64
@@ -53,6 +54,13 @@ def test_an_expert_that_no_token_meets_has_scores_and_is_named():
     assert all(bool(criterion(seen).isfinite().all()) for criterion in CRITERIA.values())
     with pytest.raises(AttributeError, match="'outputs' was not collected"):
         _ = seen.outputs
+
+
+def test_an_expert_whose_gate_is_zero_was_computed():
+    """It has rows, and the norm of what it answered; its share is 0."""
+    routing = SparseRouting(torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]), torch.tensor([1.0, 0.0, 1.0]), 2, 3)
+    gates, met = gates_of(routing)
+    assert gates.tolist() == [[0, 1, 0], [0, 0, 1]] and met.tolist() == [[False, True, True], [False, False, True]]
 
 
 def test_entropy_is_that_of_the_router_s_probabilities():
