@@ -90,17 +90,16 @@ static void swiglu_tiles(const struct tiles *f, const struct expert *e, int64_t 
         store_past_cache(z + u * e->slots, 0xffffffffu, narrow(c[0] + u * SIDE, c[1] + u * SIDE));
         store_past_cache(z + (e->wide + u) * e->slots, 0xffffffffu, narrow(c[2] + u * SIDE, c[3] + u * SIDE));
     }
-    for (int64_t half = 0; half < 2; half++) {
-        __m512i v[SIDE];
-        for (int64_t u = 0; u < SIDE; u++) {
+    __m512i hidden[SIDE];
+    for (int64_t u = 0; u < SIDE; u++) {
+        struct both act;
+        for (int64_t half = 0; half < 2; half++) {
             vec gate = load(c[half] + u * SIDE);
-            v[u] = (__m512i)(gate * sigmoid(gate) * load(c[2 + half] + u * SIDE));
+            act.half[half] = gate * sigmoid(gate) * load(c[2 + half] + u * SIDE);
         }
-        exchange(v);
-        uint16_t *to = hidden_of(f, e) + (slot + half * SIDE) * stride_of_hidden(e) + unit;
-        for (int64_t i = 0; i < SIDE; i++)
-            _mm256_storeu_si256((__m256i *)(to + i * stride_of_hidden(e)), narrow_half((vec)v[i]));
+        hidden[u] = narrow_both(act);
     }
+    store_exchanged(hidden, hidden_of(f, e) + slot * stride_of_hidden(e) + unit, stride_of_hidden(e));
 }
 
 /* What is read soon after a half of a block of units: the next one's weights. */
@@ -120,7 +119,7 @@ KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
     int64_t deep = UP_TO(f->d, DEEP) / DEEP;
     uint16_t *copy = scratch(2 * SIDE * deep * DEEP);
-    float c[4][SIDE * SIDE] __attribute__((aligned(64)));
+    float c[WAITING][4][SIDE * SIDE] __attribute__((aligned(64)));
     use_tiles();
     for (int64_t half = 2 * begin; half < 2 * end; half++) {
         const struct expert *e = owner_of_block(f, half / 2);
@@ -131,10 +130,12 @@ KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
         struct soon soon = soon_of_half(f, half, 2 * end);
         gate = whole_rows(gate, e->width - unit, f->d, copy, &stride);
         up = whole_rows(up, e->width - unit, f->d, copy + SIDE * deep * DEEP, &stride);
-        for (int64_t slot = 0; slot < e->slots; slot += DEEP) {
-            const uint16_t *b = f->x_across + (e->near_slot + slot) / SIDE * deep * TILE;
-            product(gate, up, stride, b, b + deep * TILE, deep, c, &soon);
-            swiglu_tiles(f, e, unit, slot, c);
+        for (int64_t slot = 0, blocks; slot < e->slots; slot += blocks * DEEP) {
+            int64_t rest = (e->slots - slot) / DEEP;
+            blocks = together(deep) < rest ? together(deep) : rest;
+            products(gate, up, stride, f->x_across + (e->near_slot + slot) / SIDE * deep * TILE, deep, blocks, c, &soon);
+            for (int64_t i = 0; i < blocks; i++)
+                swiglu_tiles(f, e, unit, slot + i * DEEP, c[i]);
         }
     }
     _mm_sfence();
@@ -169,7 +170,7 @@ static void rows_of(const struct tiles *f, const struct expert *e, const uint16_
         const uint16_t *here = a + slot * stride, *left = b;
         for (int64_t first = column; first < stop; first += DEEP, left += 2 * deep * TILE) {
             __mmask32 mask = first_columns(f->d - first);
-            product(here, here + SIDE * stride, stride, left, left + deep * TILE, deep, c, NULL);
+            product(here, here + SIDE * stride, stride, left, left + deep * TILE, deep, c, 0, NULL);
             for (int64_t i = 0; i < DEEP && slot + i < e->n; i++) {
                 float *two = c[i / SIDE * 2] + i % SIDE * SIDE;
                 _mm512_mask_storeu_epi16(f->rows + (e->slot + slot + i) * f->d + first, mask,

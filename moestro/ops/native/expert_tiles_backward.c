@@ -4,43 +4,53 @@
 
 #include "tiles.h"
 
-static inline void store_exchanged(__m512i v[SIDE], uint16_t *to, int64_t stride) {
-    exchange(v);
-    for (int64_t i = 0; i < SIDE; i++)
-        _mm256_storeu_si256((__m256i *)(to + i * stride), narrow_half((vec)v[i]));
-}
-
 /* Gradients of 32 units, by units and slots, as the gradients of weights want them: of gate and up, weight * hidden. */
 struct units {
     uint16_t *gate, *up, *scaled;
     int64_t stride;
 };
 
-/* dz, weight * hidden and what 16 units add to <dhidden, hidden>, of 16 slots, from dhidden / weight in c; `to` are the
-   units' own. */
-static vec swiglu_back(const struct tiles *f, const struct expert *e, int64_t unit, int64_t slot, vec weight,
-                       const float *c, struct units to) {
+/* dz, weight * hidden and what 16 units add to `dot`, <dhidden, hidden>, of 32 slots, from dhidden / weight in c; `to`
+   are the units' own. */
+static inline void swiglu_back(const struct tiles *f, const struct expert *e, int64_t unit, int64_t slot,
+                               const struct both *weight, float (*c)[SIDE * SIDE], struct units to, struct both *dot) {
     const uint16_t *z = f->z + 2 * e->hidden + unit * e->slots + slot;
     __m512i of_gate[SIDE], of_up[SIDE];
-    vec dot = {0};
     for (int64_t u = 0; u < SIDE; u++) {
-        vec gate = load_bfloat16(z + u * e->slots), up = load_bfloat16(z + (e->wide + u) * e->slots);
-        vec dhidden = load(c + u * SIDE), s = sigmoid(gate), act = gate * s, hidden = act * up;
-        vec back = dhidden * weight, dup = back * act, dgate = back * up * (s * (1.0f + gate * (1.0f - s)));
+        struct both gate = load_both(z + u * e->slots), up = load_both(z + (e->wide + u) * e->slots), scaled;
         int64_t at = (unit % DEEP + u) * to.stride + slot;
-        dot += dhidden * hidden;
-        _mm256_storeu_si256((__m256i *)(to.scaled + at), narrow_half(hidden * weight));
-        _mm256_storeu_si256((__m256i *)(to.gate + at), narrow_half(dgate));
-        _mm256_storeu_si256((__m256i *)(to.up + at), narrow_half(dup));
-        of_gate[u] = (__m512i)dgate;
-        of_up[u] = (__m512i)dup;
+        for (int64_t i = 0; i < 2; i++) {
+            vec dhidden = load(c[i] + u * SIDE), s = sigmoid(gate.half[i]), act = gate.half[i] * s;
+            vec hidden = act * up.half[i], back = dhidden * weight->half[i];
+            dot->half[i] += dhidden * hidden;
+            scaled.half[i] = hidden * weight->half[i];
+            gate.half[i] = back * up.half[i] * (s * (1.0f + gate.half[i] * (1.0f - s)));
+            up.half[i] = back * act;
+        }
+        _mm512_storeu_si512(to.scaled + at, narrow_both(scaled));
+        _mm512_storeu_si512(to.gate + at, of_gate[u] = narrow_both(gate));
+        _mm512_storeu_si512(to.up + at, of_up[u] = narrow_both(up));
     }
     if (f->dz) {
         uint16_t *rows = dz_of(f, e) + slot * stride_of_dz(e) + unit;
         store_exchanged(of_gate, rows, stride_of_dz(e));
         store_exchanged(of_up, rows + e->wide, stride_of_dz(e));
     }
-    return dot;
+}
+
+/* The same for 32 units. */
+static void block_back(const struct tiles *f, const struct expert *e, int64_t unit, int64_t slot,
+                       float c[4][SIDE * SIDE], struct units to) {
+    __mmask32 rows = first_columns(e->n - slot);
+    struct both dot = {0}, weight;
+    for (int64_t half = 0; half < 2; half++)
+        weight.half[half] = (vec)_mm512_maskz_loadu_ps((__mmask16)(rows >> half * SIDE),
+                                                      f->weight + e->row + slot + half * SIDE);
+    swiglu_back(f, e, unit, slot, &weight, c, to, &dot);
+    swiglu_back(f, e, unit + SIDE, slot, &weight, c + 2, to, &dot);
+    float *part = f->part + e->hidden / DEEP + unit / DEEP * e->slots + slot;
+    store(part, dot.half[0]);
+    store(part + SIDE, dot.half[1]);
 }
 
 /* Back through weight * (hidden W_out) and SwiGLU, for 32 units; `copy` is room for 32 rows of W_out. */
@@ -48,20 +58,15 @@ static void units_back(const struct tiles *f, const struct expert *e, int64_t un
                        struct soon *soon) {
     int64_t deep = UP_TO(f->d, DEEP) / DEEP, stride;
     const uint16_t *one = f->w_out + (e->unit + unit) * f->d, *two = one + SIDE * f->d;
-    float c[4][SIDE * SIDE] __attribute__((aligned(64)));
+    float c[WAITING][4][SIDE * SIDE] __attribute__((aligned(64)));
     one = whole_rows(one, e->width - unit, f->d, copy, &stride);
     two = whole_rows(two, e->width - unit - SIDE, f->d, copy + SIDE * deep * DEEP, &stride);
-    for (int64_t slot = 0; slot < e->slots; slot += DEEP) {
-        const uint16_t *b = f->dy_across + (e->near_slot + slot) / SIDE * deep * TILE;
-        product(one, two, stride, b, b + deep * TILE, deep, c, soon);
-        for (int64_t half = 0; half < 2; half++) {
-            int64_t here = slot + half * SIDE, rest = e->n - here;
-            __mmask16 mask = rest >= SIDE ? 0xffff : rest <= 0 ? 0 : (1u << rest) - 1;
-            vec weight = (vec)_mm512_maskz_loadu_ps(mask, f->weight + e->row + here);
-            vec dot = swiglu_back(f, e, unit, here, weight, c[half], to);
-            dot += swiglu_back(f, e, unit + SIDE, here, weight, c[2 + half], to);
-            store(f->part + e->hidden / DEEP + unit / DEEP * e->slots + here, dot);
-        }
+    for (int64_t slot = 0, blocks; slot < e->slots; slot += blocks * DEEP) {
+        int64_t rest = (e->slots - slot) / DEEP;
+        blocks = together(deep) < rest ? together(deep) : rest;
+        products(one, two, stride, f->dy_across + (e->near_slot + slot) / SIDE * deep * TILE, deep, blocks, c, soon);
+        for (int64_t i = 0; i < blocks; i++)
+            block_back(f, e, unit, slot + i * DEEP, c[i], to);
     }
 }
 
@@ -75,7 +80,7 @@ static void gradient(const struct tiles *f, const struct expert *e, const uint16
     for (int64_t column = 0; column < f->d; column += DEEP) {
         const uint16_t *left = b + column / SIDE * deep * TILE;
         __mmask32 mask = first_columns(f->d - column);
-        product(a, a + SIDE * stride, stride, left, left + deep * TILE, deep, c, soon);
+        product(a, a + SIDE * stride, stride, left, left + deep * TILE, deep, c, 0, soon);
         for (int64_t u = 0; u < DEEP && u < count; u++) {
             float *two = c[u / SIDE * 2] + u % SIDE * SIDE;
             store_past_cache(to + u * f->d + column, mask, narrow(two, two + SIDE * SIDE));

@@ -127,13 +127,21 @@ static inline int kept(const struct tiles *f, const struct expert *e, int64_t ga
     return gates * e->width * f->d * 2 <= KEPT;
 }
 
-/* c = (a0, a1) times (b0, b1) over `deep` tiles of k: c[0] = a0 b0, c[1] = a0 b1, c[2] = a1 b0, c[3] = a1 b1. */
+/* c = (a0, a1) times (b0, b1) over `deep` tiles of k: c[0] = a0 b0, c[1] = a0 b1, c[2] = a1 b0, c[3] = a1 b1; `added`
+   to what is there. */
 static inline void product(const uint16_t *a0, const uint16_t *a1, int64_t stride, const uint16_t *b0,
-                           const uint16_t *b1, int64_t deep, float c[4][SIDE * SIDE], struct soon *soon) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+                           const uint16_t *b1, int64_t deep, float c[4][SIDE * SIDE], int added, struct soon *soon) {
+    if (added) {
+        _tile_loadd(0, c[0], 64);
+        _tile_loadd(1, c[1], 64);
+        _tile_loadd(2, c[2], 64);
+        _tile_loadd(3, c[3], 64);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (int64_t k = 0; k < deep; k++) {
         _tile_loadd(4, a0 + k * DEEP, stride * 2);
         _tile_loadd(6, b0 + k * TILE, 64);
@@ -150,6 +158,26 @@ static inline void product(const uint16_t *a0, const uint16_t *a1, int64_t strid
     _tile_stored(1, c[1], 64);
     _tile_stored(2, c[2], 64);
     _tile_stored(3, c[3], 64);
+}
+
+/* Tiles of k that are taken together where there are more: 2 * 16 rows of A then stay in the nearest cache while slots
+   pass by; and blocks of 32 slots whose sums wait meanwhile. */
+#define STEP 16
+#define WAITING 8
+
+/* How many of so many blocks of slots are taken together. */
+static inline int64_t together(int64_t deep) { return deep > STEP ? WAITING : 1; }
+
+/* 32 rows of A times `count` blocks of 32 slots, whose tiles along k follow each other from b on. */
+static inline void products(const uint16_t *a0, const uint16_t *a1, int64_t stride, const uint16_t *b, int64_t deep,
+                            int64_t count, float c[WAITING][4][SIDE * SIDE], struct soon *soon) {
+    int64_t steps = (deep + STEP - 1) / STEP, step = steps ? (deep + steps - 1) / steps : 0;
+    for (int64_t k = 0; k < deep; k += step)
+        for (int64_t i = 0; i < count; i++) {
+            const uint16_t *left = b + (2 * i * deep + k) * TILE;
+            product(a0 + k * DEEP, a1 + k * DEEP, stride, left, left + deep * TILE, deep - k < step ? deep - k : step,
+                    c[i], k > 0, soon);
+        }
 }
 
 /* 16 x 16 numbers of 32 bits, rows and columns exchanged. */
@@ -220,7 +248,33 @@ static inline void store_past_cache(uint16_t *to, __mmask32 mask, __m512i line) 
         _mm512_mask_storeu_epi16(to, mask, line);
 }
 
-static inline __m256i narrow_half(vec values) { return (__m256i)_mm512_cvtneps_pbh((__m512)values); }
+/* What 32 slots have, in halves. */
+struct both {
+    vec half[2];
+};
+
+static inline struct both load_both(const uint16_t *from) {
+    return (struct both){{load_bfloat16(from), load_bfloat16(from + SIDE)}};
+}
+
+static inline __m512i narrow_both(struct both b) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)b.half[1], (__m512)b.half[0]);
+}
+
+/* 16 units of 32 slots each, exchanged: 16 units of every slot, `stride` apart. */
+static inline void store_exchanged(const __m512i of[SIDE], uint16_t *to, int64_t stride) {
+    __m512i v[SIDE];
+    for (int64_t i = 0; i < SIDE / 2; i++) { /* pairs of units; of 8 slots those of the first half, and of the other */
+        v[i] = _mm512_unpacklo_epi16(of[2 * i], of[2 * i + 1]);
+        v[i + SIDE / 2] = _mm512_unpackhi_epi16(of[2 * i], of[2 * i + 1]);
+    }
+    exchange(v);
+    for (int64_t i = 0; i < SIDE; i++) {
+        int64_t slot = i / 4 * 8 + i % 4;
+        _mm256_storeu_si256((__m256i *)(to + slot * stride), _mm512_castsi512_si256(v[i]));
+        _mm256_storeu_si256((__m256i *)(to + (slot + 4) * stride), _mm512_extracti64x4_epi64(v[i], 1));
+    }
+}
 
 /* `count` rows of a matrix with d columns as tiles of A want them: as they lie, or, where they are fewer than 16 or do
    not end with a tile, copied to `copy` [16, d up to DEEP] with zeros behind; *stride is set. */
