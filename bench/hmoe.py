@@ -5,8 +5,8 @@ parameter, (ii) the same loop with parameters of its own for each expert, which 
 library transformers' experts, a loop (`eager`) and `grouped_mm`, and (iv) torch's grouped matrix product; (iii) and
 (iv) know one width, so there experts are padded to the widest. The rate on useful FLOPs stands beside those of the
 machine's own matrix product: a large one, and the six products of the mean expert again and again, so that all lies in
-the cache. In bfloat16 also with other tokens, and so another routing, every time, as in training. Then decoding: a
-forward pass of 1 or 16 tokens, other ones every time.
+the cache; the time, beside that of copying the experts' weights. In bfloat16 also with other tokens, and so another
+routing, every time, as in training. Then decoding: a forward pass of 1 or 16 tokens, other ones every time.
 
     python -m bench.hmoe [--quick] [--json PATH]
 """
@@ -25,7 +25,6 @@ from bench.experts import (
     GroupedExperts,
     LoopedExperts,
     TransformersExperts,
-    gradients,
     transformers_version,
 )
 from bench.harness import Row, agree, arguments, clock, compare, rate, report, weigh
@@ -36,6 +35,7 @@ from moestro.routers import LinearScore, ScoredRouter, TopK
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 GEMM, CACHED = "one product of 2048 x 2048 x 2048", "the mean expert's six products, in the cache"
+COPY = "a copy of the experts' weights, nothing computed"
 # what stays in the race when every call has a shape of its own and slow contestants become very slow
 CHANGING = ("loop, own parameters", f"{TRANSFORMERS} grouped_mm", "grouped_mm, padded")
 
@@ -92,8 +92,9 @@ def training(shape: Shape, dtype: torch.dtype, tokens: int, rounds: int) -> list
         agree(f"{case}, {name}", module(x), moe(x)[0], TOLERANCE[dtype])
         agree(f"{case}, {name}, gradient of the input", runs[name]()[0], runs["ours"]()[0], TOLERANCE[dtype])
     products = own_products(shape, tokens, dtype)
-    times = clock(runs | {name: run for name, (run, _) in products.items()}, rounds)
+    times = clock(runs | {name: run for name, (run, _) in products.items()} | {COPY: copied(moe)}, rounds)
     rows = compare(case, "forward + backward", {name: times[name] for name in runs})
+    rows += compare(case, "forward + backward, beside memory alone", {name: times[name] for name in ("ours", COPY)})
     useful = 3 * float(moe.bank.flops(moe.router(x)).useful)
     flops = {"ours": useful} | {name: count for name, (_, count) in products.items()}
     rows += rate(case, "forward + backward, useful FLOPs", times, flops)
@@ -126,9 +127,32 @@ def decoding(shape: Shape, dtype: torch.dtype, tokens: int, rounds: int) -> list
 
 
 def both(module: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward + backward of the next of the inputs, with gradients of it, the weights and the router."""
-    turns = cycle([gradients(partial(output, module, x), [x, *leaves(module)]) for x in inputs])
-    return lambda: next(turns)()
+    """Forward + backward of the next of the inputs, with gradients of it, the weights and the router; the gradient of
+    the output is given, so that no loss is measured."""
+    turns, dy = cycle(inputs), drawn(inputs[0].shape, inputs[0].dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        x = next(turns)
+        return torch.autograd.grad(output(module, x), [x, *leaves(module)], dy)
+
+    return run
+
+
+def drawn(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The same numbers for every contestant."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def copied(moe: MoELayer) -> Callable[[], None]:
+    """Copies the experts' weights once; a step reads them twice and writes as much once, whatever it computes."""
+    weights = [p.detach() for p in moe.bank.parameters()]
+    room = [torch.empty_like(w) for w in weights]
+
+    def run() -> None:
+        for to, w in zip(room, weights, strict=True):
+            to.copy_(w)
+
+    return run
 
 
 def forward(module: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], Tensor]:

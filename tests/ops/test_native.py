@@ -1,5 +1,6 @@
 """The compiled kernels: built from these sources, chosen where they apply, and the same on any number of threads."""
 
+import ast
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,6 +153,13 @@ def test_only_float32_and_bfloat16_run_on_kernels():
     assert not backend.runs_native(one, one.double()) and not backend.runs_native(one.half())
     with backend.force("fused"):
         assert not backend.runs_native(one)
+
+
+def test_no_function_of_the_package_is_lost_to_a_module_of_its_name():
+    defined = {
+        node.name for node in ast.parse((build.FOLDER / "__init__.py").read_text()).body if hasattr(node, "name")
+    }
+    assert "run" in defined and not defined & {path.stem for path in build.FOLDER.glob("*.py")}
 
 
 @built

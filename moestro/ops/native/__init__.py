@@ -85,7 +85,7 @@ def run(kernel: str, bounds: Sequence[int], *fields: Tensor | int | float | byte
     """Run a kernel on the items `bounds[0]:bounds[1]`, `bounds[1]:bounds[2]`, ... on as many threads as torch may use.
 
     `fields` fill the kernel's struct in its order: a contiguous tensor on the CPU as pointer, an int as int64, a float
-    as double, bytes as they are (`packed`). What they point to is the caller's to check: C does not.
+    as double, bytes as they are (`struct_of`). What they point to is the caller's to check: C does not.
 
     Raises: RuntimeError where there is no library; ValueError for a tensor that has no plain memory.
     """
@@ -94,10 +94,10 @@ def run(kernel: str, bounds: Sequence[int], *fields: Tensor | int | float | byte
         raise RuntimeError(f"native kernels are {status()}")
     ends = (ctypes.c_int64 * len(bounds))(*bounds)
     function = ctypes.cast(getattr(found.handle, f"{kernel}_{found.variant}"), ctypes.c_void_p)
-    found.handle.moestro_run(function, packed(kernel, *fields), ends, len(bounds) - 1, torch.get_num_threads())
+    found.handle.moestro_run(function, struct_of(kernel, *fields), ends, len(bounds) - 1, torch.get_num_threads())
 
 
-def packed(kernel: str, *fields: Tensor | int | float | bytes) -> bytes:
+def struct_of(kernel: str, *fields: Tensor | int | float | bytes) -> bytes:
     """The struct of a kernel, for kernels that are run several times with the same: whoever keeps it keeps the tensors.
 
     Raises: ValueError for a tensor that has no plain memory.

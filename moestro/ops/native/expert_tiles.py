@@ -100,7 +100,7 @@ class _Kernels:
         }
         numbers = len(layout.token), layout.n_tokens, d, len(layout.experts), int(weighted)
         pointers = (self.tensors.get(name) for name in _POINTERS)
-        self.fields = native.packed("tiles", *(0 if tensor is None else tensor for tensor in pointers), *numbers)
+        self.fields = native.struct_of("tiles", *(0 if tensor is None else tensor for tensor in pointers), *numbers)
 
     def run(self, kernel: str, items: int) -> None:
         """Run a kernel on so many items."""
