@@ -10,6 +10,7 @@ from moestro.objectives import GateL1
 from moestro.recipe.build import build_model, build_training
 from moestro.recipe.load import load_recipe
 from moestro.routers import LinearScore, ReLU, ScoredRouter, TopK
+from moestro.routing import Trace
 from moestro.train import train
 from moestro.train.gate_sparsity import GateSparsity
 from moestro.train.step import backward
@@ -118,6 +119,20 @@ def test_the_rule_moves_the_pressure_as_the_paper_does() -> None:
         for moe in layers:
             assert float(parts(moe)[1].pressure) == pytest.approx(want, rel=1e-6)
     assert want != 0.5
+
+
+def test_shares_of_gates_are_averaged_over_layers_not_numbers_of_experts() -> None:
+    """Half an expert of 4 too many is more than one of 16 too few."""
+    rule, pressed = GateSparsity(), []
+    for n_experts, target, rows in ((4, 1.0, 3), (16, 2.0, 2)):
+        select = ReLU(target, pressure=0.5)
+        logits = -torch.ones(2, n_experts)
+        logits.view(-1)[torch.arange(rows) * n_experts // 2] = 1.0
+        moe = MoELayer(ScoredRouter(LinearScore(D, n_experts), select), [FFNBank(D, [3] * n_experts)])
+        rule.observe(Trace(moe, torch.zeros(2, D), select(logits)))
+        pressed.append(select)
+    rule.apply(1)
+    assert [float(select.pressure) for select in pressed] == pytest.approx([0.6, 0.6])
 
 
 def test_the_pressure_finds_the_target() -> None:
