@@ -8,6 +8,9 @@ off. Then the parts of the layer: retrieval beside `torch.topk`, experts beside 
 their rows at all (`embedding_bag`), which says what memory leaves to gain. Then our training step alone at each N
 beside the one at the smallest N: a ratio of 1 means that N does not matter.
 
+The benchmark keeps freed memory, as our training does. Forward and training step are therefore timed a second time in a
+process of its own that gives it back to the system, as the package's users run it (`bench/peer_given_back.py`).
+
 Everything of ours runs with the native kernels (`moestro version` says whether there are any) and without. Outputs,
 gradients and the change by a step are compared before anything is timed. A size whose tables, gradients and moments do
 not fit in memory is left out, and said so.
@@ -268,6 +271,9 @@ def against_n(shapes: list[Shape], rounds: int) -> list[Row]:
 
 
 def main() -> None:
+    # it imports this module
+    from bench.peer_given_back import in_its_own_process
+
     options = arguments(__doc__.splitlines()[0])
     tokens, d, sides = (128, 64, (64, 128, 256)) if options.quick else (512, 512, (128, 256, 512, 1024))
     rounds = 5 if options.quick else 7
@@ -278,6 +284,7 @@ def main() -> None:
         narrow = Shape(tokens, d // 2, shape.side) if shape.side == 1024 else shape
         if narrow.fits(copies=7):
             rows += beside_the_package(narrow, rounds)
+            rows += in_its_own_process(narrow, rounds, options.seed)
         if shape.fits(copies=1):
             rows += parts(shape, rounds)
     rows += against_n(shapes[1:], rounds)
