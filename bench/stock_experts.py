@@ -77,7 +77,7 @@ def main() -> None:
         for tokens in (1, 64) if options.quick else (1, TOKENS):
             case = Case(sizes, tokens, dtype)
             rows += case.rows(
-                f"{name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}", 3 if options.quick else 9
+                f"{name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}", 3 if options.quick else 5
             )
     absent = [f"batched_mm is left out where it copies more than {MOST_COPIED // 2**30} GiB of weights"]
     report("bench/stock_experts.py", rows, options, absent)
