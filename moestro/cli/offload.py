@@ -106,7 +106,7 @@ def _generate(arguments: Namespace, folder: Path) -> int:
             print(f"moestro: warning: {warning}", file=sys.stderr)
         report, recorder = _use(arguments, session)
     if arguments.bench:
-        bare = Plan(plan.memory)
+        bare = Plan(plan.memory, host=plan.host)
         with Session(folder, bare, device) as session:
             report["on_demand"] = _benched(session).as_json()
     if not as_json(arguments.json, report):

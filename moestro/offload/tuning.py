@@ -68,7 +68,7 @@ def shares(trace: Trace, thresholds: Thresholds) -> dict[str, float]:
 
 
 # what `tune_low_share` tries
-LOW_SHARES = tuple(part / 20 for part in range(1, 20))
+LOW_SHARES = tuple(part / 20 for part in range(20))
 
 
 def tune_low_share(trace: Trace, memory: int, setting: Setting) -> tuple[float, float]:

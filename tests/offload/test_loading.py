@@ -183,10 +183,10 @@ def test_the_tuned_share_for_low_copies_moves_least_and_less_than_exact_loading(
     share, moved = tune_low_share(trace, memory, setting)
     counts = [
         replay(trace, Setting(budget(trace.header, memory, part / 20), thresholds=thresholds)).counts
-        for part in range(1, 18)
+        for part in range(18)
     ]
     assert moved == min(each.moved / each.passes for each in counts)
-    assert counts[round(20 * share) - 1].moved / counts[0].passes == moved
+    assert counts[round(20 * share)].moved / counts[0].passes == moved
     exact = replay(trace, Setting(budget(trace.header, memory, 0.0))).counts
     assert moved < exact.moved / exact.passes
     with pytest.raises(ValueError, match="beside slots for LOW"):
