@@ -133,7 +133,8 @@ KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
         for (int64_t slot = 0, blocks; slot < e->slots; slot += blocks * DEEP) {
             int64_t rest = (e->slots - slot) / DEEP;
             blocks = together(deep) < rest ? together(deep) : rest;
-            products(gate, up, stride, f->x_across + (e->near_slot + slot) / SIDE * deep * TILE, deep, blocks, c, &soon);
+            const uint16_t *b = f->x_across + (e->near_slot + slot) / SIDE * deep * TILE;
+            products(gate, up, stride, b, deep, blocks, c, &soon);
             for (int64_t i = 0; i < blocks; i++)
                 swiglu_tiles(f, e, unit, slot + i * DEEP, c[i]);
         }
@@ -143,8 +144,8 @@ KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
     free(copy);
 }
 
-/* `count` rows of a weight from `first` on, COLUMNS columns from `column` on, paired along units, behind `to` tiles of
-   each of their sixteenths; zeros up to `wide` rows. */
+/* `count` rows of a weight, COLUMNS columns of them from `column` on, paired along units: tiles of 16 columns, each
+   column of tiles `deep` tiles long, of which this writes those of `wide` units; zeros behind `count`. */
 static void pair_weight(const uint16_t *w, int64_t count, int64_t wide, int64_t column, int64_t d, int64_t deep,
                         uint16_t *to) {
     int64_t stop = column + COLUMNS < d ? column + COLUMNS : d;
@@ -196,8 +197,10 @@ KERNEL(tile_rows)(const void *fields, int64_t begin, int64_t end) {
             continue;
         for (int64_t gate = 0; gate < gates; gate++)
             pair_weight(w + gate * e->width * f->d, e->width, e->wide, column, f->d, deep, paired + gate * half * TILE);
-        rows_of(f, e, f->dz ? dz_of(f, e) : hidden_of(f, e), f->dz ? stride_of_dz(e) : stride_of_hidden(e), paired, deep,
-                column);
+        if (f->dz)
+            rows_of(f, e, dz_of(f, e), stride_of_dz(e), paired, deep, column);
+        else
+            rows_of(f, e, hidden_of(f, e), stride_of_hidden(e), paired, deep, column);
     }
     _tile_release();
     free(paired);

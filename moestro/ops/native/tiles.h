@@ -227,14 +227,15 @@ static inline __m512i narrow(const float *left, const float *right) {
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(right), _mm512_loadu_ps(left));
 }
 
-/* 1 / (1 + e^-z), to about two units in the last place. */
+/* 1 / (1 + e^-z), to 2^-17 of itself: what is made of it is rounded to bfloat16. */
 static inline vec sigmoid(vec z) {
     const __m512 most = _mm512_set1_ps(126.0f);
     __m512 x = _mm512_mul_ps((__m512)z, _mm512_set1_ps(-1.44269504088896f));
     x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_min_ps(most, x)); /* in this order they keep what is no number */
     __m512 whole = _mm512_roundscale_ps(x, 8);
     vec r = (vec)_mm512_sub_ps(x, whole);
-    vec p = ((((r * 1.3398874e-3f + 9.6184373e-3f) * r + 5.5503324e-2f) * r + 2.4022648e-1f) * r + 6.9314720e-1f) * r + 1.0f;
+    vec p = (((r * 0.00132186725f + 0.00967169794f) * r + 0.0555089295f) * r + 0.24022238f) * r + 0.693146856f;
+    p = p * r + 1.0f;
     vec sum = 1.0f + (vec)_mm512_scalef_ps((__m512)p, whole);
     vec guess = (vec)_mm512_rcp14_ps((__m512)sum);
     return guess * (2.0f - sum * guess);
