@@ -66,7 +66,8 @@ def quantized_singletons(
     outside = compute_dtype(x)
     inside = torch.promote_types(outside, torch.float32)
     x, weight, act = x.to(outside).to(inside), weight.to(inside), find(activation).forward
-    rows = row_operations(x, weight, up.scale, down.scale, codes=(up.codes, down.codes))
+    codes, scales = zip(*(table for table in (up, down, gate) if table is not None), strict=True)
+    rows = row_operations(x, weight, *scales, codes=codes)
     with without_autocast(x):
         along = _dots(up, ids, x, rows)  # type: ignore[call-arg]
         opened = act(along) if gate is None else act(_dots(gate, ids, x, rows))  # type: ignore[call-arg]

@@ -10,7 +10,6 @@
 #include "vector.h"
 
 #if defined(__AVX512F__)
-#include <immintrin.h>
 #define VECS 4
 #else
 #define VECS 2
