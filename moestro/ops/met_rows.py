@@ -4,7 +4,6 @@ of which experts of one neuron, of several, gated ones and plain values are made
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from moestro.ops import backend
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import TableGradients
-from moestro.ops.row_operations import row_dtypes, row_operations, widens
+from moestro.ops.row_operations import RowOperations, row_dtypes, row_operations
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ class Met:
         return torch.searchsorted(self.token, torch.arange(self.n_tokens, device=self.token.device))
 
     @cached_property
-    def _segments(self) -> dict[tuple[ModuleType, int, bool], Any]:
+    def _segments(self) -> dict[tuple[RowOperations, int, bool], Any]:
         return {}
 
-    def segments(self, rows: ModuleType, n_rows: int, sparse: bool) -> Any:
-        """`rows.Segments`: the places of every row of the tables, sorted once for all of them."""
+    def segments(self, rows: RowOperations, n_rows: int, sparse: bool) -> Any:
+        """`rows.segments`: the places of every row of the tables, sorted once for all of them."""
         key = rows, n_rows, sparse
         if key not in self._segments:
-            self._segments[key] = rows.Segments(self.row, n_rows, sparse)
+            self._segments[key] = rows.segments(self.row, n_rows, sparse)
         return self._segments[key]
 
 
@@ -72,7 +71,7 @@ def met_experts(
     outside = compute_dtype(x)
     down, inner = tables["down"], [tables[name] for name in ("gate", "up") if name in tables]
     rows = row_operations(x, weight, *inner, down)
-    inside, stored = row_dtypes(widens(rows), down, outside, sparse_gradients)
+    inside, stored = row_dtypes(rows.widens, down, outside, sparse_gradients)
     down, inner = down.to(stored), [table.to(stored) for table in inner]
     x, weight = x.to(outside).to(inside), weight.to(inside)
     with without_autocast(x):
@@ -89,7 +88,7 @@ def met_experts(
     return y.to(outside)
 
 
-def met_dots(table: Tensor, met: Met, x: Float[Tensor, "t d"], sparse: bool, rows: ModuleType) -> Float[Tensor, "n"]:
+def met_dots(table: Tensor, met: Met, x: Float[Tensor, "t d"], sparse: bool, rows: RowOperations) -> Float[Tensor, "n"]:
     """out_n = table[row_n] . x_(token_n)."""
     if backend.active() == "reference":
         return (F.embedding(met.row, table, sparse=sparse).to(x.dtype) * x[met.token]).sum(-1)
@@ -97,7 +96,7 @@ def met_dots(table: Tensor, met: Met, x: Float[Tensor, "t d"], sparse: bool, row
 
 
 def met_sums(
-    table: Tensor, met: Met, coefficient: Float[Tensor, "n"], sparse: bool, rows: ModuleType
+    table: Tensor, met: Met, coefficient: Float[Tensor, "n"], sparse: bool, rows: RowOperations
 ) -> Float[Tensor, "t d"]:
     """out_t = sum over the rows n of token t of coefficient_n * table[row_n]."""
     if backend.active() == "reference":
@@ -107,12 +106,12 @@ def met_sums(
 
 
 @torch.compiler.disable
-def _dots(table: Tensor, met: Met, x: Tensor, sparse: bool, rows: ModuleType) -> Tensor:
+def _dots(table: Tensor, met: Met, x: Tensor, sparse: bool, rows: RowOperations) -> Tensor:
     return _MetDots.apply(table, met, x, sparse, rows)  # type: ignore[return-value]
 
 
 @torch.compiler.disable
-def _sums(table: Tensor, met: Met, coefficient: Tensor, sparse: bool, rows: ModuleType) -> Tensor:
+def _sums(table: Tensor, met: Met, coefficient: Tensor, sparse: bool, rows: RowOperations) -> Tensor:
     return _MetSums.apply(table, met, coefficient, sparse, rows)  # type: ignore[return-value]
 
 

@@ -1,6 +1,5 @@
 """Tables in 8 bits a number, with a scale for every row: read as they are, widened row by row."""
 
-from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import spans
-from moestro.ops.row_operations import row_operations
+from moestro.ops.row_operations import RowOperations, row_operations
 from moestro.ops.tables import new_table
 
 Storage = Literal["int8", "fp8"]
@@ -76,12 +75,12 @@ def quantized_singletons(
 
 
 @torch.compiler.disable
-def _dots(table: QuantizedTable, ids: Tensor, x: Tensor, rows: ModuleType) -> Tensor:
+def _dots(table: QuantizedTable, ids: Tensor, x: Tensor, rows: RowOperations) -> Tensor:
     return _Dots.apply(*table, ids, x, rows)  # type: ignore
 
 
 @torch.compiler.disable
-def _sums(table: QuantizedTable, ids: Tensor, weight: Tensor, rows: ModuleType) -> Tensor:
+def _sums(table: QuantizedTable, ids: Tensor, weight: Tensor, rows: RowOperations) -> Tensor:
     return _Sums.apply(*table, ids, weight, rows)  # type: ignore
 
 

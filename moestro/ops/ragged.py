@@ -1,7 +1,5 @@
 """Experts of a few neurons each, of any widths, fetched by id: an expert is as many one-neuron rows with one gate."""
 
-from types import ModuleType
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,7 +10,7 @@ from moestro.ops.activations import activation as find
 from moestro.ops.met_rows import Met
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import TableGradients
-from moestro.ops.row_operations import row_dtypes, row_operations, widens
+from moestro.ops.row_operations import RowOperations, row_dtypes, row_operations
 
 
 def ragged_experts(
@@ -34,7 +32,7 @@ def ragged_experts(
     """
     outside = compute_dtype(x)
     rows = row_operations(x, weight, up, down)
-    inside, stored = row_dtypes(widens(rows), up, outside, sparse_gradients)
+    inside, stored = row_dtypes(rows.widens, up, outside, sparse_gradients)
     x, weight, up, down = x.to(outside).to(inside), weight.to(inside), up.to(stored), down.to(stored)
     with without_autocast(x):
         if backend.active() == "reference":
@@ -75,7 +73,7 @@ def _fused(
     down: Tensor,
     activation: str,
     sparse: bool,
-    rows: ModuleType,
+    rows: RowOperations,
 ) -> Tensor:
     return _Ragged.apply(x, ids, weight, starts, up, down, activation, sparse, rows)  # type: ignore
 
@@ -101,7 +99,7 @@ class _Ragged(torch.autograd.Function):
         dz = act.backward(along * gates, z)
         tables = ctx.gradients.of(
             ctx.needs_input_grad,
-            lambda: rows.Segments(met.row, len(up), ctx.sparse),
+            lambda: rows.segments(met.row, len(up), ctx.sparse),
             lambda order: met.token[order],
             {4: (x, dz), 5: (dy, hidden * gates)},
         )

@@ -1,6 +1,7 @@
 """Who fetches rows of tables, and in which dtypes: the same for all operations that are made of them."""
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,16 +10,42 @@ from moestro.ops import backend, table_rows
 from moestro.ops.native import table_rows as native_table_rows
 
 
-def row_operations(*tensors: Tensor, codes: tuple[Tensor, ...] = ()) -> ModuleType:
-    """`native.table_rows` where `backend.runs_native` says so of the tensors, and its kernels read tables like `codes`;
-    else `table_rows`. An operation asks once, before its forward pass, and keeps the answer for the backward pass."""
-    read = all(table.device.type == "cpu" and table.dtype in native_table_rows.FORMATS for table in codes)
-    return native_table_rows if read and backend.runs_native(*tensors) else table_rows
+class RowOperations(NamedTuple):
+    """The operations of `table_rows`, or the same of `native.table_rows`. `widens`: they read tables in their own
+    dtype, whatever it is, and compute in float32."""
+
+    dots: Callable[..., Tensor]
+    weighted_rows: Callable[..., Tensor]
+    ragged_dots: Callable[..., Tensor]
+    ragged_sums: Callable[..., Tensor]
+    segments: Callable[[Tensor, int, bool], Any]
+    widens: bool
 
 
-def widens(rows: ModuleType) -> bool:
-    """Whether these operations read tables in their own dtype, whatever it is, and compute in float32."""
-    return rows is native_table_rows
+PLAIN = RowOperations(
+    table_rows.dots,
+    table_rows.weighted_rows,
+    table_rows.ragged_dots,
+    table_rows.ragged_sums,
+    table_rows.Segments,
+    widens=False,
+)
+NATIVE = RowOperations(
+    native_table_rows.dots,
+    native_table_rows.weighted_rows,
+    native_table_rows.ragged_dots,
+    native_table_rows.ragged_sums,
+    native_table_rows.Segments,
+    widens=True,
+)
+
+
+def row_operations(*tensors: Tensor, codes: tuple[Tensor, ...] = ()) -> RowOperations:
+    """Those on compiled kernels where `backend.runs_native` says so of the tensors, and they read tables like `codes`;
+    else those of torch. An operation asks once, before its forward pass, and keeps the answer for the backward pass."""
+    if backend.runs_native(*tensors):
+        return NATIVE if all(map(native_table_rows.reads, codes)) else PLAIN
+    return PLAIN
 
 
 def row_dtypes(widened: bool, table: Tensor, outside: torch.dtype, sparse: bool) -> tuple[torch.dtype, torch.dtype]:

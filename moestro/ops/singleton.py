@@ -1,7 +1,5 @@
 """One-neuron experts fetched by id, for a million of them: no gathered row outlives its chunk."""
 
-from types import ModuleType
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,7 +9,7 @@ from moestro.ops import backend, reference, triton_peer
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import TableGradients
-from moestro.ops.row_operations import row_dtypes, row_operations, widens
+from moestro.ops.row_operations import RowOperations, row_dtypes, row_operations
 
 
 def singleton_experts(
@@ -39,7 +37,7 @@ def singleton_experts(
     """
     outside = compute_dtype(x)
     rows = row_operations(x, weight, up, down)
-    inside, stored = row_dtypes(widens(rows) or backend.active() == "triton", up, outside, sparse_gradients)
+    inside, stored = row_dtypes(rows.widens or backend.active() == "triton", up, outside, sparse_gradients)
     x, weight, up, down = x.to(outside).to(inside), weight.to(inside), up.to(stored), down.to(stored)
     gate = None if gate is None else gate.to(stored)
     with without_autocast(x):
@@ -64,7 +62,7 @@ def value_rows(
     """
     outside = compute_dtype(values)
     rows = row_operations(weight, values)
-    inside, stored = row_dtypes(widens(rows) or backend.active() == "triton", values, outside, sparse_gradients)
+    inside, stored = row_dtypes(rows.widens or backend.active() == "triton", values, outside, sparse_gradients)
     weight, values = weight.to(inside), values.to(stored)
     with without_autocast(values):
         if backend.active() == "reference":
@@ -86,7 +84,7 @@ def _fused(
     activation: str,
     sparse: bool,
     gate: Tensor | None,
-    rows: ModuleType,
+    rows: RowOperations,
 ) -> Tensor:
     if gate is None:
         return _Singletons.apply(x, ids, weight, up, down, activation, sparse, rows)  # type: ignore
@@ -94,7 +92,7 @@ def _fused(
 
 
 @torch.compiler.disable
-def _fused_values(ids: Tensor, weight: Tensor, values: Tensor, sparse: bool, rows: ModuleType) -> Tensor:
+def _fused_values(ids: Tensor, weight: Tensor, values: Tensor, sparse: bool, rows: RowOperations) -> Tensor:
     return _Values.apply(ids, weight, values, sparse, rows)  # type: ignore
 
 
@@ -177,7 +175,7 @@ def _tables(ctx, ids: Tensor, n_rows: int, factors: dict[int, tuple[Tensor, Tens
     source_t."""
     return ctx.gradients.of(
         ctx.needs_input_grad,
-        lambda: ctx.rows.Segments(ids.flatten(), n_rows, ctx.sparse),
+        lambda: ctx.rows.segments(ids.flatten(), n_rows, ctx.sparse),
         lambda order: order // max(1, ids.shape[1]),
         factors,
     )

@@ -14,6 +14,11 @@ from moestro.ops import native
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 
 
+def reads(table: Tensor) -> bool:
+    """Whether these operations read such a table."""
+    return table.device.type == "cpu" and table.dtype in FORMATS
+
+
 def dots(
     table: Shaped[Tensor, "e d"],
     ids: Int[Tensor, "t k"],
