@@ -278,13 +278,14 @@ def main() -> None:
     tokens, d, sides = (128, 64, (64, 128, 256)) if options.quick else (512, 512, (128, 256, 512, 1024))
     rounds = 5 if options.quick else 7
     shapes = [Shape(tokens, d, side) for side in sides]
+    # at the greatest N there is no room for the package's tables of full width
+    narrow = [Shape(tokens, d // 2, shape.side) if shape.side == 1024 else shape for shape in shapes]
+    # first, while this process has kept nothing: there is no room for the greatest tables of two processes
+    given_back = {shape: in_its_own_process(shape, rounds, options.seed) for shape in narrow if shape.fits(copies=7)}
     rows = []
-    for shape in shapes:
-        # at the greatest N there is no room for the package's tables of full width
-        narrow = Shape(tokens, d // 2, shape.side) if shape.side == 1024 else shape
-        if narrow.fits(copies=7):
-            rows += beside_the_package(narrow, rounds)
-            rows += in_its_own_process(narrow, rounds, options.seed)
+    for shape, at_its_side in zip(shapes, narrow, strict=True):
+        if at_its_side in given_back:
+            rows += beside_the_package(at_its_side, rounds) + given_back[at_its_side]
         if shape.fits(copies=1):
             rows += parts(shape, rounds)
     rows += against_n(shapes[1:], rounds)
