@@ -55,7 +55,8 @@ FIRST = {
     "model = AutoModel.from_config(config)",
     "mapping": "from transformers import CONFIG_MAPPING, AutoModel\n"
     "model = AutoModel.from_config(CONFIG_MAPPING['moestro'].from_pretrained(folder))",
-    "threads": "import threading\nfrom concurrent.futures import ThreadPoolExecutor\n"
+    # transformers puts another module in its own place while it is imported, which threads that wait for it do not see
+    "threads": "import threading, transformers\nfrom concurrent.futures import ThreadPoolExecutor\n"
     "start = threading.Barrier(4)\ndef load(number):\n    start.wait()\n    from transformers import AutoModel\n"
     "    return AutoModel.from_pretrained(folder)\n"
     "with ThreadPoolExecutor(4) as pool:\n    model, *others = pool.map(load, range(4))\n"
