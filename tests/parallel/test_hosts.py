@@ -13,7 +13,9 @@ import pytest
 from tests.parallel.runs import ranks_of, saved, start, until, write_recipe
 
 pytestmark = pytest.mark.slow
-HOSTS = {"moestro-a": ("10.77.0.1", "moestro-va"), "moestro-b": ("10.77.0.2", "moestro-vb")}
+# names of this process's own: other tests make such hosts at the same time
+OWN = os.getpid()
+HOSTS = {f"moestro-a-{OWN}": ("10.77.0.1", f"veth-a{OWN}"), f"moestro-b-{OWN}": ("10.77.0.2", f"veth-b{OWN}")}
 FIRST, SECOND = HOSTS
 
 
