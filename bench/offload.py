@@ -19,6 +19,7 @@ from bench.limits import limited
 from bench.offload_side import prompt
 from bench.small_mixtral import TRAINED, drawn, trained
 from moestro.cli.offload import SHARES
+from moestro.cli.offloading import WAITING
 from moestro.ops import native
 
 # 6.1 GB of experts
@@ -53,8 +54,8 @@ def sides(
         command = ["-m", "bench.offload_side", side, str(folder), "--memory", str(memory), *common]
         return lambda: cold("*/*.safetensors", [*command, "--plan", json.dumps(plan)], **variables)
 
-    # as the command line runs it (cli.offloading.spare_readers)
-    own = {"OMP_WAIT_POLICY": "PASSIVE"}
+    # as the command line runs it
+    own = dict([WAITING])
     found = {"exact": tensors("exact", **own), "accelerate": tensors("accelerate"), "mixed": tensors("mixed", **own)}
     if options.llama_cpp:
         said = ",".join(map(str, prompt(TRAINED["vocab_size"])[0].tolist()))

@@ -12,7 +12,6 @@ and their 10th and 90th percentile. Not more ranks than cores: what shares a cor
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from bench.harness import ROOT, Row, arguments, report
 from bench.parallel import tokens
 from bench.processes import run_ranks
 from bench.this_machine import as_yaml, measured_machine
+from moestro.ops.cores import own_cores
 from moestro.parallel import ParallelSettings, Ranks
 from moestro.parallel.parallelize import parallelize
 from moestro.plan import Machine, Spread, StepTime, workload
@@ -149,7 +149,7 @@ def main() -> None:
     if options.describe:
         sys.stdout.write(as_yaml(machine))
         return
-    cases = [case for case in CASES if case.world <= (os.cpu_count() or 1)]
+    cases = [case for case in CASES if case.world <= own_cores()]
     rows = [row(case, machine, 3 if options.quick else STEPS) for case in (cases[:3] if options.quick else cases)]
     report("bench/step_time.py", rows, options, [as_yaml(machine)], "ratio: measured over foreseen")
 

@@ -7,7 +7,6 @@ FSDP around small linear layers, less its messages.
 """
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from bench.harness import ROOT
 from bench.processes import run_ranks
 from moestro.cost import TRAINING_FLOPS
 from moestro.data import Batch
+from moestro.ops.cores import own_cores
 from moestro.ops.machine_memory import machine_memory
 from moestro.parallel import Ranks
 from moestro.plan import Machine, workload
@@ -132,7 +132,7 @@ def measured_machine() -> Machine:
         memory_bandwidth=memory_bandwidth(),
         bf16=speed,
         fp32=speed,
-        per_host=os.cpu_count() or 1,
+        per_host=own_cores(),
         link=bandwidth,
         network=bandwidth,
         latency=latency,

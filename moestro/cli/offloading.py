@@ -22,6 +22,10 @@ OF_PLANS: dict[str, Any] = {
 }
 
 
+# how threads of OpenMP wait, where others read experts
+WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def add_memory(parser: Parser) -> None:
     """--memory, and what goes with it."""
     parser.add_argument(
@@ -39,7 +43,7 @@ def spare_readers() -> None:
 
     The OpenMP library looks when torch loads it: before that, or it is in vain.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault(*WAITING)
 
 
 def plan_of(arguments: Namespace) -> "Plan":

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from moestro.routing import Routing, Trace
+from moestro.routing import Routing, Trace, present
 
 
 def require_logits(routing: Routing, objective: str) -> Float[Tensor, "t e"]:
@@ -18,11 +18,6 @@ def require_logits(routing: Routing, objective: str) -> Float[Tensor, "t e"]:
     if routing.logits is None:
         raise ValueError(f"{objective} needs a logit for every expert, which product keys do not have")
     return routing.logits
-
-
-def present(logits: Float[Tensor, "t e"]) -> Bool[Tensor, "e"]:
-    """Which experts take part: those that are neither unavailable nor resting, whose logits are not -inf."""
-    return (logits > -torch.inf).any(0)
 
 
 def n_present(trace: Trace, objective: str) -> Float[Tensor, ""]:
@@ -64,6 +59,11 @@ def over_tokens(trace: Trace, *sums: Float[Tensor, "_"]) -> list[Float[Tensor, "
     tokens = sums[0].new_tensor([trace.routing.n_tokens])
     *found, total = trace.summed(torch.cat([*sums, tokens])).split([*map(len, sums), 1])
     return [each / total.detach().clamp(min=1) for each in found]
+
+
+def token_mean(trace: Trace, total: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """`over_tokens` of one number."""
+    return over_tokens(trace, total[None])[0].squeeze(0)
 
 
 def check_statistics(statistics: str) -> None:

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.objectives.balance import over_tokens, present, require_logits
-from moestro.routing import Trace
+from moestro.objectives.balance import over_tokens, require_logits, token_mean
+from moestro.routing import Trace, present
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class ClusterVariance:
         if self.form == "token_gap":
             mass = torch.zeros_like(probability).index_add(1, cluster, probability)
             counted = mass.masked_fill(_count(cluster, there) == 0, -torch.inf)
-            (gap,) = over_tokens(trace, _gap(counted).sum()[None])
-            return value * (-gap).exp().squeeze(0)
+            return value * (-token_mean(trace, _gap(counted).sum())).exp()
         return value
 
 

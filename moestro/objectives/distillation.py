@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.objectives.balance import Statistics, check_statistics, present
+from moestro.objectives.balance import Statistics, check_statistics
 from moestro.ops.precision import at_least_fp32
-from moestro.routing import SoftRouting, Trace
+from moestro.routing import SoftRouting, Trace, present
 
 
 @dataclass(frozen=True)

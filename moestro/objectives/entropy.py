@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import n_present, over_tokens, require_logits
+from moestro.objectives.balance import n_present, require_logits, token_mean
 from moestro.routing import Trace
 
 
@@ -27,7 +27,7 @@ class RouterEntropy:
         log_p = require_logits(trace.routing, "router_entropy").log_softmax(-1)
         # experts that are not available: 0 log 0 = 0
         log_p = log_p.masked_fill(log_p == -math.inf, 0.0)
-        entropy = over_tokens(trace, -(log_p.exp() * log_p).sum()[None])[0].squeeze(0)
+        entropy = token_mean(trace, -(log_p.exp() * log_p).sum())
         if self.literal:
             return -n_present(trace, "router_entropy") * entropy
         return n_present(trace, "router_entropy") * entropy if self.scale_by_n else entropy
@@ -41,4 +41,4 @@ class RouterZLoss:
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         require_logits(trace.routing, "router_z_loss")
         logits: Any = trace.routing.raw_logits()
-        return over_tokens(trace, logits.logsumexp(-1).square().sum()[None])[0].squeeze(0)
+        return token_mean(trace, logits.logsumexp(-1).square().sum())

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import Statistics, check_statistics, present, require_logits, traffic
-from moestro.routing import Trace
+from moestro.objectives.balance import Statistics, check_statistics, require_logits, traffic
+from moestro.routing import Trace, present
 
 
 def by_width(trace: Trace, objective: str) -> tuple[Float[Tensor, "g e"], Float[Tensor, "g"]]:

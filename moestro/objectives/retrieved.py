@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import present
-from moestro.routing import SparseRouting, Trace
+from moestro.routing import SparseRouting, Trace, present
 
 
 @dataclass(frozen=True)

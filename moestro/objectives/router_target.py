@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moestro.objectives.balance import present, require_logits
+from moestro.objectives.balance import require_logits
 from moestro.ops.precision import at_least_fp32
-from moestro.routing import SparseRouting, Trace
+from moestro.routing import SparseRouting, Trace, present
 
 LabelKind = Literal["subset", "expert_error", "projection"]
 # Sets of experts that are tried one by one, and numbers held at a time.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.objectives.balance import n_present, over_tokens
+from moestro.objectives.balance import n_present, over_tokens, token_mean
 from moestro.ops.precision import at_least_fp32
 from moestro.routers import ScoredRouter, TopAny
 from moestro.routing import SparseRouting, Trace
@@ -85,4 +85,4 @@ class GateEfficiency:
 
     def __call__(self, trace: Trace) -> Float[Tensor, ""]:
         _, gate, experts = gates(trace, "gate_efficiency")
-        return over_tokens(trace, gate.sum()[None])[0].squeeze(0) / experts.clamp(min=1)
+        return token_mean(trace, gate.sum()) / experts.clamp(min=1)

@@ -1,6 +1,6 @@
 """What routers decide, and the record of what a layer did."""
 
-from moestro.routing.decisions import Routing, SlotRouting, SoftRouting, SparseRouting
+from moestro.routing.decisions import Routing, SlotRouting, SoftRouting, SparseRouting, present
 from moestro.routing.trace import Origin, Overheard, StepTraffic, Trace, TracedLayer
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "StepTraffic",
     "Trace",
     "TracedLayer",
+    "present",
 ]

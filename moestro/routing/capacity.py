@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.routing.decisions import SparseRouting
+from moestro.routing.decisions import SparseRouting, present
 
 PRIORITIES = ("rank", "gate", "position")
 
 
 def available(logits: Float[Tensor, "t e"]) -> Int[Tensor, "m"]:
-    """The experts that take part: those whose logits are not -inf."""
-    return (logits > -torch.inf).any(0).nonzero().squeeze(-1)
+    """The numbers of the experts that take part."""
+    return present(logits).nonzero().squeeze(-1)
 
 
 def rows_allowed(n_tokens: int, n_experts: int, factor: float, minimum: int = 1) -> int:

@@ -8,6 +8,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def present(logits: Float[Tensor, "t e"]) -> Bool[Tensor, "e"]:
+    """Which experts take part: those that are neither unavailable nor resting, whose logits are not -inf."""
+    return (logits > -torch.inf).any(0)
+
+
 class Routing:
     """Which rows each expert computes, and how rows become tokens again. Immutable; the family is closed:
     `SparseRouting`, `SoftRouting`, `SlotRouting`. Rows are grouped by expert: expert e computes rows

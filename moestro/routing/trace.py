@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moestro.cost import Cost
-from moestro.routing.decisions import Routing
+from moestro.routing.decisions import Routing, present
 
 
 @runtime_checkable
@@ -105,7 +105,7 @@ class Trace:
         """Number of recorded outputs on every routed token, chosen experts' and others'; not of experts that take no
         part, whose rows a soft selection computes for weights of 0."""
         logits = self.routing.logits
-        chosen = self.routing.per_token(1.0 if logits is None else (logits > -torch.inf).any(0).float())
+        chosen = self.routing.per_token(1.0 if logits is None else present(logits).float())
         return chosen if self.overheard is None else chosen + self.overheard.routing.per_token(1.0).to(chosen)
 
     def experts_per_token(self) -> Float[Tensor, "m"]:

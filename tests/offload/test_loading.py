@@ -1,5 +1,7 @@
 """Pins, scratch, prefetch, giving up, on a virtual clock."""
 
+from dataclasses import replace
+
 import pytest
 
 from moestro.offload.cache import SlotCache
@@ -189,6 +191,9 @@ def test_the_tuned_share_for_low_copies_moves_least_and_less_than_exact_loading(
     assert counts[round(20 * share)].moved / counts[0].passes == moved
     exact = replay(trace, Setting(budget(trace.header, memory, 0.0))).counts
     assert moved < exact.moved / exact.passes
+    whole = replace(trace, header=replace(trace.header, low=trace.header.high))
+    with pytest.raises(ValueError, match="record it without --exact"):
+        tune_low_share(whole, memory, setting)
     with pytest.raises(ValueError, match="beside slots for LOW"):
         tune_low_share(trace, 7, setting)
 
