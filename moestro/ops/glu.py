@@ -67,10 +67,8 @@ def compiled_experts(
     w_out: Float[Tensor, "s d"] | Float[Tensor, "e d w"],
     activation: str,
 ) -> bool:
-    """Whether compiled kernels for whole experts are for these: gated, with SiLU, and unit-major."""
-    return (
-        activation == "silu" and w_out.ndim == 2 and len(w_in) == 2 * len(w_out) and backend.runs_native(x, w_in, w_out)
-    )
+    """Whether compiled kernels for whole experts are for these: gated, with SiLU."""
+    return activation == "silu" and w_in.numel() == 2 * w_out.numel() and backend.runs_native(x, w_in, w_out)
 
 
 def _compiled(z: Tensor, width: int, activation: str) -> bool:

@@ -19,8 +19,8 @@ def multiplies(
     w_out: Float[Tensor, "s d"] | Float[Tensor, "e d w"],
     activation: str,
 ) -> bool:
-    """Whether there are tiles here, and they are for these experts."""
-    narrow = all(v.dtype == torch.bfloat16 for v in (x, w_in, w_out))
+    """Whether there are tiles here, and they are for these experts: unit-major ones."""
+    narrow = w_out.ndim == 2 and all(v.dtype == torch.bfloat16 for v in (x, w_in, w_out))
     return narrow and native.library().variant == "amx" and compiled_experts(x, w_in, w_out, activation)
 
 

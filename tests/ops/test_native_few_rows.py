@@ -23,10 +23,17 @@ ROWS = {
     "no rows": (3, [0, 0], [4, 6]),
     "only width 0": (2, [1, 1], [0, 0]),
 }
+# of experts that may be stacked
+EQUAL = {
+    "one token, stacked": (1, [1, 0, 1], [33, 33, 33]),
+    "groups of rows, stacked": (9, [7, 0, 1, 4, 3], [37, 37, 37, 37, 37]),
+    "no rows, stacked": (3, [0, 0], [4, 4]),
+    "width 0, stacked": (2, [1, 1], [0, 0]),
+}
 
 
 def sorted_rows(case: str, dtype: torch.dtype, d: int = 0) -> Sorted:
-    values: Any = inputs(*ROWS[case], 2, dtype)
+    values: Any = inputs(*(ROWS | EQUAL)[case], 2, dtype)
     plain: Any = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in values)
     x, token, weight, offsets, w_in, w_out, widths = plain
     if d:
@@ -54,6 +61,21 @@ def test_sorted_rows_equal_the_definition(case, dtype, d, variant, counted):
     assert (have.double() - want).norm() <= DTYPES[dtype] * want.norm()
 
 
+@pytest.mark.parametrize("variant", native.variants())
+@pytest.mark.parametrize("d", [1, 31, 64, 77])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("case", EQUAL)
+def test_stacked_matrices_are_read_as_they_lie(case, dtype, d, variant, counted):
+    arguments = sorted_rows(case, dtype, d)
+    x, token, weight, offsets, w_in, w_out, widths = arguments
+    stacked = w_out.view(len(widths), widths[0], d).mT.contiguous()
+    with backend.force("native"), native.variant(variant):
+        have = ops.expert_ffn(x, token, weight, offsets, w_in, stacked, widths, "silu")
+    want = definition(arguments)
+    assert counted[:2] == ["few_rows", "few_rows_columns"] and have.dtype == dtype
+    assert (have.double() - want).norm() <= DTYPES[dtype] * want.norm()
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("case", [name for name, (_, _, n_tokens, _) in CASES.items() if n_tokens == 1])
 def test_the_rows_of_a_token_in_any_order(case, dtype, counted):
@@ -72,8 +94,11 @@ def test_weights_are_read_as_they_lie_under_autocast():
     assert have.dtype == torch.bfloat16 and (have.double() - want).norm() <= BFLOAT16_NORM * want.norm()
 
 
-def test_threads_and_other_rows_change_no_bit(two_threads):
-    arguments = sorted_rows("groups of rows", torch.float32, 100)
+@pytest.mark.parametrize("case", ["groups of rows", "groups of rows, stacked"])
+def test_threads_and_other_rows_change_no_bit(case, two_threads):
+    x, token, weight, offsets, w_in, w_out, widths = sorted_rows(case, torch.float32, 100)
+    out = w_out.view(len(widths), -1, 100).mT.contiguous() if "stacked" in case else w_out
+    arguments: Any = x, token, weight, offsets, w_in, out, widths
     several = ops.expert_ffn(*arguments, "silu")
     torch.set_num_threads(1)
     assert torch.equal(ops.expert_ffn(*arguments, "silu"), several)
@@ -87,7 +112,7 @@ def test_weights_of_experts_without_rows_are_not_read():
 
 
 @pytest.mark.parametrize(
-    "why", ["a gradient", "many rows", "another activation", "no gate", "float64", "stacked", "another backend"]
+    "why", ["a gradient", "many rows", "another activation", "no gate", "float64", "another backend"]
 )
 def test_everything_else_runs_without_these_kernels(why, counted):
     x, token, weight, offsets, w_in, w_out, widths = sorted_rows("groups of rows", torch.float32)
@@ -103,8 +128,6 @@ def test_everything_else_runs_without_these_kernels(why, counted):
         w_in = w_in[: len(w_out)]
     elif why == "float64":
         x, weight, w_in, w_out = (v.double() for v in (x, weight, w_in, w_out))
-    elif why == "stacked":
-        widths, w_in, w_out = [4] * 5, w_in[:40], torch.zeros(5, x.shape[1], 4)
     with backend.force(name):
         assert ops.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, activation).isfinite().all()
     assert "few_rows" not in counted
@@ -115,6 +138,8 @@ def test_what_does_not_go_together_is_refused(unchecked_shapes):
     bounds = offsets.tolist()
     with pytest.raises(ValueError, match=r"w_in \[230, 12\], w_out \[114, 12\], allowed: those of 115 units"):
         few_rows(x, token, weight, bounds, w_in, w_out[1:], widths)
+    with pytest.raises(ValueError, match=r"w_out \[5, 12, 64\], allowed: those of 115 units"):
+        few_rows(x, token, weight, bounds, w_in, w_out.new_empty(5, 12, 64), widths)
     with pytest.raises(ValueError, match="15 tokens, 14 weights, allowed: 15 of 9 tokens"):
         few_rows(x, token, weight[1:], bounds, w_in, w_out, widths)
     with pytest.raises(ValueError, match="15 tokens, 15 weights, allowed: 15 of 9 tokens"):
