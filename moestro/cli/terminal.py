@@ -1,6 +1,7 @@
 """What verbs print besides their tables."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ def one_line(message: str) -> str:
 
 
 def as_json(path: Path | None, figures: dict[str, Any]) -> bool:
-    """Write figures where they are asked for; True where that is the terminal, which then gets nothing else."""
-    text = json.dumps(figures, indent=1)
+    """Write figures where they are asked for, null for those that are no number or infinite, which JSON does not know;
+    True where that is the terminal, which then gets nothing else."""
+    text = json.dumps(_known(figures), indent=1, allow_nan=False)
     if path == Path("-"):
         print(text)
         return True
@@ -33,3 +35,12 @@ def as_json(path: Path | None, figures: dict[str, Any]) -> bool:
 
         write_bytes(path, f"{text}\n".encode())
     return False
+
+
+def _known(value: Any) -> Any:
+    """What JSON knows of it."""
+    if isinstance(value, dict):
+        return {key: _known(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moestro.cli import VERBS, main
+from moestro.cli.terminal import as_json
 from moestro.ops import native
 from tests.conftest import ROOT
 
@@ -352,4 +353,12 @@ def test_the_module_and_the_script_are_the_same_command() -> None:
     assert done.stderr == (
         "moestro: error: unknown key 'topk'; did you mean 'top_k'? allowed: gate, limit, renormalize, scale, top_k "
         "(command line: model.ffn.router.select.topk)\n"
+    )
+
+
+def test_figures_that_json_does_not_know_are_null(capsys):
+    assert as_json(Path("-"), {"loss": float("nan"), "layers": [{"share": (1.5, float("inf"))}], "name": "a"})
+    assert (
+        capsys.readouterr().out.split()
+        == '{ "loss": null, "layers": [ { "share": [ 1.5, null ] } ], "name": "a" }'.split()
     )

@@ -7,7 +7,7 @@ import torch
 
 from moestro.compress.applied import applied
 from moestro.compress.calibration import Ask, calibrate
-from moestro.compress.choosing import measured
+from moestro.compress.choosing import chosen_by_measuring, measured
 from moestro.compress.feed_forward import FeedForward
 from moestro.compress.merging import (
     HC_SMOE,
@@ -21,7 +21,7 @@ from moestro.compress.merging import (
 )
 from moestro.compress.observed import expert_output
 from moestro.compress.partition import agglomerate
-from moestro.compress.plan import Group, LayerPlan, rows_of
+from moestro.compress.plan import Group, LayerPlan, PlanError, rows_of
 from moestro.compress.pruning import Subject
 from moestro.compress.similarity import output_distance
 from moestro.evaluate import evaluate
@@ -202,6 +202,16 @@ def test_plans_to_choose_from_are_measured_with_the_router_rows_that_are_written
     written = evaluate(applied(given.model, plans, "slice", "mean"), text(4))["loss"]
     assert measured(given.model, {"merge": plans}, text(4), "slice") == {"merge": written}
     assert evaluate(applied(given.model, plans, "slice", "kept"), text(4))["loss"] != written
+
+
+def test_a_loss_that_is_no_number_chooses_nothing():
+    model = decoder("m")
+    (mixture,) = model.moe_layers().values()
+    with torch.no_grad():
+        mixture.bank.w_out.weight[-1] = torch.nan
+    whole, smaller = ([LayerPlan(0, E, tuple(range(kept)))] for kept in (E, E - 1))
+    with pytest.raises(PlanError, match="losses to choose by: frequency: nan, allowed: finite"):
+        chosen_by_measuring(model, {"frequency": lambda: whole, "reap": lambda: smaller}, text(4))
 
 
 def test_biases_of_merged_experts_are_means_as_their_rows_are():
