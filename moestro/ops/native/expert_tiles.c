@@ -134,7 +134,7 @@ KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
             int64_t rest = (e->slots - slot) / DEEP;
             blocks = together(deep) < rest ? together(deep) : rest;
             const uint16_t *b = f->x_across + (e->near_slot + slot) / SIDE * deep * TILE;
-            products(gate, up, stride, b, deep, blocks, c, &soon);
+            products(rows_as_they_lie(gate, up, stride), b, deep, blocks, c, &soon);
             for (int64_t i = 0; i < blocks; i++)
                 swiglu_tiles(f, e, unit, slot + i * DEEP, c[i]);
         }
@@ -169,9 +169,10 @@ static void rows_of(const struct tiles *f, const struct expert *e, const uint16_
     int64_t stop = column + COLUMNS < f->d ? column + COLUMNS : f->d;
     for (int64_t slot = 0; slot < e->n; slot += DEEP) {
         const uint16_t *here = a + slot * stride, *left = b;
+        const struct left rows = rows_as_they_lie(here, here + SIDE * stride, stride);
         for (int64_t first = column; first < stop; first += DEEP, left += 2 * deep * TILE) {
             __mmask32 mask = first_columns(f->d - first);
-            product(here, here + SIDE * stride, stride, left, left + deep * TILE, deep, c, 0, NULL);
+            product(&rows, left, left + deep * TILE, deep, 1, c, 0, NULL);
             for (int64_t i = 0; i < DEEP && slot + i < e->n; i++) {
                 float *two = c[i / SIDE * 2] + i % SIDE * SIDE;
                 _mm512_mask_storeu_epi16(f->rows + (e->slot + slot + i) * f->d + first, mask,

@@ -64,7 +64,8 @@ static void units_back(const struct tiles *f, const struct expert *e, int64_t un
     for (int64_t slot = 0, blocks; slot < e->slots; slot += blocks * DEEP) {
         int64_t rest = (e->slots - slot) / DEEP;
         blocks = together(deep) < rest ? together(deep) : rest;
-        products(one, two, stride, f->dy_across + (e->near_slot + slot) / SIDE * deep * TILE, deep, blocks, c, soon);
+        const uint16_t *dy = f->dy_across + (e->near_slot + slot) / SIDE * deep * TILE;
+        products(rows_as_they_lie(one, two, stride), dy, deep, blocks, c, soon);
         for (int64_t i = 0; i < blocks; i++)
             block_back(f, e, unit, slot + i * DEEP, c[i], to);
     }
@@ -75,12 +76,13 @@ static void units_back(const struct tiles *f, const struct expert *e, int64_t un
 static void gradient(const struct tiles *f, const struct expert *e, const uint16_t *a, int64_t stride,
                      const uint16_t *b, int64_t count, uint16_t *to, struct soon *soon) {
     int64_t deep = e->slots / DEEP;
+    const struct left units = rows_as_they_lie(a, a + SIDE * stride, stride);
     float c[4][SIDE * SIDE] __attribute__((aligned(64)));
     b += e->near_slot * UP_TO(f->d, DEEP);
     for (int64_t column = 0; column < f->d; column += DEEP) {
         const uint16_t *left = b + column / SIDE * deep * TILE;
         __mmask32 mask = first_columns(f->d - column);
-        product(a, a + SIDE * stride, stride, left, left + deep * TILE, deep, c, 0, soon);
+        product(&units, left, left + deep * TILE, deep, 1, c, 0, soon);
         for (int64_t u = 0; u < DEEP && u < count; u++) {
             float *two = c[u / SIDE * 2] + u % SIDE * SIDE;
             store_past_cache(to + u * f->d + column, mask, narrow(two, two + SIDE * SIDE));

@@ -1,21 +1,14 @@
-/* Products of bfloat16 matrices in tiles of AMX: 16 rows of 64 bytes, sums in float32.
-
-   C[m, n] += sum over k of A[m, k] * B[k, n]. A tile of A is 16 rows of 32 numbers as they lie in memory; one of B is
-   16 pairs of k, each with 16 columns of two numbers ("paired"). Tiles of B follow each other along k. */
+/* What the kernels of experts on tiles share: where things lie, and how rows become tiles and back. A tile of A is rows
+   as they lie in memory; a pair of a tile of B is two neighbours along k. */
 
 #ifndef MOESTRO_TILES_H
 #define MOESTRO_TILES_H
 
-#include <immintrin.h>
 #include <stdlib.h>
 
-#include "vector.h"
+#include "pieces.h"
 
-#define SIDE 16                 /* rows or columns of a tile of C */
-#define DEEP 32                 /* numbers along k of a tile */
-#define TILE (DEEP * SIDE)      /* numbers of a tile of A or B */
-#define COLUMNS 128             /* of an expert's rows that are computed together */
-#define UP_TO(n, step) (((n) + (step) - 1) / (step) * (step))
+#define COLUMNS 128 /* of an expert's rows that are computed together */
 
 /* Experts are taken in groups, whose packed rows and hidden numbers lie in memory that the next group writes again, so
    that it stays in the cache. Units come in blocks of DEEP. */
@@ -71,93 +64,11 @@ static inline uint16_t *dz_of(const struct tiles *f, const struct expert *e) {
 OWNER(owner_of_slot, slot)
 OWNER(owner_of_block, block)
 
-struct tile_config {
-    uint8_t palette, start, zero[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
-
-static inline void use_tiles(void) {
-    struct tile_config config = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        config.bytes[i] = 64;
-        config.rows[i] = SIDE;
-    }
-    _tile_loadconfig(&config);
-}
-
-/* Memory that will be read soon, region after region, and how many lines of it to ask for with every tile. */
-struct soon {
-    struct region {
-        const char *from;
-        int64_t lines, step; /* bytes between lines */
-    } regions[6];
-    int64_t count, now, at_once;
-};
-
-static inline void add_region(struct soon *soon, const void *from, int64_t lines, int64_t step) {
-    soon->regions[soon->count++] = (struct region){from, lines, step};
-}
-
-/* All of it with so many tiles. */
-static inline void spread_over(struct soon *soon, int64_t tiles) {
-    int64_t lines = 0;
-    for (int64_t i = 0; i < soon->count; i++)
-        lines += soon->regions[i].lines;
-    soon->at_once = tiles ? (lines + tiles - 1) / tiles : 0;
-}
-
-static inline void ask(struct soon *soon) {
-    for (int64_t i = 0; i < soon->at_once; i++) {
-        while (soon->now < soon->count && !soon->regions[soon->now].lines)
-            soon->now++;
-        if (soon->now == soon->count)
-            return;
-        struct region *region = soon->regions + soon->now;
-        _mm_prefetch(region->from, _MM_HINT_T1);
-        region->from += region->step;
-        region->lines--;
-    }
-}
-
 /* Bytes of a weight that is read in columns, and asked for in the order in which it lies, while its units are worked on
    otherwise: half of the smallest cache of a core that has tiles. Larger ones are asked for column by column. */
 #define KEPT (1 << 20)
 static inline int kept(const struct tiles *f, const struct expert *e, int64_t gates) {
     return gates * e->width * f->d * 2 <= KEPT;
-}
-
-/* c = (a0, a1) times (b0, b1) over `deep` tiles of k: c[0] = a0 b0, c[1] = a0 b1, c[2] = a1 b0, c[3] = a1 b1; `added`
-   to what is there. */
-static inline void product(const uint16_t *a0, const uint16_t *a1, int64_t stride, const uint16_t *b0,
-                           const uint16_t *b1, int64_t deep, float c[4][SIDE * SIDE], int added, struct soon *soon) {
-    if (added) {
-        _tile_loadd(0, c[0], 64);
-        _tile_loadd(1, c[1], 64);
-        _tile_loadd(2, c[2], 64);
-        _tile_loadd(3, c[3], 64);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t k = 0; k < deep; k++) {
-        _tile_loadd(4, a0 + k * DEEP, stride * 2);
-        _tile_loadd(6, b0 + k * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b1 + k * TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a1 + k * DEEP, stride * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        if (soon)
-            ask(soon);
-    }
-    _tile_stored(0, c[0], 64);
-    _tile_stored(1, c[1], 64);
-    _tile_stored(2, c[2], 64);
-    _tile_stored(3, c[3], 64);
 }
 
 /* Tiles of k that are taken together where there are more: 2 * 16 rows of A then stay in the nearest cache while slots
@@ -168,39 +79,22 @@ static inline void product(const uint16_t *a0, const uint16_t *a1, int64_t strid
 /* How many of so many blocks of slots are taken together. */
 static inline int64_t together(int64_t deep) { return deep > STEP ? WAITING : 1; }
 
-/* 32 rows of A times `count` blocks of 32 slots, whose tiles along k follow each other from b on. */
-static inline void products(const uint16_t *a0, const uint16_t *a1, int64_t stride, const uint16_t *b, int64_t deep,
-                            int64_t count, float c[WAITING][4][SIDE * SIDE], struct soon *soon) {
-    int64_t steps = (deep + STEP - 1) / STEP, step = steps ? (deep + steps - 1) / steps : 0;
-    for (int64_t k = 0; k < deep; k += step)
-        for (int64_t i = 0; i < count; i++) {
-            const uint16_t *left = b + (2 * i * deep + k) * TILE;
-            product(a0 + k * DEEP, a1 + k * DEEP, stride, left, left + deep * TILE, deep - k < step ? deep - k : step,
-                    c[i], k > 0, soon);
-        }
+/* 32 rows of A, as they lie: where the first and the last 16 begin. */
+static inline struct left rows_as_they_lie(const uint16_t *top, const uint16_t *bottom, int64_t stride) {
+    return (struct left){top, bottom, stride, DEEP};
 }
 
-/* 16 x 16 numbers of 32 bits, rows and columns exchanged. */
-static inline __attribute__((always_inline)) void exchange(__m512i v[SIDE]) {
-    __m512i a[SIDE];
-    for (int i = 0; i < SIDE; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < SIDE; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < SIDE; j += 8) {
-            a[i + j] = _mm512_shuffle_i32x4(v[i + j], v[i + j + 4], 0x88);
-            a[i + j + 4] = _mm512_shuffle_i32x4(v[i + j], v[i + j + 4], 0xdd);
+/* 32 rows of A times `count` blocks of 32 slots, whose tiles along k follow each other from b on. */
+static inline void products(struct left a, const uint16_t *b, int64_t deep, int64_t count,
+                            float c[WAITING][4][SIDE * SIDE], struct soon *soon) {
+    int64_t steps = (deep + STEP - 1) / STEP, step = steps ? (deep + steps - 1) / steps : 0;
+    for (int64_t k = 0; k < deep; k += step) {
+        for (int64_t i = 0; i < count; i++) {
+            const uint16_t *left = b + (2 * i * deep + k) * TILE;
+            product(&a, left, left + deep * TILE, deep - k < step ? deep - k : step, 1, c[i], k > 0, soon);
         }
-    for (int i = 0; i < 8; i++) {
-        v[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-        v[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+        a.top += step * a.step;
+        a.bottom += step * a.step;
     }
 }
 

@@ -1,0 +1,43 @@
+/* Memory that is asked for while something else is computed. */
+
+#ifndef MOESTRO_SOON_H
+#define MOESTRO_SOON_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+/* Memory that will be read soon, region after region, and how many lines of it to ask for with every tile. */
+struct soon {
+    struct region {
+        const char *from;
+        int64_t lines, step; /* bytes between lines */
+    } regions[6];
+    int64_t count, now, at_once;
+};
+
+static inline void add_region(struct soon *soon, const void *from, int64_t lines, int64_t step) {
+    soon->regions[soon->count++] = (struct region){from, lines, step};
+}
+
+/* All of it with so many tiles. */
+static inline void spread_over(struct soon *soon, int64_t tiles) {
+    int64_t lines = 0;
+    for (int64_t i = 0; i < soon->count; i++)
+        lines += soon->regions[i].lines;
+    soon->at_once = tiles ? (lines + tiles - 1) / tiles : 0;
+}
+
+static inline void ask(struct soon *soon) {
+    for (int64_t i = 0; i < soon->at_once; i++) {
+        while (soon->now < soon->count && !soon->regions[soon->now].lines)
+            soon->now++;
+        if (soon->now == soon->count)
+            return;
+        struct region *region = soon->regions + soon->now;
+        _mm_prefetch(region->from, _MM_HINT_T1);
+        region->from += region->step;
+        region->lines--;
+    }
+}
+
+#endif
