@@ -53,7 +53,7 @@ def test_each_experts_results_equal_float64(case, counted):
     arguments = inputs(*CASES[case])
     *_, offsets, _, _, widths = arguments
     have, want = results("native", torch.bfloat16, arguments), results("reference", torch.float64, arguments)
-    assert "tile_gradients" in counted and all(v.dtype == torch.bfloat16 for v in have)
+    assert counted.count("tile_whole") == 2 and all(v.dtype == torch.bfloat16 for v in have)
     rows, units = offsets.diff().tolist(), list(widths)
     parts = [[len(have[0])], [len(have[1])], rows, [2 * w for w in units], units]
     for index, (mine, true, sizes) in enumerate(zip(have, want, parts, strict=True)):
@@ -101,34 +101,50 @@ def test_gates_of_any_size_and_what_is_not_a_number():
         assert torch.allclose(mine[:-1].double(), true[:-1], rtol=2**-7, atol=1e-6)
 
 
+def forced(monkeypatch, shared):
+    """Let all cores share these experts, and others be one core's each."""
+    either = lambda costs, threads: (list(shared), [e for e in range(len(costs)) if e not in shared])  # noqa: E731
+    monkeypatch.setattr(expert_tiles, "_shared_and_whole", either)
+
+
 @needs_tiles
-@pytest.mark.parametrize("experts", [1, 2, 3])
-def test_experts_in_groups_change_no_bit(experts, counted, monkeypatch):
+@pytest.mark.parametrize("shared", [(), (0,), (1, 2, 5), (0, 1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_experts_of_one_core_and_of_all_have_the_same_bits(shared, threads, counted, monkeypatch, two_threads):
     arguments = inputs(300, [50, 0, 140, 90, 20, 33], [33, 40, 20, 64, 0, 7], 70)
-    together = results("native", torch.bfloat16, arguments)
-    assert counted.count("tile_gradients") == 1
+    want = results("native", torch.bfloat16, arguments)
     counted.clear()
-    monkeypatch.setattr(expert_tiles, "_groups", lambda sizes, limit: [*range(0, len(sizes), experts), len(sizes)])
+    torch.set_num_threads(threads)
+    forced(monkeypatch, shared)
     have = results("native", torch.bfloat16, arguments)
-    assert counted.count("tile_gradients") == 6 // experts
-    assert all(torch.equal(a, b) for a, b in zip(have, together, strict=True))
+    assert counted.count("tile_gradients") == len(shared) and counted.count("tile_whole") == 2
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
-def test_groups_are_as_large_as_the_cache_allows():
-    assert expert_tiles._groups([3, 4, 2, 9, 0, 1, 5], 7) == [0, 2, 3, 4, 7]
-    assert expert_tiles._groups([8], 7) == [0, 1] and expert_tiles._groups([], 7) == [0]
+def test_cores_share_experts_that_would_keep_the_others_waiting():
+    split = expert_tiles._shared_and_whole
+    assert split([3, 1, 2], 1) == ([], [0, 2, 1])
+    assert split([5, 5, 5, 5], 2) == ([], [0, 1, 2, 3])
+    assert split([1, 100, 2], 2) == ([1], [2, 0])
+    assert split([7], 4) == ([0], []) and split([], 3) == ([], [])
+    assert split([9, 10, 1, 1, 1, 1], 8) == ([0, 1], [2, 3, 4, 5])
 
 
 @needs_tiles
 @pytest.mark.parametrize("wanted", range(4))
-def test_gradients_that_nobody_wants_are_not_computed(wanted, counted):
+def test_gradients_that_nobody_wants_are_not_computed(wanted, counted, monkeypatch):
     arguments = inputs(*CASES["odd everything"])
     every = results("native", torch.bfloat16, arguments)
-    counted.clear()
-    have = results("native", torch.bfloat16, arguments, [i == wanted for i in range(4)])
+    alone = [i == wanted for i in range(4)]
+    have = results("native", torch.bfloat16, arguments, alone)
     assert [v is None for v in have[1:]] == [i != wanted for i in range(4)]
     assert torch.equal(have[1 + wanted], every[1 + wanted])
-    assert counted.count("tile_rows") == (2 if wanted == 0 else 1)
+    assert counted.count("tile_sum") == (4 if wanted == 0 else 3)
+    counted.clear()
+    forced(monkeypatch, range(4))
+    shared = results("native", torch.bfloat16, arguments, alone)
+    assert torch.equal(have[1 + wanted], shared[1 + wanted])
+    assert counted.count("tile_rows") == (8 if wanted == 0 else 4)
 
 
 @needs_tiles

@@ -47,7 +47,7 @@ static void across(const struct tiles *f, const uint16_t *of, const struct exper
             }
             exchange(v);
             for (int64_t i = 0; i < SIDE; i++)
-                _mm512_storeu_si512(to + ((e->near_slot + slot) / SIDE * deep + k) * TILE + i * DEEP, v[i]);
+                _mm512_storeu_si512(to + (slot / SIDE * deep + k) * TILE + i * DEEP, v[i]);
         }
     }
 }
@@ -55,7 +55,7 @@ static void across(const struct tiles *f, const uint16_t *of, const struct exper
 /* 32 slots paired along slots: an expert's tiles of 16 columns, each all along its slots. */
 static void along(const struct tiles *f, const uint16_t *of, const struct expert *e, int64_t first, uint16_t *to) {
     int64_t deep = e->slots / DEEP;
-    uint16_t *tile = to + e->near_slot * UP_TO(f->d, DEEP) + first / DEEP * TILE;
+    uint16_t *tile = to + first / DEEP * TILE;
     for (int64_t i = 0; i < SIDE; i++) {
         const uint16_t *even = row_at(f, of, e, first + 2 * i), *odd = row_at(f, of, e, first + 2 * i + 1);
         for (int64_t column = 0; column < f->d; column += DEEP) {
@@ -99,7 +99,7 @@ static void swiglu_tiles(const struct tiles *f, const struct expert *e, int64_t 
         }
         hidden[u] = narrow_both(act);
     }
-    store_exchanged(hidden, hidden_of(f, e) + slot * stride_of_hidden(e) + unit, stride_of_hidden(e));
+    store_exchanged(hidden, f->hidden + slot * stride_of_hidden(e) + unit, stride_of_hidden(e));
 }
 
 /* What is read soon after a half of a block of units: the next one's weights. */
@@ -133,7 +133,7 @@ KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
         for (int64_t slot = 0, blocks; slot < e->slots; slot += blocks * DEEP) {
             int64_t rest = (e->slots - slot) / DEEP;
             blocks = together(deep) < rest ? together(deep) : rest;
-            const uint16_t *b = f->x_across + (e->near_slot + slot) / SIDE * deep * TILE;
+            const uint16_t *b = f->x_across + slot / SIDE * deep * TILE;
             products(rows_as_they_lie(gate, up, stride), b, deep, blocks, c, &soon);
             for (int64_t i = 0; i < blocks; i++)
                 swiglu_tiles(f, e, unit, slot + i * DEEP, c[i]);
@@ -199,9 +199,9 @@ KERNEL(tile_rows)(const void *fields, int64_t begin, int64_t end) {
         for (int64_t gate = 0; gate < gates; gate++)
             pair_weight(w + gate * e->width * f->d, e->width, e->wide, column, f->d, deep, paired + gate * half * TILE);
         if (f->dz)
-            rows_of(f, e, dz_of(f, e), stride_of_dz(e), paired, deep, column);
+            rows_of(f, e, f->dz, stride_of_dz(e), paired, deep, column);
         else
-            rows_of(f, e, hidden_of(f, e), stride_of_hidden(e), paired, deep, column);
+            rows_of(f, e, f->hidden, stride_of_hidden(e), paired, deep, column);
     }
     _tile_release();
     free(paired);

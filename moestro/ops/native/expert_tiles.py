@@ -1,6 +1,7 @@
 """Gated experts with SiLU on rows sorted by expert, in bfloat16 on tiles of AMX (`expert_tiles.c`)."""
 
 from collections.abc import Sequence
+from heapq import heapreplace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from moestro.ops import native
 DEEP, COLUMNS = 32, 128
 
 
-# Bytes that a thread keeps in the cache beside the weights that it reads: half of the smallest that have tiles.
-CACHE = 2**20
+# What reading an expert's weights costs, in rows, and how much longer an expert takes that all cores share, who wait
+# for each other between its phases: both as measured.
+READING, SHARING = 64, 1.25
 
 
 class Expert(NamedTuple):
@@ -30,16 +32,14 @@ class Expert(NamedTuple):
     wide: int
     hidden: int
     block: int
-    near_slot: int
-    near_hidden: int
 
 
 class Layout:
     """Where the rows `bounds[e]:bounds[e+1]` of every expert e, of width `widths[e]`, and its hidden numbers lie: both
     up to the next multiple of `DEEP`, zeros behind.
 
-    Experts are taken in `groups`, from one of these numbers to the next: what only they need stays in the cache, in
-    memory that the next group writes again. Results do not depend on them.
+    An expert is one core's, of the cores that take `whole` in turn, or all cores share the phases of it (`shared`).
+    Either way, what only it needs lies in memory that the next one writes again. Results do not depend on it.
     """
 
     def __init__(self, token: Tensor, n_tokens: int, bounds: Sequence[int], widths: Sequence[int], d: int) -> None:
@@ -47,19 +47,27 @@ class Layout:
         slots, wide = ([_up_to(n, DEEP) for n in numbers] for numbers in (counts, widths))
         sizes = [s * w for s, w in zip(slots, wide, strict=True)]
         self.slot, self.hidden, self.block = _before(slots), _before(sizes), _before([w // DEEP for w in wide])
-        numbers = [2 * s * (3 * _up_to(d, DEEP) + 2 * w) for s, w in zip(slots, wide, strict=True)]
-        self.groups = _groups(numbers, CACHE * torch.get_num_threads())
-        first = [a for a, b in zip(self.groups, self.groups[1:], strict=False) for _ in range(b - a)]
-        near = ([of[e] - of[start] for e, start in enumerate(first)] for of in (self.slot, self.hidden))
-        columns = counts, bounds, slots, self.slot, widths, _before(widths), wide, self.hidden, self.block, *near
+        columns = counts, bounds, slots, self.slot, widths, _before(widths), wide, self.hidden, self.block
         self.experts = [Expert(*numbers) for numbers in zip(*columns, strict=False)]
         self.n_tokens, self.token = n_tokens, token.long().contiguous()
         self.table = torch.tensor(self.experts, dtype=torch.int64)
         self.starts, self.order = (torch.empty(n, dtype=torch.int64) for n in (n_tokens + 1, 2 * len(token)))
+        costs = [(n + READING) * width for n, width in zip(counts, widths, strict=True)]
+        self.shared, self.whole = _shared_and_whole(costs, torch.get_num_threads())
+        self.workers = min(torch.get_num_threads(), len(self.whole))
+        self.most_slots, self.most_hidden = (max((of[e] for e in self.whole), default=0) for of in (slots, sizes))
+        self.room_slots = max((slots[e] for e in self.shared), default=0)
+        self.room_hidden = max((sizes[e] for e in self.shared), default=0)
 
-    def most(self, before: Sequence[int]) -> int:
-        """The greatest number of a group, of `slot` or `hidden`."""
-        return max((before[b] - before[a] for a, b in zip(self.groups, self.groups[1:], strict=False)), default=0)
+    def packed(self, like: Tensor, d: int, wanted: bool = True) -> Tensor | None:
+        """Memory for the packed rows of the experts at work."""
+        slots = max(self.workers * self.most_slots, self.room_slots)
+        return like.new_empty(slots * _up_to(d, DEEP)) if wanted else None
+
+    def by_units(self, like: Tensor, gates: int) -> Tensor:
+        """Memory for so many times the hidden numbers of the experts at work, and a tile's columns behind them."""
+        whole = self.workers * (gates * self.most_hidden + self.most_slots * DEEP)
+        return like.new_empty(max(whole, gates * self.room_hidden + self.room_slots * DEEP))
 
 
 def _before(numbers: Sequence[int]) -> list[int]:
@@ -67,22 +75,29 @@ def _before(numbers: Sequence[int]) -> list[int]:
     return [0, *accumulate(numbers)]
 
 
-def _groups(sizes: Sequence[int], limit: int) -> list[int]:
-    """Bounds of groups of consecutive experts whose sizes add up to the limit at most, or that are one expert."""
-    bounds, total = [0], 0
-    for e, size in enumerate(sizes):
-        if total + size > limit and e > bounds[-1]:
-            bounds.append(e)
-            total = 0
-        total += size
-    return [*bounds, len(sizes)] if len(sizes) else bounds
+def _shared_and_whole(costs: Sequence[float], threads: int) -> tuple[list[int], list[int]]:
+    """Experts that all threads share, the dearest, and those that are one thread's each, dearest first: so many of the
+    former that all is done soonest."""
+    order = sorted(range(len(costs)), key=lambda e: -costs[e])
+    best, shares = 0, [0, *(1 << i for i in range(len(order).bit_length()))]
+    if threads > 1:
+        best = min(shares, key=lambda n: _time([costs[e] for e in order], min(n, len(order)), threads))
+    return sorted(order[:best]), order[best:]
+
+
+def _time(costs: Sequence[float], shared: int, threads: int) -> float:
+    """When all is done, if so many experts are shared and each of the others is taken by the first thread free."""
+    busy = [0.0] * threads
+    for cost in costs[shared:]:
+        heapreplace(busy, busy[0] + cost)
+    return SHARING * sum(costs[:shared]) / threads + max(busy)
 
 
 # fields of `struct tiles` that are pointers, in their order
 _POINTERS = (
     *("x", "dy", "token", "weight", "experts", "w_in", "w_out"),
     *("x_across", "x_along", "dy_across", "dy_along", "hidden", "dz", "z", "rows", "part"),
-    *("out", "dw_in", "dw_out", "dweight", "starts", "order"),
+    *("out", "dw_in", "dw_out", "dweight", "starts", "order", "whole", "taken"),
 )
 
 
@@ -97,8 +112,11 @@ class _Kernels:
             "experts": layout.table,
             "starts": layout.starts,
             "order": layout.order,
+            "whole": torch.tensor(layout.whole, dtype=torch.int64),
+            "taken": torch.zeros(1, dtype=torch.int64),
         }
         numbers = len(layout.token), layout.n_tokens, d, len(layout.experts), int(weighted)
+        numbers += len(layout.whole), layout.most_slots, layout.most_hidden
         pointers = (self.tensors.get(name) for name in _POINTERS)
         self.fields = native.struct_of("tiles", *(0 if tensor is None else tensor for tensor in pointers), *numbers)
 
@@ -106,19 +124,16 @@ class _Kernels:
         """Run a kernel on so many items."""
         native.run(kernel, native.even_parts(items), self.fields)
 
-    def run_group(self, kernel: str, before: Sequence[int], group: tuple[int, int]) -> None:
-        """Run a kernel on the items of a group's experts; `before` are those before each expert."""
-        first, stop = (before[e] for e in group)
-        native.run(kernel, [first + part for part in native.even_parts(stop - first)], self.fields)
-
-    def run_groups(self, *kernels: str) -> None:
-        """Run kernels on the experts, group by group."""
+    def run_experts(self, *phases: str) -> None:
+        """Run the phases on all experts."""
         layout = self.layout
         items = {"tile_pack": [slot // DEEP for slot in layout.slot]}
         items["tile_rows"] = [e * self.columns for e in range(len(layout.experts) + 1)]
-        for group in zip(layout.groups, layout.groups[1:], strict=False):
-            for kernel in kernels:
-                self.run_group(kernel, items.get(kernel, layout.block), group)
+        for e in layout.shared:
+            for phase in phases:
+                first, stop = items.get(phase, layout.block)[e : e + 2]
+                native.run(phase, [first + part for part in native.even_parts(stop - first)], self.fields)
+        self.run("tile_whole", layout.workers)
 
 
 def forward(
@@ -130,20 +145,20 @@ def forward(
     keep: bool,
 ) -> tuple[Float[Tensor, "t d"], Float[Tensor, "z"] | None]:
     """y, and the pre-activations of all experts where they are to be kept."""
-    d, slots = x.shape[1], layout.most(layout.slot)
+    d = x.shape[1]
     z = x.new_empty(2 * layout.hidden[-1]) if keep else None
     kernels = _Kernels(
         layout,
         d,
         weighted=True,
         **{"x": x, "weight": weight.float(), "w_in": w_in, "w_out": w_out, "z": z},
-        x_across=x.new_empty(slots * _up_to(d, DEEP)),
-        hidden=x.new_empty(layout.most(layout.hidden) + slots * DEEP),
+        x_across=layout.packed(x, d),
+        hidden=layout.by_units(x, 1),
         rows=x.new_empty(layout.slot[-1], d),
         out=(y := torch.empty_like(x)),
     )
     kernels.run("tile_places", 1)
-    kernels.run_groups("tile_pack", "tile_hidden", "tile_rows")
+    kernels.run_experts("tile_pack", "tile_hidden", "tile_rows")
     kernels.run("tile_sum", layout.n_tokens)
     return y, z
 
@@ -157,25 +172,23 @@ def backward(
     """Gradients of x, weight, w_in and w_out from those that the forward pass saved: these and z. `needs` are x, w_in
     and w_out."""
     x, weight, w_in, w_out, z = saved
-    d, slots = x.shape[1], layout.most(layout.slot)
+    d = x.shape[1]
     dx, dw_in, dw_out = (torch.empty_like(v) if need else None for v, need in zip((x, w_in, w_out), needs, strict=True))
-
-    def packed(wanted: bool) -> Tensor | None:
-        return x.new_empty(slots * _up_to(d, DEEP)) if wanted else None
-
     kernels = _Kernels(
         layout,
         d,
         weighted=False,
         **{"x": x, "dy": dy, "weight": weight.float(), "w_in": w_in, "w_out": w_out, "z": z},
-        **{"dy_across": packed(True), "x_along": packed(needs[1]), "dy_along": packed(needs[2])},
-        dz=x.new_empty(2 * layout.most(layout.hidden) + slots * DEEP) if needs[0] else None,
+        dy_across=layout.packed(x, d),
+        x_along=layout.packed(x, d, needs[1]),
+        dy_along=layout.packed(x, d, needs[2]),
+        dz=layout.by_units(x, 2) if needs[0] else None,
         rows=x.new_empty(layout.slot[-1], d) if needs[0] else None,
         part=torch.empty(layout.hidden[-1] // DEEP),
         dweight=(dweight := torch.empty(len(weight))),
         **{"out": dx, "dw_in": dw_in, "dw_out": dw_out},
     )
-    kernels.run_groups("tile_pack", "tile_gradients", *(["tile_rows"] if needs[0] else []))
+    kernels.run_experts("tile_pack", "tile_gradients", *(["tile_rows"] if needs[0] else []))
     kernels.run("tile_dweight", len(layout.experts))
     if needs[0]:
         kernels.run("tile_sum", layout.n_tokens)

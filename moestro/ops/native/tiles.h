@@ -10,11 +10,11 @@
 
 #define COLUMNS 128 /* of an expert's rows that are computed together */
 
-/* Experts are taken in groups, whose packed rows and hidden numbers lie in memory that the next group writes again, so
-   that it stays in the cache. Units come in blocks of DEEP. */
+/* Experts are taken one after another by each core, or by all cores together: packed rows and hidden numbers lie in
+   memory that the next expert writes again, so that it stays in the cache. Units come in blocks of DEEP. */
 struct expert {
     int64_t n, row, slots, slot, width, unit, wide, hidden; /* wide: width up to DEEP; hidden: slots * wide before it */
-    int64_t block, near_slot, near_hidden;                  /* blocks before it; slot and hidden within its group */
+    int64_t block;                                          /* blocks before it */
 };
 
 struct tiles {
@@ -23,10 +23,10 @@ struct tiles {
     const float *weight;           /* [n] */
     const struct expert *experts;  /* [e] */
     const uint16_t *w_in, *w_out;  /* [2 units, d], [units, d] */
-    uint16_t *x_across, *x_along;  /* of a group: rows of x, paired along d and along rows */
+    uint16_t *x_across, *x_along;  /* of the expert at work: rows of x, paired along d and along rows */
     uint16_t *dy_across, *dy_along;
-    uint16_t *hidden;              /* of a group, an expert: [slots, wide + DEEP], the last columns unused */
-    uint16_t *dz;                  /* of a group, an expert: [slots, 2 wide + DEEP], likewise */
+    uint16_t *hidden;              /* of the expert at work: [slots, wide + DEEP], the last columns unused */
+    uint16_t *dz;                  /* of the expert at work: [slots, 2 wide + DEEP], likewise */
     uint16_t *z;                   /* an expert: [2 wide, slots]: gate, up */
     uint16_t *rows;                /* [slots, d], what an expert adds to a token */
     float *part;                   /* an expert: [wide / DEEP, slots], gradients of weights */
@@ -34,18 +34,15 @@ struct tiles {
     uint16_t *dw_in, *dw_out;
     float *dweight;                /* [n] */
     int64_t *starts, *order;       /* [t + 1], [n]: rows of every token, and their slots behind them [n] */
+    const int64_t *whole;          /* [count] experts that are one core's each */
+    int64_t *taken;                /* [1]: so many of them are taken */
     int64_t n, t, d, e, weighted;
+    int64_t count, most_slots, most_hidden; /* the most slots, and slots * wide, of an expert of one core */
 };
 
 /* Rows that are a multiple of a page apart would push each other out of the cache: hence the columns between. */
 static inline int64_t stride_of_hidden(const struct expert *e) { return e->wide + DEEP; }
 static inline int64_t stride_of_dz(const struct expert *e) { return 2 * e->wide + DEEP; }
-static inline uint16_t *hidden_of(const struct tiles *f, const struct expert *e) {
-    return f->hidden + e->near_hidden + e->near_slot * DEEP;
-}
-static inline uint16_t *dz_of(const struct tiles *f, const struct expert *e) {
-    return f->dz + 2 * e->near_hidden + e->near_slot * DEEP;
-}
 
 /* The expert whose slots, or whose blocks of units, hold this one: where several begin there, the last is not empty. */
 #define OWNER(name, begins)                                                                                            \
