@@ -1,5 +1,7 @@
 """AdamW on rows in one compiled pass: as the plain operations, from values or factors, on any number of threads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,6 +85,27 @@ def test_what_is_not_a_number_stays_so_in_bfloat16(variant):
         adamw_rows(table, (mean, square), RowValues(IDS, values), RowFactors(one, -one, one), everything)
     assert table[IDS[:3]].isnan().all() and mean[IDS[:3]].isnan().all()
     assert (mean[IDS[3:]] > 3e38).all() and mean[IDS[3:]].isposinf().any()
+
+
+@built
+@every_variant
+def test_roots_and_quotients_are_rounded_as_the_processor_rounds_them(variant):
+    """float64 rounded to float32 is the rounding of the exact root, and of the exact quotient."""
+    patterns = torch.randint(0, 0x7F800001, (6, 4000), generator=torch.Generator().manual_seed(1))
+    square = patterns.to(torch.int32).view(torch.float32)
+    square[0, :3] = torch.tensor([0.0, torch.inf, torch.nan])
+    table, moments = torch.zeros(N, 4000), [torch.zeros(N, 4000), torch.zeros(N, 4000)]
+    moments[1][IDS] = square
+    one, correction = torch.ones(6), torch.tensor([1.0, 0.9999999, 0.5000001, 0.2236068, 0.0316227, 0.7071068])
+    gradient = RowValues(IDS, torch.full((6, 4000), 1e-30))
+    with backend.force("native"), native.variant(variant):
+        adamw_rows(
+            table, (moments[0], moments[1]), gradient, RowFactors(one, one, correction), replace(CONSTANTS, eps=0.0)
+        )
+    root = (square * torch.tensor(0.95)).double().sqrt().float()
+    denominator = (root.double() / correction.double()[:, None]).float()
+    want = (moments[0][IDS].double() / denominator.double()).float()
+    torch.testing.assert_close(table[IDS], want, rtol=0, atol=0, equal_nan=True)
 
 
 @built

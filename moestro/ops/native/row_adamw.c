@@ -1,15 +1,9 @@
 /* AdamW on some rows of a table: gradient row, weights and both moments are read once and written once. */
 
-#include "vector.h"
+#include <stdlib.h>
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define MADD(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define MADD(a, b, c) ((a) * (b) + (c))
-#endif
+#include "places.h"
 
-#define BLOCK 1024
-#define AHEAD 2
 #define LINE 64
 
 struct row_adamw {
@@ -26,113 +20,194 @@ struct row_adamw {
     double beta1, beta2, eps;
 };
 
-/* lowbias32: the bits of ops/rounding.py. */
-static inline uint32_t mixed(uint32_t x) {
-    x = (x ^ x >> 16) * 0x7feb352du;
-    x = (x ^ x >> 15) * 0x846ca68bu;
-    return x ^ x >> 16;
+typedef uint32_t uvec __attribute__((vector_size(WIDTH * 4)));
+
+/* What one row is multiplied by. Its gradient is scale * in, in one rounding. */
+struct step {
+    const float *in;
+    float scale, decay, size, correction, reciprocal, mean_decay, square_decay, weight, beta2, rest, eps;
+    uint32_t table_bits, mean_bits;
+};
+
+/* A product that is rounded before it is used: compilers join a product and a sum where torch does not. */
+static inline vec rounded(vec x) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(x));
+#else
+    __asm__("" : "+m"(x));
+#endif
+    return x;
 }
+
+/* a * b + c, rounded once where the processor has that. */
+static inline vec madd(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    for (int i = 0; i < WIDTH; i++)
+        a[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return a;
+#else
+    return rounded(a * b) + c;
+#endif
+}
+
+static inline vec every(float x) { return (vec){0} + x; }
+
+/* sqrt(x) / correction, each rounded as the processor's own instructions round it, which take more time than the
+   rows' way through memory. */
+static inline vec corrected_root(vec x, const struct step *s) {
+#if defined(__AVX512F__)
+    /* Markstein 1990: from an estimate by Newton steps whose remainders are exact. 2^64 keeps small numbers normal. */
+    const __m512 half = _mm512_set1_ps(0.5f), c = _mm512_set1_ps(s->correction), r = _mm512_set1_ps(s->reciprocal);
+    if (!_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(0x1p60f), _CMP_NLT_UQ)) {
+        __m512 a = _mm512_mul_ps((__m512)x, _mm512_set1_ps(0x1p64f));
+        __mmask16 some = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        __m512 y = _mm512_maskz_rsqrt14_ps(some, a), g = _mm512_mul_ps(a, y), h = _mm512_mul_ps(y, half);
+        __m512 e = _mm512_fnmadd_ps(h, g, half);
+        g = _mm512_fmadd_ps(g, e, g), h = _mm512_fmadd_ps(h, e, h);
+        g = _mm512_fmadd_ps(_mm512_fnmadd_ps(g, g, a), h, g);
+        __m512 q = _mm512_mul_ps(g, r);
+        q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, c, g), r, q);
+        q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, c, g), r, q);
+        return (vec)_mm512_mul_ps(q, _mm512_set1_ps(0x1p-32f));
+    }
+    return (vec)_mm512_div_ps(_mm512_sqrt_ps((__m512)x), c);
+#else
+    for (int i = 0; i < WIDTH; i++)
+        x[i] = __builtin_sqrtf(x[i]);
+    return x / s->correction;
+#endif
+}
+
+/* The operations of torch's kernels, in their order. */
+static inline void update(const struct step *s, vec g, vec *p, vec *m, vec *v) {
+    *m = rounded(*m * s->mean_decay), *v = rounded(*v * s->square_decay);
+    /* torch's lerp begins at the nearer end */
+    *m = s->weight < 0.5f ? madd(every(s->weight), g - *m, *m) : madd(every(s->weight - 1), g - *m, g);
+    *v = madd(rounded(g * s->rest), g, rounded(*v * s->beta2));
+    *p = rounded(*p * s->decay) + *m * s->size / (corrected_root(*v, s) + s->eps);
+}
+
+/* lowbias32: the bits of ops/rounding.py. */
+#define MIXED(type, name)                                                                                              \
+    static inline type name(type x) {                                                                                  \
+        x = (x ^ x >> 16) * 0x7feb352du;                                                                               \
+        x = (x ^ x >> 15) * 0x846ca68bu;                                                                               \
+        return x ^ x >> 16;                                                                                            \
+    }
+MIXED(uint32_t, mixed)
+MIXED(uvec, mixed_each)
 
 static inline uint32_t row_bits(int64_t id, int64_t key) {
     return mixed(mixed((uint32_t)id ^ (uint32_t)key) + (uint32_t)((uint64_t)id >> 32));
 }
 
-static inline void load_numbers(float *restrict to, const void *from, int64_t at, int64_t n, int64_t narrow) {
+/* n numbers of a table, the rest 0. */
+static inline vec load_numbers(const void *from, int64_t at, int64_t n, int64_t narrow) {
+    vec v = {0};
+    uint16_t half[WIDTH] = {0};
     if (!narrow)
-        memcpy(to, (const float *)from + at, n * sizeof *to);
-    else
-        for (int64_t i = 0; i < n; i++)
-            to[i] = widened(((const uint16_t *)from)[at + i]);
+        memcpy(&v, (const float *)from + at, n * sizeof(float));
+    else {
+        memcpy(half, (const uint16_t *)from + at, n * sizeof *half);
+        v = load_bfloat16(half);
+    }
+    return v;
 }
+
+static const uint32_t FIRST_COLUMNS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* Into float32 as they are, into bfloat16 rounded stochastically. */
-static inline void store_numbers(void *to, int64_t at, const float *restrict from, int64_t n, int64_t narrow,
-                                 uint32_t bits, int64_t column) {
+static inline void store_numbers(void *to, int64_t at, vec v, int64_t n, int64_t narrow, uint32_t bits, int64_t column) {
     if (!narrow) {
-        memcpy((float *)to + at, from, n * sizeof *from);
+        memcpy((float *)to + at, &v, n * sizeof(float));
         return;
     }
-    uint16_t *restrict out = (uint16_t *)to + at;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t number;
-        memcpy(&number, from + i, sizeof number);
-        uint32_t rounded = (number + (mixed(bits + (uint32_t)(column + i) * 0x9e3779b9u) & 0xffff)) >> 16;
-        out[i] = (uint16_t)(from[i] == from[i] ? rounded : 0x7fc0); /* a sum could carry into the sign */
-    }
+    uvec number, columns;
+    ivec wrong = v != v;
+    memcpy(&number, &v, sizeof v);
+    memcpy(&columns, FIRST_COLUMNS, sizeof columns);
+    columns += (uint32_t)column;
+    number = (number + (mixed_each(bits + columns * 0x9e3779b9u) & 0xffff)) >> 16;
+    number = (number & ~(uvec)wrong) | (0x7fc0 & (uvec)wrong); /* a sum could carry into the sign */
+    half_vec half = __builtin_convertvector(number, half_vec);
+    memcpy((uint16_t *)to + at, &half, n * sizeof(uint16_t));
 }
 
-/* Numbers a..a+n-1 of gradient row i. */
-static inline void gradient_of(const struct row_adamw *f, int64_t i, int64_t a, int64_t n, float *restrict g) {
-    if (f->values) {
-        memcpy(g, f->values + i * f->d + a, n * sizeof *g);
-        return;
-    }
-    for (int64_t at = f->starts[i]; at < f->starts[i + 1]; at++) {
-        const float *restrict x = f->in + f->token[at] * f->d + a;
-        float scale = f->scale[f->order[at]];
-        if (at == f->starts[i])
-            for (int64_t j = 0; j < n; j++)
-                g[j] = x[j] * scale;
-        else
-            for (int64_t j = 0; j < n; j++)
-                g[j] = MADD(x[j], scale, g[j]);
-    }
+/* The first row that the gradient of row i is made of. */
+static inline const float *source_of(const struct row_adamw *f, int64_t i) {
+    return f->values ? f->values + i * f->d : f->in + f->token[f->starts[i]] * f->d;
 }
 
-/* The operations of torch's kernels, in their order. What stands in a loop of its own is rounded before it is used: in
-   one expression, compilers would join a product and a sum where torch does not. */
-static inline void update(const struct row_adamw *f, int64_t i, int64_t n, const float *restrict g, float *restrict p,
-                          float *restrict m, float *restrict v) {
-    const float decay = f->decay[i], size = f->size[i], correction = f->correction[i], eps = (float)f->eps;
-    const float weight = (float)(1 - f->beta1), beta2 = (float)f->beta2, rest = (float)(1 - f->beta2);
-    if (f->mean_decay)
-        for (int64_t j = 0; j < n; j++) {
-            m[j] *= f->mean_decay[i];
-            v[j] *= f->square_decay[i];
+/* Where the gradient of row i is, or is made, and what it is multiplied by. */
+static inline const float *gradient_of(const struct row_adamw *f, int64_t i, float *scale, float *sum) {
+    *scale = 1;
+    if (!f->values && f->starts[i + 1] == f->starts[i] + 1)
+        *scale = f->scale[f->order[f->starts[i]]];
+    else if (!f->values) {
+        sum_places(f->in, f->token, f->scale, f->order, f->starts[i], f->starts[i + 1], f->d, sum);
+        return sum;
+    }
+    return source_of(f, i);
+}
+
+static inline struct step step_of(const struct row_adamw *f, int64_t i, float *sum) {
+    struct step s = {.decay = f->decay[i], .size = f->size[i], .correction = f->correction[i]};
+    s.in = gradient_of(f, i, &s.scale, sum);
+    s.reciprocal = 1 / s.correction;
+    s.mean_decay = f->mean_decay ? f->mean_decay[i] : 1, s.square_decay = f->square_decay ? f->square_decay[i] : 1;
+    s.weight = (float)(1 - f->beta1), s.beta2 = (float)f->beta2, s.rest = (float)(1 - f->beta2), s.eps = (float)f->eps;
+    s.table_bits = row_bits(f->ids[i], f->table_key), s.mean_bits = row_bits(f->ids[i], f->mean_key);
+    return s;
+}
+
+/* A line of each at a time, between vectors of arithmetic: asked for all at once, they would wait for each other. */
+PREFETCHING prefetch(const struct row_adamw *f, const float *source, int64_t at, int64_t narrow) {
+    int64_t wide = narrow ? 2 : 4;
+    __builtin_prefetch(source);
+    __builtin_prefetch(f->square + at);
+    __builtin_prefetch((char *)f->table + at * wide);
+    __builtin_prefetch((char *)f->mean + at * wide);
+}
+
+static inline __attribute__((always_inline)) void update_numbers(const struct row_adamw *f, const struct step *s,
+                                                                 int64_t at, int64_t j, int64_t n, int64_t narrow) {
+    vec g = load_numbers(s->in, j, n, 0), p = load_numbers(f->table, at + j, n, narrow);
+    vec m = load_numbers(f->mean, at + j, n, narrow), v = load_numbers(f->square, at + j, n, 0);
+    update(s, rounded(g * s->scale), &p, &m, &v);
+    store_numbers(f->square, at + j, v, n, 0, 0, 0);
+    store_numbers(f->table, at + j, p, n, narrow, s->table_bits, j);
+    store_numbers(f->mean, at + j, m, n, narrow, s->mean_bits, j);
+}
+
+static inline __attribute__((always_inline)) void update_rows(const struct row_adamw *f, int64_t begin, int64_t end,
+                                                              int64_t narrow, float *sum) {
+    for (int64_t i = begin; i < end; i++) {
+        struct step s = step_of(f, i, sum);
+        int64_t next = i + 1 < end ? i + 1 : i, at = f->ids[i] * f->d, later = f->ids[next] * f->d, j = 0;
+        const float *source = source_of(f, next);
+        for (; j + WIDTH <= f->d; j += WIDTH) {
+            if (j % (LINE / 4) == 0)
+                prefetch(f, source + j, later + j, narrow);
+            update_numbers(f, &s, at, j, WIDTH, narrow);
         }
-    for (int64_t j = 0; j < n; j++)
-        p[j] *= decay;
-    /* torch's lerp begins at the nearer end */
-    if (weight < 0.5f)
-        for (int64_t j = 0; j < n; j++)
-            m[j] = MADD(weight, g[j] - m[j], m[j]);
-    else
-        for (int64_t j = 0; j < n; j++)
-            m[j] = MADD(weight - 1, g[j] - m[j], g[j]);
-    for (int64_t j = 0; j < n; j++) {
-        float square = MADD(rest * g[j], g[j], v[j] * beta2);
-        v[j] = square;
-        p[j] += size * m[j] / (__builtin_sqrtf(square) / correction + eps);
-    }
-}
-
-PREFETCHING prefetch_rows(const struct row_adamw *f, int64_t i) {
-    int64_t at = f->ids[i] * f->d, wide = f->narrow ? 2 : 4;
-    for (int64_t byte = 0; byte < f->d * 4; byte += LINE) {
-        __builtin_prefetch((char *)(f->square + at) + byte, 1);
-        if (byte < f->d * wide) {
-            __builtin_prefetch((char *)f->table + at * wide + byte, 1);
-            __builtin_prefetch((char *)f->mean + at * wide + byte, 1);
-        }
+        if (j < f->d)
+            update_numbers(f, &s, at, j, f->d - j, narrow);
     }
 }
 
 /* Rows ids[begin]..ids[end - 1]. */
 KERNEL(row_adamw)(const void *fields, int64_t begin, int64_t end) {
     const struct row_adamw *f = fields;
-    float g[BLOCK], p[BLOCK], m[BLOCK];
-    for (int64_t i = begin; i < end; i++) {
-        if (i + AHEAD < end)
-            prefetch_rows(f, i + AHEAD);
-        uint32_t table_bits = row_bits(f->ids[i], f->table_key), mean_bits = row_bits(f->ids[i], f->mean_key);
-        for (int64_t a = 0; a < f->d; a += BLOCK) {
-            int64_t n = f->d - a < BLOCK ? f->d - a : BLOCK, at = f->ids[i] * f->d + a;
-            gradient_of(f, i, a, n, g);
-            load_numbers(p, f->table, at, n, f->narrow);
-            load_numbers(m, f->mean, at, n, f->narrow);
-            update(f, i, n, g, p, m, f->square + at);
-            store_numbers(f->table, at, p, n, f->narrow, table_bits, a);
-            store_numbers(f->mean, at, m, n, f->narrow, mean_bits, a);
-        }
-    }
+    float *sum = malloc((f->d + 1) * sizeof *sum);
+    if (!sum)
+        abort();
+    if (f->narrow)
+        update_rows(f, begin, end, 1, sum);
+    else
+        update_rows(f, begin, end, 0, sum);
+    free(sum);
 }

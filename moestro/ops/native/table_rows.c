@@ -4,7 +4,7 @@
 
 #include <stdlib.h>
 
-#include "vector.h"
+#include "places.h"
 
 #define AHEAD 8192 /* bytes of rows that are asked for in whole */
 #define FAR 16     /* rows before those: where each begins, which finds its page */
@@ -117,15 +117,7 @@ struct segments {
 };
 
 static inline void sum_segment(const struct segments *f, int64_t s, float *y) {
-    const float *x = f->in + f->token[f->starts[s]] * f->d;
-    float scale = f->scale[f->order[f->starts[s]]];
-    int64_t i = 0;
-    for (; i + WIDTH <= f->d; i += WIDTH)
-        store(y + i, load(x + i) * scale);
-    for (; i < f->d; i++)
-        y[i] = x[i] * scale;
-    for (int64_t at = f->starts[s] + 1; at < f->starts[s + 1]; at++)
-        add_float32(y, f->in + f->token[at] * f->d, f->scale[f->order[at]], f->d);
+    sum_places(f->in, f->token, f->scale, f->order, f->starts[s], f->starts[s + 1], f->d, y);
 }
 
 KERNEL(segment_sums)(const void *fields, int64_t begin, int64_t end) {
