@@ -1,222 +1,39 @@
-/* The k best of n * n product keys: products with the keys of each side, block by block in cache, and the k best of
-   them by a threshold; then the k best sums. The [t, h, 2, n] scores are never written.
+/* The k best of n * n product keys: products with the keys of each side, a block of queries at a time, whose scores
+   stay in the cache, and the k best of them by a threshold; then the k best sums. The [t, h, 2, n] scores are never
+   written. */
 
-   Scores become int32 that compare as the scores do, NaN above all. Together with its place, lower is better, each is
-   one int64 without equals: so the order of equal scores is defined (reference.py), and counting how many are greater
-   gives each its place in the result. */
-
-#include <stdlib.h>
-
-#include "vector.h"
-
-#if defined(__AVX512F__)
-#define VECS 4
+#if defined(__AMX_BF16__)
+#include "key_tiles.h"
 #else
-#define VECS 2
+#include "key_products.h"
 #endif
-#define BLOCK 64 /* keys packed together */
-#define TILE (VECS * WIDTH)
-#define QUERIES 6 /* with TILE keys they fill the registers */
-#define TOKENS 48 /* at a time, a multiple of QUERIES */
-#define LANES (WIDTH / 2)
-#define LEAST INT32_MIN
-#define FEW 256 /* that are counted instead of sorted */
 
-typedef int64_t lvec __attribute__((vector_size(WIDTH * 4)));
-
-static int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-struct packing {
-    const float *keys; /* [2, g, n, half] */
-    float *packed;     /* [2 * g * blocks, half, BLOCK], zeros past n */
-    int64_t n, half;
+struct search {
+    const float *query; /* [t, h, 2, half] */
+    const float *keys;  /* [2, h, n, half] */
+    float *scores;      /* [t, h, k] */
+    int64_t *ids;       /* [t, h, k] */
+    int64_t t, h, n, half, k;
+    int64_t part; /* tokens of one item */
 };
-
-/* Item: one block of one side of one group. */
-KERNEL(pack_keys)(const void *fields, int64_t begin, int64_t end) {
-    const struct packing *f = fields;
-    int64_t blocks = rounded_up(f->n, BLOCK) / BLOCK;
-    for (int64_t item = begin; item < end; item++) {
-        int64_t first = item % blocks * BLOCK;
-        int64_t count = f->n - first < BLOCK ? f->n - first : BLOCK;
-        const float *keys = f->keys + (item / blocks * f->n + first) * f->half;
-        float *packed = f->packed + item * f->half * BLOCK;
-        for (int64_t c = 0; c < f->half; c++) {
-            for (int64_t i = 0; i < count; i++)
-                packed[c * BLOCK + i] = keys[i * f->half + c];
-            for (int64_t i = count; i < BLOCK; i++)
-                packed[c * BLOCK + i] = 0;
-        }
-    }
-}
-
-static inline ivec sortable(vec score) {
-    score += (vec){0}; /* -0 and 0 are equal scores */
-    ivec bits;
-    memcpy(&bits, &score, sizeof bits);
-    ivec key = bits ^ (bits >> 31 & INT32_MAX);
-    ivec nan = score != score;
-    return (key & ~nan) | (nan & INT32_MAX);
-}
-
-static inline float score_of(int32_t key) {
-    int32_t bits = key ^ (key >> 31 & INT32_MAX);
-    float score;
-    memcpy(&score, &bits, sizeof score);
-    return score;
-}
-
-static inline int32_t sortable_one(float score) {
-    score += 0.0f;
-    int32_t bits;
-    memcpy(&bits, &score, sizeof bits);
-    return score != score ? INT32_MAX : bits ^ (bits >> 31 & INT32_MAX);
-}
-
-/* Products of QUERIES queries with TILE packed keys: every sum runs over c in order, whatever the blocks. */
-static inline void tile(const float *const *query, const float *packed, int64_t half, int32_t *out, int64_t stride) {
-    vec sums[QUERIES][VECS] = {0};
-    for (int64_t c = 0; c < half; c++) {
-        vec key[VECS];
-#pragma GCC unroll 8
-        for (int v = 0; v < VECS; v++)
-            key[v] = load(packed + c * BLOCK + v * WIDTH);
-#pragma GCC unroll 8
-        for (int q = 0; q < QUERIES; q++)
-#pragma GCC unroll 8
-            for (int v = 0; v < VECS; v++)
-                sums[q][v] += query[q][c] * key[v];
-    }
-#pragma GCC unroll 8
-    for (int q = 0; q < QUERIES; q++)
-#pragma GCC unroll 8
-        for (int v = 0; v < VECS; v++) {
-            ivec key = sortable(sums[q][v]);
-            memcpy(out + q * stride + v * WIDTH, &key, sizeof key);
-        }
-}
-
-/* The k-th greatest of values[0..count), or less; count is a multiple of WIDTH. */
-static int32_t kth_greatest(const int32_t *values, int64_t count, int64_t k) {
-    ivec least = (ivec){0} + INT32_MAX;
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        ivec mine, greater = {0};
-        memcpy(&mine, values + i, sizeof mine);
-        for (int64_t j = 0; j < count; j++)
-            greater -= values[j] > mine;
-        ivec in = greater < (int32_t)k;
-        ivec value = (mine & in) | (~in & INT32_MAX);
-        ivec less = value < least;
-        least = (value & less) | (least & ~less);
-    }
-    int32_t result = INT32_MAX;
-    for (int i = 0; i < WIDTH; i++)
-        result = least[i] < result ? least[i] : result;
-    return result;
-}
-
-static inline int64_t placed(int32_t key, int64_t place) {
-    return (int64_t)((uint64_t)(uint32_t)key << 32 | (uint32_t)~(uint32_t)place);
-}
-
-/* Those of keys[0..count) that are at least `least`, with their places; returns how many. Without a branch on what is
-   found: it cannot be foreseen. `spare` has room for 2 * count and 2 * WIDTH more. */
-static int64_t survivors(const int32_t *keys, int64_t count, int32_t least, int32_t *spare, int64_t *out) {
-    int64_t found = 0;
-#if defined(__AVX512F__)
-    int32_t *place = spare + count + WIDTH;
-    const __m512i step = _mm512_set1_epi32(-16), bound = _mm512_set1_epi32(least);
-    /* ~place for places 0, 1, ... */
-    __m512i here = _mm512_setr_epi32(-1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11, -12, -13, -14, -15, -16);
-    for (int64_t i = 0; i < count; i += 16) {
-        __m512i key = _mm512_loadu_si512(keys + i);
-        __mmask16 in = _mm512_cmpge_epi32_mask(key, bound);
-        _mm512_storeu_si512(spare + found, _mm512_maskz_compress_epi32(in, key));
-        _mm512_storeu_si512(place + found, _mm512_maskz_compress_epi32(in, here));
-        found += __builtin_popcount(in);
-        here = _mm512_add_epi32(here, step);
-    }
-    for (int64_t i = 0; i < found; i++)
-        out[i] = (int64_t)((uint64_t)(uint32_t)spare[i] << 32 | (uint32_t)place[i]);
-#else
-    (void)spare;
-    for (int64_t i = 0; i < count; i++) {
-        out[found] = placed(keys[i], i);
-        found += keys[i] >= least;
-    }
-#endif
-    return found;
-}
-
-static int descending(const void *a, const void *b) {
-    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
-    return x < y ? 1 : x > y ? -1 : 0;
-}
-
-/* The k greatest of all[0..count), in order, into best[0..k); no two are equal. `all` has room for LANES more. */
-static void in_order(int64_t *all, int64_t count, int64_t k, int64_t *best) {
-    int64_t ranked[FEW + 1]; /* what fills the last vector comes behind all others */
-    if (count > FEW) {
-        qsort(all, count, sizeof *all, descending);
-        memcpy(best, all, k * sizeof *best);
-        return;
-    }
-    for (int64_t i = count; i < rounded_up(count, LANES); i++)
-        all[i] = INT64_MIN;
-    for (int64_t i = 0; i < count; i += LANES) {
-        lvec mine, rank = {0};
-        memcpy(&mine, all + i, sizeof mine);
-        for (int64_t j = 0; j < count; j++)
-            rank -= all[j] > mine;
-        for (int l = 0; l < LANES; l++)
-            ranked[rank[l]] = mine[l];
-    }
-    memcpy(best, ranked, k * sizeof *best);
-}
 
 /* What one thread needs. */
 struct room {
-    int32_t *keys;   /* [TOKENS, padded n] */
-    int64_t *best;   /* [2, TOKENS, k], and LANES more */
-    int32_t *maxima; /* [groups], a multiple of WIDTH */
-    int32_t *spare;  /* as `survivors` wants it */
-    int64_t *some;   /* [padded n, or padded candidates], and LANES more */
-    int32_t *p, *r;  /* [padded candidates] the pairs that can be among the k best sums */
-    int32_t *reach;  /* [k] the least r such that k pairs or more are as good as (p, r) */
-    int32_t *sums;   /* [padded candidates] */
-    float *sides;    /* [2, k] */
-    int64_t n_pairs, padded, groups;
+    struct packed packed;
+    float *scores;   /* [TOKENS, stride] */
+    int64_t *best;   /* [2, part, k] */
+    float *maxima;   /* [groups], a multiple of WIDTH */
+    int32_t *places; /* as `survivors` wants it */
+    int64_t *some;   /* likewise */
+    int64_t *top;    /* [k] and WIDTH more */
+    int32_t *p, *r;  /* [padded pairs] the pairs that can be among the k best sums */
+    int32_t *reach;  /* [padded k] the least r such that k pairs or more are as good as (p, r) */
+    float *sums;     /* [padded pairs] */
+    float *sides;    /* [2, padded k] */
+    int64_t n_pairs, stride, groups;
 };
 
-/* The k greatest of keys[0..count) with their places, in order. The k-th greatest of the maxima of at least k groups
-   is at most the k-th greatest of all. `count` is a multiple of BLOCK, of which no more than the last BLOCK - 1 are
-   LEAST. */
-static void best_of(const int32_t *keys, int64_t count, int64_t k, const struct room *room, int64_t *best) {
-    const int64_t groups = room->groups;
-    int32_t *maxima = room->maxima;
-    for (int64_t group = 0; group < groups; group += WIDTH) {
-        ivec most = (ivec){0} + LEAST;
-        for (int64_t i = group; i < count; i += groups) {
-            ivec key;
-            memcpy(&key, keys + i, sizeof key);
-            ivec greater = key > most;
-            most = (key & greater) | (most & ~greater);
-        }
-        memcpy(maxima + group, &most, sizeof most);
-    }
-    int64_t found = survivors(keys, count, kth_greatest(maxima, groups, k), room->spare, room->some);
-    in_order(room->some, found, k, best);
-}
-
-struct search {
-    const float *query;  /* [t, h, 2, half] */
-    const float *packed; /* as pack_keys left it */
-    float *scores;       /* [t, h, k] */
-    int64_t *ids;        /* [t, h, k] */
-    int64_t t, h, g, n, half, k;
-};
-
-/* Their number; the pairs and their reach where there is room for them. */
+/* The pairs (p, r) with (p + 1)(r + 1) <= k, and their reach where there is room for them; their number. */
 static int64_t staircase(int64_t k, struct room *room) {
     int64_t count = 0;
     for (int64_t p = 0; p < k; p++) {
@@ -229,141 +46,125 @@ static int64_t staircase(int64_t k, struct room *room) {
     return count;
 }
 
+static struct room room_for(const struct search *f) {
+    int64_t pairs = staircase(f->k, NULL), padded = UP(pairs, WIDTH), k = UP(f->k, WIDTH);
+    int64_t most = (whole_blocks(f->n) > padded ? whole_blocks(f->n) : padded) + WIDTH;
+    struct room room = {
+        .packed = room_for_keys(f->n, f->half), .groups = UP(2 * f->k, WIDTH), .n_pairs = pairs,
+        .stride = whole_blocks(f->n) + WIDTH /* rows a page apart would push each other out of the cache */};
+    room.scores = malloc(TOKENS * room.stride * sizeof *room.scores);
+    room.best = malloc(2 * f->part * f->k * sizeof *room.best);
+    room.maxima = malloc(room.groups * sizeof *room.maxima);
+    room.places = malloc(most * sizeof *room.places);
+    room.some = malloc(most * sizeof *room.some);
+    room.top = malloc(k * sizeof *room.top);
+    room.p = calloc(2 * padded + k, sizeof *room.p);
+    room.sums = malloc((padded + 2 * k) * sizeof *room.sums);
+    if (!room.packed.keys || !room.scores || !room.best || !room.maxima || !room.places || !room.some || !room.top ||
+        !room.p || !room.sums)
+        abort();
+    room.r = room.p + padded, room.reach = room.r + padded, room.sides = room.sums + padded;
+    memset(room.sides, 0, 2 * k * sizeof *room.sides);
+    staircase(f->k, &room);
+    return room;
+}
+
+static void free_room(struct room *room) {
+    free_keys(&room->packed), free(room->scores), free(room->best), free(room->maxima), free(room->places);
+    free(room->some), free(room->top), free(room->p), free(room->sums);
+}
+
+/* The k greatest of scores[0..n) with their places, in order; there is room behind them for a whole block. The k-th
+   greatest of the maxima of at least k groups is at most the k-th greatest of all. */
+static void best_of(float *scores, int64_t n, int64_t k, const struct room *room, int64_t *best) {
+    int64_t count = UP(n, WIDTH);
+    for (int64_t i = n; i < count; i++)
+        scores[i] = -__builtin_inff(); /* behind what is there already, should that be as low */
+    maxima_of(scores, count, room->groups, room->maxima);
+    float least = kth_greatest(room->maxima, room->groups, k);
+    in_order(room->some, survivors(scores, count, least, room->places, room->some), k, best);
+}
+
 static void search_side(const struct search *f, struct room *room, int64_t head, int64_t first, int64_t count,
                         int side) {
-    int64_t blocks = room->padded / BLOCK, row = f->h * 2 * f->half;
+    int64_t row = f->h * 2 * f->half;
     const float *query = f->query + first * row + (head * 2 + side) * f->half;
-    const float *packed = f->packed + (side * f->g + (f->g == 1 ? 0 : head)) * blocks * f->half * BLOCK;
-    for (int64_t block = 0; block < blocks; block++)
-        for (int64_t t = 0; t < count; t += QUERIES) {
-            const float *queries[QUERIES];
-            for (int q = 0; q < QUERIES; q++) /* past the end: the last once more, and nobody reads the result */
-                queries[q] = query + (t + q < count ? t + q : count - 1) * row;
-            for (int64_t at = 0; at < BLOCK; at += TILE)
-                tile(queries, packed + block * f->half * BLOCK + at, f->half,
-                     room->keys + t * room->padded + block * BLOCK + at, room->padded);
-        }
-    for (int64_t t = 0; t < count; t++) {
-        int32_t *keys = room->keys + t * room->padded;
-        for (int64_t i = f->n; i < room->padded; i++)
-            keys[i] = LEAST;
-        best_of(keys, room->padded, f->k, room, room->best + (side * TOKENS + t) * f->k);
+    pack_keys(f->keys + (side * f->h + head) * f->n * f->half, &room->packed);
+    for (int64_t t = 0; t < count; t += TOKENS) {
+        int64_t now = count - t < TOKENS ? count - t : TOKENS;
+        score(query + t * row, row, now, &room->packed, room->scores, room->stride);
+        for (int64_t i = 0; i < now; i++)
+            best_of(room->scores + i * room->stride, f->n, f->k, room, room->best + (side * f->part + t + i) * f->k);
     }
 }
 
-static inline int64_t place_of(int64_t item) { return (uint32_t)~(uint32_t)item; }
+/* values[index[0..WIDTH)] of `count` values, whose last vector is whole. */
+static inline vec looked_up(const float *values, int64_t count, const int32_t *index) {
+#if defined(__AVX512F__)
+    __m512i at = _mm512_loadu_si512(index);
+    if (count <= 16)
+        return (vec)_mm512_permutexvar_ps(at, _mm512_loadu_ps(values));
+    return (vec)_mm512_i32gather_ps(at, values, 4);
+#else
+    (void)count;
+    vec v;
+    for (int i = 0; i < WIDTH; i++)
+        v[i] = values[index[i]];
+    return v;
+#endif
+}
 
-static inline int32_t key_of(int64_t item) { return (int32_t)(item >> 32); }
-
-/* At most the k-th best sum: at least k pairs are as good as (p, reach of p), for every p. */
-static int32_t least_sum(const struct room *room, const float *a, const float *b, int64_t k) {
-    int32_t least = LEAST;
-    for (int64_t p = 0; p < k; p++) {
-        float sum = a[p] + b[room->reach[p]];
-        int32_t key = sortable_one(sum);
-        if (sum == sum && key > least) /* infinities of both signs: pairs before it may be worse */
-            least = key;
+/* At most the k-th best sum: at least k pairs are as good as (p, reach of p), for every p. Infinities of both signs add
+   up to what is not a number, and pairs before it may be worse. */
+static float least_sum(const struct room *room, const float *a, const float *b, int64_t k) {
+    vec least = (vec){0} - __builtin_inff();
+    for (int64_t p = 0; p < k; p += WIDTH) {
+        vec sum = load(a + p) + looked_up(b, k, room->reach + p);
+        ivec in;
+        for (int i = 0; i < WIDTH; i++)
+            in[i] = p + i < k ? -1 : 0;
+        least = choose(in, greater(sum, least), least);
     }
-    return least;
+    float result = least[0];
+    for (int i = 1; i < WIDTH; i++)
+        result = least[i] > result ? least[i] : result;
+    return result;
 }
 
 static void best_sums(const struct search *f, struct room *room, const int64_t *left, const int64_t *right,
                       float *scores, int64_t *ids) {
-    float *a = room->sides, *b = a + f->k;
-    int64_t padded = rounded_up(room->n_pairs, WIDTH);
+    float *a = room->sides, *b = a + UP(f->k, WIDTH);
+    int64_t padded = UP(room->n_pairs, WIDTH);
     for (int64_t j = 0; j < f->k; j++)
-        a[j] = score_of(key_of(left[j])), b[j] = score_of(key_of(right[j]));
-    for (int64_t c = 0; c < padded; c += WIDTH) {
-        vec sum;
-        for (int i = 0; i < WIDTH; i++)
-            sum[i] = a[room->p[c + i]] + b[room->r[c + i]];
-        ivec key = sortable(sum);
-        memcpy(room->sums + c, &key, sizeof key);
-    }
+        a[j] = score_of(left[j]), b[j] = score_of(right[j]);
+    for (int64_t c = 0; c < padded; c += WIDTH)
+        store(room->sums + c, looked_up(a, f->k, room->p + c) + looked_up(b, f->k, room->r + c));
     for (int64_t c = room->n_pairs; c < padded; c++)
-        room->sums[c] = LEAST;
-    int64_t *best = room->best + 2 * TOKENS * f->k;
-    int64_t found = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->spare, room->some);
-    in_order(room->some, found, f->k, best);
+        room->sums[c] = -__builtin_inff();
+    int64_t found = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->places, room->some);
+    in_order(room->some, found, f->k, room->top);
     for (int64_t j = 0; j < f->k; j++) {
-        int64_t pair = place_of(best[j]);
-        scores[j] = score_of(key_of(best[j]));
+        int64_t pair = place_of(room->top[j]);
+        scores[j] = score_of(room->top[j]);
         ids[j] = place_of(left[room->p[pair]]) * f->n + place_of(right[room->r[pair]]);
     }
 }
 
-/* Item: TOKENS tokens of one head. */
+/* Item: `part` tokens of one head. */
 KERNEL(product_key_topk)(const void *fields, int64_t begin, int64_t end) {
     const struct search *f = fields;
-    int64_t candidates = staircase(f->k, NULL), parts = rounded_up(f->t, TOKENS) / TOKENS;
-    struct room room = {
-        .padded = rounded_up(f->n, BLOCK), .groups = rounded_up(2 * f->k, WIDTH), .n_pairs = candidates};
-    int64_t padded = rounded_up(candidates, WIDTH);
-    int64_t most = (room.padded > padded ? room.padded : padded) + LANES;
-    room.keys = malloc(TOKENS * room.padded * sizeof *room.keys);
-    room.best = malloc((2 * TOKENS + 1) * f->k * sizeof *room.best);
-    room.maxima = malloc(room.groups * sizeof *room.maxima);
-    room.some = malloc(most * sizeof *room.some);
-    room.spare = malloc(2 * (most + WIDTH) * sizeof *room.spare);
-    room.p = calloc(3 * padded + f->k, sizeof *room.p);
-    room.sides = malloc(2 * f->k * sizeof *room.sides);
-    if (!room.keys || !room.best || !room.maxima || !room.some || !room.spare || !room.p || !room.sides)
-        abort();
-    room.r = room.p + padded, room.sums = room.r + padded, room.reach = room.sums + padded;
-    staircase(f->k, &room);
+    int64_t parts = (f->t + f->part - 1) / f->part;
+    struct room room = room_for(f);
     for (int64_t item = begin; item < end; item++) {
-        int64_t head = item / parts, first = item % parts * TOKENS;
-        int64_t count = f->t - first < TOKENS ? f->t - first : TOKENS;
+        int64_t head = item / parts, first = item % parts * f->part;
+        int64_t count = f->t - first < f->part ? f->t - first : f->part;
         for (int side = 0; side < 2; side++)
             search_side(f, &room, head, first, count, side);
         for (int64_t t = 0; t < count; t++) {
             int64_t at = ((first + t) * f->h + head) * f->k;
-            best_sums(f, &room, room.best + t * f->k, room.best + (TOKENS + t) * f->k, f->scores + at, f->ids + at);
+            const int64_t *left = room.best + t * f->k;
+            best_sums(f, &room, left, left + f->part * f->k, f->scores + at, f->ids + at);
         }
     }
-    free(room.keys), free(room.best), free(room.maxima), free(room.some), free(room.spare);
-    free(room.p), free(room.sides);
-}
-
-struct gradient {
-    const float *factor; /* keys [2, g, n, half] for the queries' gradient, queries [t, h, 2, half] for the keys' */
-    const int64_t *ids;  /* [t, h, k] */
-    const float *grad;   /* [t, h, k] of the scores */
-    float *out;          /* the other one's shape */
-    int64_t t, h, g, n, half, k;
-};
-
-static inline int64_t key_on(const struct gradient *f, int side, int64_t id) { return side ? id % f->n : id / f->n; }
-
-/* Item: a token. */
-KERNEL(product_key_query_gradient)(const void *fields, int64_t begin, int64_t end) {
-    const struct gradient *f = fields;
-    for (int64_t row = begin * f->h * 2; row < end * f->h * 2; row++) {
-        int64_t side = row % 2, th = row / 2, group = f->g == 1 ? 0 : th % f->h;
-        const float *keys = f->factor + (side * f->g + group) * f->n * f->half;
-        float *out = f->out + row * f->half;
-        memset(out, 0, f->half * sizeof *out);
-        for (int64_t j = th * f->k; j < (th + 1) * f->k; j++)
-            add_float32(out, keys + key_on(f, side, f->ids[j]) * f->half, f->grad[j], f->half);
-    }
-}
-
-#define COLUMNS 64
-
-/* Item: COLUMNS columns of the keys of one side and group; tokens are added in order. */
-KERNEL(product_key_key_gradient)(const void *fields, int64_t begin, int64_t end) {
-    const struct gradient *f = fields;
-    int64_t parts = rounded_up(f->half, COLUMNS) / COLUMNS;
-    for (int64_t item = begin; item < end; item++) {
-        int64_t first = item % parts * COLUMNS, side = item / parts / f->g, group = item / parts % f->g;
-        int64_t width = f->half - first < COLUMNS ? f->half - first : COLUMNS;
-        float *out = f->out + item / parts * f->n * f->half + first;
-        for (int64_t i = 0; i < f->n; i++)
-            memset(out + i * f->half, 0, width * sizeof *out);
-        for (int64_t th = f->g == 1 ? 0 : group; th < f->t * f->h; th += f->g == 1 ? 1 : f->h) {
-            const float *query = f->factor + (th * 2 + side) * f->half + first;
-            for (int64_t j = th * f->k; j < (th + 1) * f->k; j++)
-                add_float32(out + key_on(f, side, f->ids[j]) * f->half, query, f->grad[j], width);
-        }
-    }
+    free_room(&room);
 }

@@ -7,8 +7,10 @@ from torch.autograd.function import once_differentiable
 
 from moestro.ops import native
 
-# As in product_key.c.
-BLOCK, TOKENS, COLUMNS = 64, 48, 64
+# As in product_key_gradient.c.
+COLUMNS = 64
+# Tokens of one item, whose keys are packed anew for each.
+FEWEST, MOST = 128, 1024
 
 
 @torch.compiler.disable
@@ -31,11 +33,11 @@ class _ProductKeyTopK(torch.autograd.Function):
         t, h, _ = query.shape
         _, g, n, half = keys.shape
         scores, ids = torch.empty(t, h, k), torch.empty(t, h, k, dtype=torch.int64)
-        blocks = 2 * g * _ceil(n, BLOCK)
-        packed = torch.empty(blocks, half, BLOCK)
-        native.run("pack_keys", native.even_parts(blocks), keys, packed, n, half)
-        items = h * _ceil(t, TOKENS)
-        native.run("product_key_topk", native.even_parts(items), query, packed, scores, ids, t, h, g, n, half, k)
+        # heads that share their keys are as many tokens of one head
+        rows, heads = (t * h, 1) if g == 1 else (t, h)
+        part = min(MOST, max(FEWEST, _ceil(rows * heads, native.PARTS * torch.get_num_threads())))
+        parts = native.even_parts(heads * _ceil(rows, part))
+        native.run("product_key_topk", parts, query, keys, scores, ids, rows, heads, n, half, k, part)
         ctx.save_for_backward(query, keys, ids)
         ctx.mark_non_differentiable(ids)
         return scores, ids
