@@ -6,6 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moestro import ops
 from moestro.ops import backend, native
+from moestro.ops.native import product_key
 from tests.tolerances import FLOAT32
 
 pytestmark = pytest.mark.skipif(native.library().handle is None, reason=f"native kernels {native.status()}")
@@ -36,7 +37,8 @@ def topk(name: str, query, keys, k: int, variant: str | None = None):
     leaves = [v.detach().clone().requires_grad_() for v in (query, keys)]
     with native.variant(variant or native.variants()[-1]), backend.force(name):
         scores, ids = ops.product_key_topk(*leaves, k)
-        factor = torch.linspace(0.5, 1.5, scores.numel(), dtype=scores.dtype).view_as(scores)
+        # by what was chosen, not by its rank: rounding may exchange neighbours
+        factor = 0.5 + (ids % 101).to(scores.dtype) / 100
         return scores.detach(), ids, *torch.autograd.grad((scores * factor).sum(), leaves)
 
 
@@ -137,3 +139,54 @@ def test_sums_of_infinities_of_both_signs_come_first(variant):
     want, *_ = topk("fused", query, keys, 50)
     assert scores.isnan().any() and scores.isposinf().any()
     torch.testing.assert_close(scores, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("half", "scale"), [(128, 1.0), (128, 1e-12), (33, 1e12)])
+@each_variant
+def test_scores_are_as_exact_as_torch_s_products(variant, half, scale):
+    generator = torch.Generator().manual_seed(half)
+    query, keys = torch.randn(300, 1, 2 * half, generator=generator) * scale, torch.randn(2, 1, 64, half)
+    scores, ids, *_ = topk("native", query, keys, 8, variant)
+    left, right = ids // 64, ids % 64
+
+    def chosen(dtype: torch.dtype):
+        sides = torch.einsum("thsc,shnc->thsn", query.view(300, 1, 2, half).to(dtype), keys.to(dtype))
+        return (sides[:, :, 0].gather(-1, left) + sides[:, :, 1].gather(-1, right)).double() / scale
+
+    true = chosen(torch.float64)
+    mine, theirs = ((found - true).square().mean().sqrt() for found in (scores.double() / scale, chosen(torch.float32)))
+    assert 0 < mine <= 1.1 * theirs
+
+
+@each_variant
+def test_great_numbers_are_multiplied_as_others_are(variant):
+    """Their pieces would overflow; tokens beside them have the scores that they have alone."""
+    generator = torch.Generator().manual_seed(3)
+    query, keys = torch.randn(40, 2, 14, generator=generator), torch.randn(2, 2, 50, 7, generator=generator) / 10
+    great = 3.4e38
+    plain = topk("native", query, keys, 5, variant)
+    query[17, 1, 3], query[23, 0, 9] = great, torch.inf
+    scores, ids, *_ = topk("native", query, keys, 5, variant)
+    want = topk("reference", query[17:18], keys, 5)
+    assert torch.equal(ids[17, 1], want[1][0, 1]) and bool(scores[23, 0].isposinf().all())
+    torch.testing.assert_close(scores[17, 1], want[0][0, 1], **FLOAT32)
+    assert 1e36 < scores[17, 1, 0] < torch.inf
+    others = torch.ones(40, 2, dtype=torch.bool)
+    others[17, 1] = others[23, 0] = False
+    assert torch.equal(scores[others], plain[0][others]) and torch.equal(ids[others], plain[1][others])
+    query, keys[0, 1, 4, 2] = query[:17] / 10, -great
+    scores, ids, *_ = topk("native", query, keys, 5, variant)
+    want = topk("reference", query, keys, 5)
+    assert torch.equal(ids, want[1])
+    torch.testing.assert_close(scores, want[0], **FLOAT32)
+
+
+@pytest.mark.parametrize("tokens", [127, 129, 300])
+def test_the_same_to_the_bit_however_tokens_are_divided(tokens, monkeypatch):
+    generator = torch.Generator().manual_seed(tokens)
+    query, keys = torch.randn(tokens, 2, 24, generator=generator), torch.randn(2, 2, 40, 12, generator=generator)
+    whole = topk("native", query, keys, 4)
+    for fewest, most in ((1, 1), (7, 50), (1000, 1000)):
+        monkeypatch.setattr(product_key, "FEWEST", fewest)
+        monkeypatch.setattr(product_key, "MOST", most)
+        assert all(torch.equal(a, b) for a, b in zip(whole, topk("native", query, keys, 4), strict=True))
