@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moestro.ops.order import largest
 from moestro.ops.precision import at_least_fp32
 from moestro.ops.reindexed import reindexed
 from moestro.routers.base import Router
@@ -65,9 +66,7 @@ class BiasedRouter(Router):
         gate = find(self.gate)
         scores = gate.scores(logits)
         biased = scores.detach() + at_least_fp32(self.bias)
-        expert = (
-            self.limit(biased, biased).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
-        )
+        expert = largest(self.limit(biased, biased), self.top_k)
         gates = scores.gather(1, expert)
         if self.renormalize:
             gates = shares(gates)

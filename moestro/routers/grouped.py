@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moestro.ops.order import largest
 from moestro.routers.base import Router
 from moestro.routers.scores import LinearScore, Score
 from moestro.routing import SparseRouting
@@ -75,10 +76,10 @@ class GroupedRouter(Router):
         inside = logits[:, None, :].masked_fill(~members, -math.inf).logsumexp(-1)
         log_groups = self.group_score(x).log_softmax(-1)
         log_p = (log_groups - inside)[:, self.group] + logits
-        chosen = log_groups.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_groups]
+        chosen = largest(log_groups, self.top_groups)
         allowed = members[chosen].any(1)
         masked = log_p.masked_fill(~allowed, -math.inf)
-        expert = masked.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
+        expert = largest(masked, self.top_k)
         gates = log_p.gather(1, expert)
         gates = gates.softmax(-1) if self.renormalize else gates.exp()
         return SparseRouting.from_topk(expert, gates, self.n_experts, log_p, raw=logits)

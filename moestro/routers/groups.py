@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moestro.ops.order import largest
+
 
 @dataclass(frozen=True)
 class GroupLimit:
@@ -68,7 +70,7 @@ class GroupLimit:
         sizes = self.group_sizes(scores.shape[1])
         present = scores.masked_fill(values == -torch.inf, -torch.inf)
         each = [_mean_of_best(group, self.best) for group in present.split(sizes, dim=1)]
-        best = torch.stack(each, 1).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_groups]
+        best = largest(torch.stack(each, 1), self.top_groups)
         chosen = torch.zeros(len(scores), len(sizes), dtype=torch.bool, device=scores.device).scatter_(1, best, True)
         inside = torch.cat([chosen[:, i : i + 1].expand(-1, size) for i, size in enumerate(sizes)], 1)
         return values.masked_fill(~inside, -torch.inf)

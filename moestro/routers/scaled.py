@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.ops.order import largest
 from moestro.routers.selects import TopK
 from moestro.routing import SparseRouting
 
@@ -38,7 +39,7 @@ class ScaledTopK(TopK):
 
     def forward(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
         # of the logits: probabilities of available experts, too, may round to 0
-        expert = logits.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k].contiguous()
+        expert = largest(logits, self.top_k)
         available = (logits > -torch.inf).sum(-1, keepdim=True)
         gates = UNIT_GATES[self.gate](logits.softmax(-1).gather(1, expert), available)
         return SparseRouting.from_topk(expert, self.scale * gates, logits.shape[1], logits)

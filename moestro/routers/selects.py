@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moestro.ops.order import largest
 from moestro.routers.gates import gate as find
 from moestro.routers.gates import shares
 from moestro.routers.groups import EVERYWHERE, GroupLimit
@@ -94,8 +95,7 @@ class TopK(Select):
         # of the logits: probabilities of available experts, too, may round to 0
         gate = find(self.gate)
         scores = gate.scores(logits)
-        order = self.limit(logits, scores).sort(dim=-1, descending=True, stable=True).indices
-        expert = order[:, : self.top_k].contiguous()
+        expert = largest(self.limit(logits, scores), self.top_k)
         gates = scores.gather(1, expert)
         if self.renormalize:
             gates = shares(gates)
@@ -118,9 +118,8 @@ class SoftmaxOfChosen(TopK):
         super().__init__(top_k)
 
     def forward(self, logits: Float[Tensor, "t e"]) -> SparseRouting:
-        chosen, expert = logits.sort(dim=-1, descending=True, stable=True)
-        gates = chosen[:, : self.top_k].softmax(-1)
-        return SparseRouting.from_topk(expert[:, : self.top_k].contiguous(), gates, logits.shape[1], logits)
+        expert = largest(logits, self.top_k)
+        return SparseRouting.from_topk(expert, logits.gather(1, expert).softmax(-1), logits.shape[1], logits)
 
 
 class MutedTopK(TopK):

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moestro.ops.order import by_expert
+
 
 def present(logits: Float[Tensor, "t e"]) -> Bool[Tensor, "e"]:
     """Which experts take part: those that are neither unavailable nor resting, whose logits are not -inf."""
@@ -139,13 +141,11 @@ class SparseRouting(Routing):
     def grouped(self) -> "SparseRouting":
         if self.bounds is not None:
             return self
-        expert, order = self.expert.sort(stable=True)
-        # by search, because bincount makes the host wait for the device
-        bounds = torch.searchsorted(expert, torch.arange(self.n_experts + 1, device=expert.device))
+        order, bounds = by_expert(self.expert, self.n_experts)
         return replace(
             self,
             token=self.token[order],
-            expert=expert,
+            expert=self.expert[order],
             weight=self.weight[order],
             bounds=bounds,
             fixed=None,
