@@ -78,17 +78,18 @@ def test_a_query_of_zeros_chooses_the_first_keys(variant):
     assert torch.equal(ids, torch.arange(10).expand(3, 2, 10))
 
 
+@pytest.mark.parametrize("n", [100, 400])
 @each_variant
-def test_a_key_that_is_nan_is_chosen_and_infinities_are_in_order(variant):
-    keys = torch.randn(2, 1, 100, 4)
+def test_a_key_that_is_nan_is_chosen_and_infinities_are_in_order(variant, n):
+    keys = torch.randn(2, 1, n, 4)
     keys[0, 0, 37] = torch.nan
     keys[0, 0, 51, 0], keys[0, 0, 8, 0] = torch.inf, -torch.inf
     query = torch.ones(2, 1, 8)
     scores, ids, *_ = topk("native", query, keys, 3, variant)
-    assert scores[..., 0].isnan().all() and bool((ids[..., 0] // 100 == 37).all())
+    assert scores[..., 0].isnan().all() and bool((ids[..., 0] // n == 37).all())
     keys[0, 0, 37] = 0.0
     scores, ids, *_ = topk("native", query, keys, 3, variant)
-    assert bool((ids // 100 == 51).all()) and bool(scores.isposinf().all())
+    assert bool((ids // n == 51).all()) and bool(scores.isposinf().all())
 
 
 def test_bfloat16_is_computed_in_float32_and_rounded_once():
@@ -141,13 +142,13 @@ def test_sums_of_infinities_of_both_signs_come_first(variant):
     torch.testing.assert_close(scores, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("half", "scale"), [(128, 1.0), (128, 1e-12), (33, 1e12)])
+@pytest.mark.parametrize(("half", "scale", "n"), [(128, 1.0, 64), (128, 1e-12, 64), (33, 1e12, 64), (128, 1.0, 400)])
 @each_variant
-def test_scores_are_as_exact_as_torch_s_products(variant, half, scale):
+def test_scores_are_as_exact_as_torch_s_products(variant, half, scale, n):
     generator = torch.Generator().manual_seed(half)
-    query, keys = torch.randn(300, 1, 2 * half, generator=generator) * scale, torch.randn(2, 1, 64, half)
+    query, keys = torch.randn(300, 1, 2 * half, generator=generator) * scale, torch.randn(2, 1, n, half)
     scores, ids, *_ = topk("native", query, keys, 8, variant)
-    left, right = ids // 64, ids % 64
+    left, right = ids // n, ids % n
 
     def chosen(dtype: torch.dtype):
         sides = torch.einsum("thsc,shnc->thsn", query.view(300, 1, 2, half).to(dtype), keys.to(dtype))
@@ -190,3 +191,24 @@ def test_the_same_to_the_bit_however_tokens_are_divided(tokens, monkeypatch):
         monkeypatch.setattr(product_key, "FEWEST", fewest)
         monkeypatch.setattr(product_key, "MOST", most)
         assert all(torch.equal(a, b) for a, b in zip(whole, topk("native", query, keys, 4), strict=True))
+
+
+@pytest.mark.parametrize("n", [383, 384, 1000])
+@each_variant
+def test_what_is_rounded_to_find_the_best_keys_loses_none(n, variant):
+    """Keys that differ by less than bfloat16 can tell, and of lengths far apart; queries of every size."""
+    generator = torch.Generator().manual_seed(n)
+    base = torch.randn(2, 1, 1, 40, generator=generator)
+    keys = base + 1e-3 * torch.randn(2, 1, n, 40, generator=generator)
+    keys[:, :, ::3] *= 1 + 1e-4 * torch.rand(1, 1, len(range(0, n, 3)), 1, generator=generator)
+    keys[:, :, 1::9] *= -100.0
+    query = torch.randn(60, 1, 80, generator=generator) * torch.logspace(-24, 18, 60)[:, None, None]
+    query[7] = 0.0
+    scores, ids, *_ = topk("native", query, keys, 16, variant)
+    sides = torch.einsum("tsc,snc->tsn", query.view(60, 2, 40).double(), keys[:, 0].double())
+    best = sides.topk(16).values
+    true = (best[:, 0, :, None] + best[:, 1, None]).flatten(1).topk(16).values
+    chosen = sides[:, 0].gather(-1, ids[:, 0] // n) + sides[:, 1].gather(-1, ids[:, 0] % n)
+    size = sides.abs().amax((1, 2))[:, None].clamp(min=1e-30)
+    for found in (scores[:, 0].double(), chosen):
+        torch.testing.assert_close(found / size, true / size, rtol=0, atol=1e-5)

@@ -24,8 +24,8 @@ struct room {
     int64_t *best;   /* [2, part, k] */
     float *maxima;   /* [groups], a multiple of WIDTH */
     int32_t *places; /* as `survivors` wants it */
+    float *values;   /* likewise */
     int64_t *some;   /* likewise */
-    int64_t *top;    /* [k] and WIDTH more */
     int32_t *p, *r;  /* [padded pairs] the pairs that can be among the k best sums */
     int32_t *reach;  /* [padded k] the least r such that k pairs or more are as good as (p, r) */
     float *sums;     /* [padded pairs] */
@@ -56,11 +56,11 @@ static struct room room_for(const struct search *f) {
     room.best = malloc(2 * f->part * f->k * sizeof *room.best);
     room.maxima = malloc(room.groups * sizeof *room.maxima);
     room.places = malloc(most * sizeof *room.places);
+    room.values = malloc(most * sizeof *room.values);
     room.some = malloc(most * sizeof *room.some);
-    room.top = malloc(k * sizeof *room.top);
     room.p = calloc(2 * padded + k, sizeof *room.p);
     room.sums = malloc((padded + 2 * k) * sizeof *room.sums);
-    if (!room.packed.keys || !room.scores || !room.best || !room.maxima || !room.places || !room.some || !room.top ||
+    if (!room.packed.keys || !room.scores || !room.best || !room.maxima || !room.places || !room.values || !room.some ||
         !room.p || !room.sums)
         abort();
     room.r = room.p + padded, room.reach = room.r + padded, room.sides = room.sums + padded;
@@ -71,18 +71,27 @@ static struct room room_for(const struct search *f) {
 
 static void free_room(struct room *room) {
     free_keys(&room->packed), free(room->scores), free(room->best), free(room->maxima), free(room->places);
-    free(room->some), free(room->top), free(room->p), free(room->sums);
+    free(room->values), free(room->some), free(room->p), free(room->sums);
 }
 
 /* The k greatest of scores[0..n) with their places, in order; there is room behind them for a whole block. The k-th
    greatest of the maxima of at least k groups is at most the k-th greatest of all. */
-static void best_of(float *scores, int64_t n, int64_t k, const struct room *room, int64_t *best) {
-    int64_t count = UP(n, WIDTH);
+static void best_of(float *scores, const struct search *f, int64_t t, const float *query, const struct room *room,
+                    int64_t *best) {
+    int64_t n = f->n, count = UP(n, WIDTH);
     for (int64_t i = n; i < count; i++)
-        scores[i] = -__builtin_inff(); /* behind what is there already, should that be as low */
+        scores[i] = -__builtin_inff();
     maxima_of(scores, count, room->groups, room->maxima);
-    float least = kth_greatest(room->maxima, room->groups, k);
-    in_order(room->some, survivors(scores, count, least, room->places, room->some), k, best);
+    float off = doubt(&room->packed, t);
+    int64_t found = survivors(scores, count, kth_greatest(room->maxima, room->groups, f->k) - off, room->places);
+    while (room->places[found - 1] >= n)
+        found--;
+    if (off == 0)
+        at_places(scores, room->places, found, room->values);
+    else
+        true_scores(&room->packed, query, room->places, found, room->values);
+    in_order(room->values, room->places, found, room->some);
+    memcpy(best, room->some, f->k * sizeof *best);
 }
 
 static void search_side(const struct search *f, struct room *room, int64_t head, int64_t first, int64_t count,
@@ -94,7 +103,8 @@ static void search_side(const struct search *f, struct room *room, int64_t head,
         int64_t now = count - t < TOKENS ? count - t : TOKENS;
         score(query + t * row, row, now, &room->packed, room->scores, room->stride);
         for (int64_t i = 0; i < now; i++)
-            best_of(room->scores + i * room->stride, f->n, f->k, room, room->best + (side * f->part + t + i) * f->k);
+            best_of(room->scores + i * room->stride, f, i, query + (t + i) * row, room,
+                    room->best + (side * f->part + t + i) * f->k);
     }
 }
 
@@ -125,10 +135,7 @@ static float least_sum(const struct room *room, const float *a, const float *b, 
             in[i] = p + i < k ? -1 : 0;
         least = choose(in, greater(sum, least), least);
     }
-    float result = least[0];
-    for (int i = 1; i < WIDTH; i++)
-        result = least[i] > result ? least[i] : result;
-    return result;
+    return greatest_of(least);
 }
 
 static void best_sums(const struct search *f, struct room *room, const int64_t *left, const int64_t *right,
@@ -141,11 +148,12 @@ static void best_sums(const struct search *f, struct room *room, const int64_t *
         store(room->sums + c, looked_up(a, f->k, room->p + c) + looked_up(b, f->k, room->r + c));
     for (int64_t c = room->n_pairs; c < padded; c++)
         room->sums[c] = -__builtin_inff();
-    int64_t found = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->places, room->some);
-    in_order(room->some, found, f->k, room->top);
+    int64_t found = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->places);
+    at_places(room->sums, room->places, found, room->values);
+    in_order(room->values, room->places, found, room->some);
     for (int64_t j = 0; j < f->k; j++) {
-        int64_t pair = place_of(room->top[j]);
-        scores[j] = score_of(room->top[j]);
+        int64_t pair = place_of(room->some[j]);
+        scores[j] = score_of(room->some[j]);
         ids[j] = place_of(left[room->p[pair]]) * f->n + place_of(right[room->r[pair]]);
     }
 }

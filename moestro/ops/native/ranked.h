@@ -1,8 +1,8 @@
 /* The k greatest of a row of scores, in order.
 
-   Scores become int32 that compare as the scores do, NaN above all. Together with its place, lower is better, each is
-   one int64 without equals: so the order of equal scores is defined (reference.py), and counting how many are greater
-   gives each its place in the result. Only what a threshold leaves comes that far. */
+   Only what a threshold leaves has to be sorted. Its scores become int32 that compare as they do, NaN above all; counting
+   how many come before each gives its place in the result. Of equal scores the one with the lower place comes first
+   (reference.py), so that the order is defined: a score and its place are one int64 without equals. */
 
 #ifndef MOESTRO_RANKED_H
 #define MOESTRO_RANKED_H
@@ -11,11 +11,8 @@
 
 #include "vector.h"
 
-#define LANES (WIDTH / 2)
 #define FEW 256 /* that are counted instead of sorted */
 #define UP(value, multiple) (((value) + (multiple) - 1) / (multiple) * (multiple))
-
-typedef int64_t lvec __attribute__((vector_size(WIDTH * 4)));
 
 static inline ivec sortable(vec score) {
     score += (vec){0}; /* -0 and 0 are equal scores */
@@ -55,6 +52,18 @@ static inline vec greater(vec score, vec other) {
 #endif
 }
 
+/* Of numbers. */
+static inline float greatest_of(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < WIDTH; i++)
+        most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
 /* The k-th greatest of values[0..count), or less; none is NaN, and count is a multiple of WIDTH. */
 static inline float kth_greatest(const float *values, int64_t count, int64_t k) {
     const vec most = (vec){0} + __builtin_inff();
@@ -67,10 +76,7 @@ static inline float kth_greatest(const float *values, int64_t count, int64_t k) 
         vec value = choose(above < (int32_t)k, mine, most);
         least = choose(value < least, value, least);
     }
-    float result = least[0];
-    for (int i = 1; i < WIDTH; i++)
-        result = least[i] < result ? least[i] : result;
-    return result;
+    return -greatest_of(-least);
 }
 
 /* The greatest of each of `groups` groups of scores[0..count): i is in group i % groups. Both are multiples of WIDTH.
@@ -84,9 +90,9 @@ static inline void maxima_of(const float *scores, int64_t count, int64_t groups,
     }
 }
 
-/* Those of scores[0..count) that are not less than `least`, with their places, in `out`; returns how many. Without a
-   branch on what is found: it cannot be foreseen. `places` has room for `count` and WIDTH more, `out` likewise. */
-static inline int64_t survivors(const float *scores, int64_t count, float least, int32_t *places, int64_t *out) {
+/* Places of those of scores[0..count) that are not less than `least`; returns how many. Without a branch on what is
+   found: it cannot be foreseen. `places` has room for WIDTH more. */
+static inline int64_t survivors(const float *scores, int64_t count, float least, int32_t *places) {
     int64_t found = 0;
 #if defined(__AVX512F__)
     const __m512i step = _mm512_set1_epi32(16);
@@ -98,25 +104,34 @@ static inline int64_t survivors(const float *scores, int64_t count, float least,
         found += __builtin_popcount(in);
         here = _mm512_add_epi32(here, step);
     }
-    for (int64_t i = 0; i < found; i += 16) {
-        __mmask16 in = found - i >= 16 ? 0xffff : (__mmask16)((1u << (found - i)) - 1);
-        __m512i place = _mm512_loadu_si512(places + i);
-        __m512i key = (__m512i)sortable((vec)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), in, place, scores, 4));
-        place = _mm512_xor_si512(place, _mm512_set1_epi32(-1));
-        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi32(place, low, key));
-        _mm512_storeu_si512(out + i + 8, _mm512_permutex2var_epi32(place, high, key));
-    }
 #else
     for (int64_t i = 0; i < count; i++) {
         places[found] = (int32_t)i;
         found += !(scores[i] < least);
     }
-    for (int64_t i = 0; i < found; i++)
-        out[i] = placed(sortable_one(scores[places[i]]), places[i]);
 #endif
     return found;
+}
+
+static inline void at_places(const float *scores, const int32_t *places, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i++)
+        to[i] = scores[places[i]];
+}
+
+/* How many of keys[0..count) come before each of the WIDTH from `first` on: greater ones, and equal ones before it. */
+static inline ivec ranks(const int32_t *keys, int64_t count, int64_t first) {
+    ivec mine, rank = {0}, lane;
+    memcpy(&mine, keys + first, sizeof mine);
+    for (int i = 0; i < WIDTH; i++)
+        lane[i] = i;
+    int64_t j = 0;
+    for (; j < first; j++)
+        rank -= keys[j] >= mine;
+    for (; j < first + WIDTH && j < count; j++)
+        rank -= (keys[j] > mine) | ((keys[j] == mine) & (lane > (int32_t)(j - first)));
+    for (; j < count; j++)
+        rank -= keys[j] > mine;
+    return rank;
 }
 
 static int descending(const void *a, const void *b) {
@@ -124,25 +139,25 @@ static int descending(const void *a, const void *b) {
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
-/* The k greatest of all[0..count), in order, into best[0..k); no two are equal. `all` has room for LANES more. */
-static inline void in_order(int64_t *all, int64_t count, int64_t k, int64_t *best) {
-    int64_t ranked[FEW + 1]; /* what fills the last vector comes behind all others */
+/* All of scores[0..count), which have ascending places, in order with them. There is room for WIDTH more scores. */
+static inline void in_order(const float *scores, const int32_t *places, int64_t count, int64_t *items) {
+    int32_t keys[FEW], rank[FEW];
     if (count > FEW) {
-        qsort(all, count, sizeof *all, descending);
-        memcpy(best, all, k * sizeof *best);
+        for (int64_t i = 0; i < count; i++)
+            items[i] = placed(sortable_one(scores[i]), places[i]);
+        qsort(items, count, sizeof *items, descending);
         return;
     }
-    for (int64_t i = count; i < UP(count, LANES); i++)
-        all[i] = INT64_MIN;
-    for (int64_t i = 0; i < count; i += LANES) {
-        lvec mine, rank = {0};
-        memcpy(&mine, all + i, sizeof mine);
-        for (int64_t j = 0; j < count; j++)
-            rank -= all[j] > mine;
-        for (int l = 0; l < LANES; l++)
-            ranked[rank[l]] = mine[l];
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        ivec key = sortable(load(scores + i));
+        memcpy(keys + i, &key, sizeof key);
     }
-    memcpy(best, ranked, k * sizeof *best);
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        ivec before = ranks(keys, count, i);
+        memcpy(rank + i, &before, sizeof before);
+    }
+    for (int64_t i = 0; i < count; i++)
+        items[rank[i]] = placed(keys[i], places[i]);
 }
 
 #endif
