@@ -1,6 +1,8 @@
 """AdamW on some rows of a table, each read and written once."""
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,55 +14,88 @@ from moestro.ops.rounding import rounding_key, stochastic_bfloat16
 from moestro.ops.row_gradients import RowGradient, spans
 
 
-@dataclass(frozen=True)
-class RowFactors:
-    """What one step of AdamW multiplies n rows by, [n] each in the dtype of the arithmetic. `decay` is the weight
-    decay's factor, `size` = -lr / (1 - beta1^count), `correction` = sqrt(1 - beta2^count); `mean` and `square` are the
-    decay of the moments over skipped steps, None where they waited."""
+class RowState(NamedTuple):
+    """What AdamW keeps of each row of a table: both moments, `clock`, the steps that touched it (or the last step that
+    did, where moments do not wait), and `charged`, the logarithm of the weight decay that it has had."""
 
-    decay: Float[Tensor, "n"]
-    size: Float[Tensor, "n"]
-    correction: Float[Tensor, "n"]
-    mean: Float[Tensor, "n"] | None = None
-    square: Float[Tensor, "n"] | None = None
-
-    def rows(self, start: int, stop: int) -> "RowFactors":
-        """Those of some of the rows."""
-        part = slice(start, stop)
-        mean, square = (each if each is None else each[part] for each in (self.mean, self.square))
-        return RowFactors(self.decay[part], self.size[part], self.correction[part], mean, square)
+    mean: Float[Tensor, "e d"]
+    square: Float[Tensor, "e d"]
+    clock: Int[Tensor, "e"]
+    charged: Float[Tensor, "e"]
 
 
 @dataclass(frozen=True)
-class RowConstants:
-    """What one step multiplies all rows by; `key` decides how bfloat16 is rounded in this step."""
+class RowStep:
+    """One step of AdamW on a table, the `number`th, counted from 1. `log_decay` is the logarithm of the weight decay of
+    all steps before; with `moments_wait` a row's moments stay as they are while it is skipped, else they decay as if
+    its gradients had been 0; `key` decides how bfloat16 is rounded."""
 
+    number: int
+    lr: float
+    weight_decay: float
     betas: tuple[float, float]
     eps: float
+    log_decay: float
+    moments_wait: bool
     key: int
 
+    @property
+    def decay(self) -> float:
+        """What this step alone multiplies weights by."""
+        return 1 - self.lr * self.weight_decay
 
-def adamw_rows(
-    table: Float[Tensor, "e d"],
-    moments: tuple[Float[Tensor, "e d"], Float[Tensor, "e d"]],
-    gradient: RowGradient,
-    factors: RowFactors,
-    constants: RowConstants,
-) -> None:
-    """Replace the rows of a gradient in a table and in Adam's two moments (Loshchilov 2019, arXiv:1711.05101, Alg. 2).
+    @property
+    def log_decay_after(self) -> float:
+        """`log_decay` of the step after this one."""
+        return self.log_decay + math.log1p(-self.lr * self.weight_decay)
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """What a step multiplies n rows by, [n, 1] each in the dtype of the arithmetic. `decay` is the weight decay's
+    factor, `size` = -lr / (1 - beta1^count), `correction` = sqrt(1 - beta2^count); `mean` and `square` are the decay of
+    the moments over skipped steps, None where they wait."""
+
+    decay: Float[Tensor, "n 1"]
+    size: Float[Tensor, "n 1"]
+    correction: Float[Tensor, "n 1"]
+    mean: Float[Tensor, "n 1"] | None = None
+    square: Float[Tensor, "n 1"] | None = None
+
+
+def adamw_rows(table: Float[Tensor, "e d"], state: RowState, gradient: RowGradient, step: RowStep) -> None:
+    """Replace the rows of a gradient in a table and in what AdamW keeps of them (Loshchilov 2019, arXiv:1711.05101,
+    Alg. 2).
 
     In float32 at least; what is kept in bfloat16 is rounded stochastically. With native kernels each row is read and
     written once, its gradient summed on the way where it is left in factors.
     """
-    kept = [moment.dtype for moment in moments]
+    moments, kept = (state.mean, state.square), [state.mean.dtype, state.square.dtype]
     if runs_native(table, *moments, *gradient.tensors()) and kept == [table.dtype, torch.float32]:
-        reals = map(float, (*constants.betas, constants.eps))
-        numbers = (rounding_key(constants.key, 0), rounding_key(constants.key, 1), *reals)
-        row_adamw.adamw_rows(table, moments, gradient.ids, gradient.native(), tuple(vars(factors).values()), numbers)
+        keys = rounding_key(step.key, 0), rounding_key(step.key, 1)
+        reals = *step.betas, step.eps, step.lr, step.decay, step.log_decay, step.log_decay_after
+        numbers = (*keys, step.number, int(step.moments_wait), *map(float, reals))
+        row_adamw.adamw_rows(table, tuple(state), gradient.ids, gradient.native(), numbers)
         return
     for start, stop in spans(len(gradient.ids), table.shape[1]):
         ids, values = gradient.ids[start:stop], gradient.values(start, stop)
-        _adamw_piece(table, moments, ids, values, factors.rows(start, stop), constants)
+        factors = _factors(ids, state, step)
+        _adamw_piece(table, moments, ids, values, factors, step)
+
+
+def _factors(ids: Tensor, state: RowState, step: RowStep) -> RowFactors:
+    """Move the rows' clocks to this step; returns what it multiplies the rows by."""
+    beta1, beta2 = step.betas
+    before = state.clock.index_select(0, ids)
+    now = before + 1 if step.moments_wait else torch.full_like(before, step.number)
+    pending = (step.log_decay - state.charged.index_select(0, ids)).exp()
+    state.clock.index_copy_(0, ids, now)
+    state.charged.index_fill_(0, ids, step.log_decay_after)
+    count, idle = now.double(), (now - before - 1).double()
+    # exactly the decay of one step where no row was skipped
+    each = [pending * step.decay, -step.lr / (1 - beta1**count), (1 - beta2**count).sqrt()]
+    each += [] if step.moments_wait else [beta1**idle, beta2**idle]
+    return RowFactors(*(numbers.to(state.square.dtype)[:, None] for numbers in each))
 
 
 def _adamw_piece(
@@ -69,22 +104,22 @@ def _adamw_piece(
     ids: Tensor,
     gradient: Tensor,
     factors: RowFactors,
-    constants: RowConstants,
+    step: RowStep,
 ) -> None:
     """The operations of `torch.optim.adam._single_tensor_adam`, in its order."""
-    (beta1, beta2), wide = constants.betas, torch.promote_types(table.dtype, torch.float32)
+    (beta1, beta2), wide = step.betas, torch.promote_types(table.dtype, torch.float32)
     rows, mean, square = (kept.index_select(0, ids).to(wide) for kept in (table, *moments))
     gradient = gradient.to(wide)
     if factors.mean is not None and factors.square is not None:
-        mean.mul_(factors.mean[:, None])
-        square.mul_(factors.square[:, None])
-    rows.mul_(factors.decay[:, None])
+        mean.mul_(factors.mean)
+        square.mul_(factors.square)
+    rows.mul_(factors.decay)
     mean.lerp_(gradient, 1 - beta1)
     square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = square.sqrt().div_(factors.correction[:, None]).add_(constants.eps)
-    rows.addcdiv_(factors.size[:, None] * mean, denominator)
+    denominator = square.sqrt().div_(factors.correction).add_(step.eps)
+    rows.addcdiv_(factors.size * mean, denominator)
     for number, (kept, new) in enumerate(zip((table, *moments), (rows, mean, square), strict=True)):
-        kept.index_copy_(0, ids, rounded(new, ids, kept.dtype, rounding_key(constants.key, number)))
+        kept.index_copy_(0, ids, rounded(new, ids, kept.dtype, rounding_key(step.key, number)))
 
 
 def rounded(x: Float[Tensor, "n d"], ids: Int[Tensor, "n"], dtype: torch.dtype, key: int) -> Float[Tensor, "n d"]:

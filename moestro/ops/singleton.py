@@ -115,7 +115,7 @@ class _Singletons(torch.autograd.Function):
         along = rows.dots(down, ids, dy.contiguous())
         dz = act.backward(along * weight, z)
         return (
-            rows.weighted_rows(up, ids, dz),
+            rows.weighted_rows(up, ids, dz) if ctx.needs_input_grad[0] else None,
             None,
             along * hidden,
             *_tables(ctx, ids, len(up), {3: (x, dz), 4: (dy, hidden * weight)}),
@@ -143,8 +143,9 @@ class _GatedSingletons(torch.autograd.Function):
         along = rows.dots(down, ids, dy.contiguous())
         dhidden = along * weight
         dz, dlinear = act.backward(dhidden * linear, z), dhidden * opened
+        wanted = ctx.needs_input_grad[0]
         return (
-            rows.weighted_rows(gate, ids, dz) + rows.weighted_rows(up, ids, dlinear),
+            rows.weighted_rows(gate, ids, dz) + rows.weighted_rows(up, ids, dlinear) if wanted else None,
             None,
             along * opened * linear,
             *_tables(ctx, ids, len(up), {3: (x, dz), 4: (x, dlinear), 5: (dy, opened * linear * weight)}),

@@ -1,13 +1,12 @@
 """AdamW on the rows that a step touched: its cost does not know how many rows the table has."""
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from moestro.ops.rounding import rounding_key
-from moestro.ops.row_adamw import RowConstants, RowFactors, adamw_rows
+from moestro.ops.row_adamw import RowState, RowStep, adamw_rows
 from moestro.ops.row_gradients import RowGradient, forget_factors, row_gradient
 from moestro.ops.tables import new_table
 
@@ -110,35 +109,16 @@ class RowAdamW(torch.optim.Optimizer):
             state["log_decay"] = torch.zeros((), dtype=torch.float64)
         return state
 
-    def _update(self, parameter: nn.Parameter, gradient: RowGradient, group: dict[str, Any], number: int) -> None:
+    def _update(self, parameter: nn.Parameter, gradient: RowGradient, group: dict[str, Any], table: int) -> None:
         state = self._state_of(parameter)
         state["step"] += 1
-        wide = state["exp_avg_sq"].dtype
-        factors = self._factors(gradient.ids, state, group, wide)
-        constants = RowConstants(group["betas"], group["eps"], rounding_key(int(state["step"]), number))
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        adamw_rows(parameter, moments, gradient, factors, constants)
-        state["log_decay"] += self._log_factor(group)
-
-    def _factors(self, ids: Tensor, state: dict[str, Tensor], group: dict[str, Any], dtype: torch.dtype) -> RowFactors:
-        """Move the rows' clocks to this step; returns what the step multiplies the rows by."""
-        (beta1, beta2), step = group["betas"], int(state["step"])
-        before = state["clock"].index_select(0, ids)
-        now = before + 1 if self.skipped == "keep" else torch.full_like(before, step)
-        state["clock"].index_copy_(0, ids, now)
-        count = now.double()
-        each = [self._decay(ids, state, group), -group["lr"] / (1 - beta1**count), (1 - beta2**count).sqrt()]
-        if self.skipped == "decay":
-            idle = (now - before - 1).double()
-            each += [beta1**idle, beta2**idle]
-        return RowFactors(*(numbers.to(dtype) for numbers in each))
-
-    def _decay(self, ids: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """The decay of the steps skipped times that of this one; exactly 1 - lr * weight_decay where none was."""
-        before = float(state["log_decay"])
-        pending = (before - state["charged"].index_select(0, ids)).exp()
-        state["charged"].index_fill_(0, ids, before + self._log_factor(group))
-        return pending * (1 - group["lr"] * group["weight_decay"])
-
-    def _log_factor(self, group: dict[str, Any]) -> float:
-        return math.log1p(-group["lr"] * group["weight_decay"])
+        step = RowStep(
+            number := int(state["step"]),
+            *(group[name] for name in ("lr", "weight_decay", "betas", "eps")),
+            log_decay=float(state["log_decay"]),
+            moments_wait=self.skipped == "keep",
+            key=rounding_key(number, table),
+        )
+        kept = RowState(state["exp_avg"], state["exp_avg_sq"], state["clock"], state["charged"])
+        adamw_rows(parameter, kept, gradient, step)
+        state["log_decay"].fill_(step.log_decay_after)

@@ -63,6 +63,24 @@ def test_singletons_equal_the_definition(case, variant, activation, sparse):
 
 
 @built
+def test_an_input_that_needs_no_gradient_costs_no_rows(monkeypatch):
+    kernels, run = [], native.run
+    monkeypatch.setattr(native, "run", lambda kernel, *rest: (kernels.append(kernel), run(kernel, *rest)))
+    x, ids, *others = inputs(*CASES["63 tokens"], torch.float32)
+    found = []
+    for needed in (True, False):
+        leaves = [v.clone().requires_grad_() for v in others]
+        for gate in ((), (torch.ones_like(leaves[1]),)):
+            with backend.force("native"):
+                y = ops.singleton_experts(x.clone().requires_grad_(needed), ids, *leaves, "silu", False, *gate)
+            kernels.clear()
+            y.square().sum().backward()
+            assert ("rows_sum" in kernels) is needed
+        found.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@built
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_singletons_where_all_ids_are_equal(variant):
     x, _, weight, up, down = inputs(*ALL_EQUAL, torch.float32)

@@ -1,5 +1,6 @@
 /* AdamW on some rows of a table: gradient row, weights and both moments are read once and written once. */
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "places.h"
@@ -10,14 +11,14 @@ struct row_adamw {
     void *table;   /* [e, d] float32, or bfloat16 where narrow */
     void *mean;    /* [e, d] likewise */
     float *square; /* [e, d] */
+    int32_t *clock;  /* [e] the steps that touched a row; the last step that did where moments do not wait */
+    double *charged; /* [e] the logarithm of the decay that a row has had */
     const int64_t *ids;  /* [n] */
     const float *values; /* [n, d]; NULL: row i is the sum of scale * in over the places from starts[i] */
     const int64_t *order, *starts, *token; /* as in table_rows.c */
     const float *in, *scale;
-    const float *decay, *size, *correction; /* [n] */
-    const float *mean_decay, *square_decay; /* [n], or NULL: 1 */
-    int64_t d, narrow, table_key, mean_key;
-    double beta1, beta2, eps;
+    int64_t d, narrow, table_key, mean_key, number, moments_wait;
+    double beta1, beta2, eps, lr, decay, log_decay, log_decay_after;
 };
 
 typedef uint32_t uvec __attribute__((vector_size(WIDTH * 4)));
@@ -154,13 +155,34 @@ static inline const float *gradient_of(const struct row_adamw *f, int64_t i, flo
     return source_of(f, i);
 }
 
-static inline struct step step_of(const struct row_adamw *f, int64_t i, float *sum) {
-    struct step s = {.decay = f->decay[i], .size = f->size[i], .correction = f->correction[i]};
+/* Powers of both betas that were needed before, found by the last bits of their exponent. */
+#define POWERS 256
+struct powers {
+    int64_t of;
+    double mean, square;
+};
+
+static inline struct powers powers_of(const struct row_adamw *f, int64_t n, struct powers *known) {
+    struct powers *found = known + (uint64_t)n % POWERS;
+    if (n == 0)
+        return (struct powers){0, 1, 1};
+    if (found->of != n)
+        *found = (struct powers){n, pow(f->beta1, (double)n), pow(f->beta2, (double)n)};
+    return *found;
+}
+
+/* Moves the row's clock to this step. */
+static inline struct step step_of(const struct row_adamw *f, int64_t i, float *sum, struct powers *known) {
+    int64_t id = f->ids[i], before = f->clock[id], now = f->moments_wait ? before + 1 : f->number;
+    struct powers count = powers_of(f, now, known), idle = powers_of(f, now - before - 1, known);
+    struct step s = {.mean_decay = (float)idle.mean, .square_decay = (float)idle.square};
     s.in = gradient_of(f, i, &s.scale, sum);
+    s.decay = (float)(exp(f->log_decay - f->charged[id]) * f->decay);
+    s.size = (float)(-f->lr / (1 - count.mean)), s.correction = (float)sqrt(1 - count.square);
     s.reciprocal = 1 / s.correction;
-    s.mean_decay = f->mean_decay ? f->mean_decay[i] : 1, s.square_decay = f->square_decay ? f->square_decay[i] : 1;
     s.weight = (float)(1 - f->beta1), s.beta2 = (float)f->beta2, s.rest = (float)(1 - f->beta2), s.eps = (float)f->eps;
-    s.table_bits = row_bits(f->ids[i], f->table_key), s.mean_bits = row_bits(f->ids[i], f->mean_key);
+    s.table_bits = row_bits(id, f->table_key), s.mean_bits = row_bits(id, f->mean_key);
+    f->clock[id] = (int32_t)now, f->charged[id] = f->log_decay_after;
     return s;
 }
 
@@ -185,8 +207,9 @@ static inline __attribute__((always_inline)) void update_numbers(const struct ro
 
 static inline __attribute__((always_inline)) void update_rows(const struct row_adamw *f, int64_t begin, int64_t end,
                                                               int64_t narrow, float *sum) {
+    struct powers known[POWERS] = {0};
     for (int64_t i = begin; i < end; i++) {
-        struct step s = step_of(f, i, sum);
+        struct step s = step_of(f, i, sum, known);
         int64_t next = i + 1 < end ? i + 1 : i, at = f->ids[i] * f->d, later = f->ids[next] * f->d, j = 0;
         const float *source = source_of(f, next);
         for (; j + WIDTH <= f->d; j += WIDTH) {

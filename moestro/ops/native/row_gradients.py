@@ -33,9 +33,10 @@ def segment_norm(
 ) -> Float[Tensor, ""]:
     """2-norm of all `segment_values`, which are not written down; the squares of the rows are added in float64."""
     n = len(starts) - 1
-    squares = torch.empty(n)
-    factors = source.contiguous().float(), token.contiguous(), coefficient.contiguous().float()
-    native.run(
-        "segment_squares", native.even_parts(n), order.contiguous(), starts, 0, *factors, squares, source.shape[1]
-    )
-    return squares.sum(dtype=torch.float64).sqrt().float()
+    source, coefficient = source.contiguous().float(), coefficient.contiguous().float()
+    squares = torch.empty(n, dtype=torch.float64)
+    # a row of one place has coefficient^2 times its token's
+    each = torch.linalg.vector_norm(source, dim=1, dtype=squares.dtype).square()
+    factors = order.contiguous(), starts, token.contiguous(), source, coefficient
+    native.run("segment_squares", native.even_parts(n), *factors, each, squares, source.shape[1])
+    return squares.sum().sqrt().float()

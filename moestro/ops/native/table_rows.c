@@ -126,15 +126,30 @@ KERNEL(segment_sums)(const void *fields, int64_t begin, int64_t end) {
         sum_segment(f, s, f->out + f->rows[s] * f->d);
 }
 
-/* out[s] = the square of the 2-norm of the row of segment s; rows is not read. */
+/* The same rows, of which only the squares of their 2-norms are wanted. */
+struct squares {
+    const int64_t *order, *starts, *token; /* as in struct segments, like in and scale */
+    const float *in, *scale;
+    const double *square; /* [t] of the 2-norms of the rows of in */
+    double *out;          /* [n_segments] */
+    int64_t d;
+};
+
+/* Most segments have one place, whose row is not looked at. */
 KERNEL(segment_squares)(const void *fields, int64_t begin, int64_t end) {
-    const struct segments *f = fields;
+    const struct squares *f = fields;
     float *y = malloc((f->d + 1) * sizeof *y);
     if (!y)
         abort();
     for (int64_t s = begin; s < end; s++) {
-        sum_segment(f, s, y);
-        f->out[s] = dot_float32(y, y, f->d);
+        int64_t first = f->starts[s], last = f->starts[s + 1];
+        double scale = f->scale[f->order[first]];
+        if (last == first + 1)
+            f->out[s] = scale * scale * f->square[f->token[first]];
+        else {
+            sum_places(f->in, f->token, f->scale, f->order, first, last, f->d, y);
+            f->out[s] = dot_float32(y, y, f->d);
+        }
     }
     free(y);
 }
