@@ -20,8 +20,8 @@ def multiplies(
     activation: str,
 ) -> bool:
     """Whether there are tiles here, and they are for these experts: unit-major ones."""
-    narrow = w_out.ndim == 2 and all(v.dtype == torch.bfloat16 for v in (x, w_in, w_out))
-    return narrow and native.library().variant == "amx" and compiled_experts(x, w_in, w_out, activation)
+    alike = w_out.ndim == 2 and x.dtype == w_in.dtype == w_out.dtype
+    return alike and native.library().variant == "amx" and compiled_experts(x, w_in, w_out, activation)
 
 
 def tiled_ffn(
@@ -47,7 +47,7 @@ def tiled_ffn(
     if len(token) and not 0 <= int(token.min()) <= int(token.max()) < len(x):
         raise ValueError(f"tokens {int(token.min())} to {int(token.max())}, allowed: 0 to {len(x) - 1}")
     x, weight, w_in, w_out = (v.contiguous() for v in (x, weight, w_in, w_out))
-    layout = Layout(token, len(x), bounds, widths, d)
+    layout = Layout(x, token, bounds, widths)
     if gradient:
         return _TiledFFN.apply(x, weight, w_in, w_out, layout)  # type: ignore
     return expert_tiles.forward(x, weight, w_in, w_out, layout, keep=False)[0]

@@ -1,12 +1,12 @@
-/* Gated experts with SiLU on rows sorted by expert, in bfloat16 on tiles of AMX: packing, and the forward pass.
+/* Gated experts with SiLU on rows sorted by expert, on tiles of AMX: packing, and the forward pass.
 
-   Products with a weight [units, d] along d take its rows as tiles of A, as they lie; their results lie [units, rows],
+   Products with a weight [units, d] along d take its rows as tiles of A; their results lie [units, rows],
    as the gradients of weights want them. Products along units take the weight paired, 64 columns at a time. An expert's
    rows have slots up to the next multiple of 32; what fills them is zero. */
 
 #ifdef __AMX_BF16__
 
-#include "tiles.h"
+#include "tile_numbers.h"
 
 /* Where every token's rows and every row's slot are: one item. */
 KERNEL(tile_places)(const void *fields, int64_t begin, int64_t end) {
@@ -29,38 +29,33 @@ KERNEL(tile_places)(const void *fields, int64_t begin, int64_t end) {
             slots[f->experts[e].row + i] = f->experts[e].slot + i;
 }
 
-static inline const uint16_t *row_at(const struct tiles *f, const uint16_t *of, const struct expert *e, int64_t slot) {
-    return slot < e->n ? of + f->token[e->row + slot] * f->d : NULL;
+static inline const void *row_at(const struct tiles *f, const void *of, const struct expert *e, int64_t slot) {
+    return slot < e->n ? number(f, of, f->token[e->row + slot] * f->d) : NULL;
 }
 
 /* 32 slots paired along d: tiles of 16 slots each. */
-static void across(const struct tiles *f, const uint16_t *of, const struct expert *e, int64_t first, uint16_t *to) {
+static void pack_across(const struct tiles *f, const void *of, const struct expert *e, int64_t first, uint16_t *to) {
     int64_t deep = UP_TO(f->d, DEEP) / DEEP;
-    for (int64_t half = 0; half < 2; half++) {
-        int64_t slot = first + half * SIDE;
-        for (int64_t k = 0; k < deep; k++) {
-            __m512i v[SIDE];
-            __mmask32 mask = first_columns(f->d - k * DEEP);
-            for (int64_t i = 0; i < SIDE; i++) {
-                const uint16_t *row = row_at(f, of, e, slot + i);
-                v[i] = row ? _mm512_maskz_loadu_epi16(mask, row + k * DEEP) : _mm512_setzero_si512();
-            }
-            exchange(v);
-            for (int64_t i = 0; i < SIDE; i++)
-                _mm512_storeu_si512(to + (slot / SIDE * deep + k) * TILE + i * DEEP, v[i]);
-        }
+    for (int64_t slot = first; slot < first + DEEP; slot += SIDE) {
+        const void *rows[SIDE];
+        for (int64_t i = 0; i < SIDE; i++)
+            rows[i] = row_at(f, of, e, slot + i);
+        for (int64_t k = 0; k < deep; k++)
+            across(f, rows, k * DEEP, to + (slot / SIDE * deep + k) * tile_of(f));
     }
 }
 
-/* 32 slots paired along slots: an expert's tiles of 16 columns, each all along its slots. */
-static void along(const struct tiles *f, const uint16_t *of, const struct expert *e, int64_t first, uint16_t *to) {
-    int64_t deep = e->slots / DEEP;
-    uint16_t *tile = to + first / DEEP * TILE;
+/* 32 slots paired along slots: an expert's tiles of 16 columns, each all along its slots. Pairs are as `store_unit` has
+   them: neighbours in bfloat16, else 16 apart. */
+static void pack_along(const struct tiles *f, const void *of, const struct expert *e, int64_t first, uint16_t *to) {
+    int64_t tall = e->slots / DEEP * tile_of(f), next = f->narrow ? 1 : SIDE;
+    uint16_t *tile = to + first / DEEP * tile_of(f);
     for (int64_t i = 0; i < SIDE; i++) {
-        const uint16_t *even = row_at(f, of, e, first + 2 * i), *odd = row_at(f, of, e, first + 2 * i + 1);
+        int64_t slot = first + (f->narrow ? 2 * i : i);
+        const void *one = row_at(f, of, e, slot), *two = row_at(f, of, e, slot + next);
         for (int64_t column = 0; column < f->d; column += DEEP) {
-            uint16_t *left = tile + column / SIDE * deep * TILE + i * DEEP;
-            pair(even, odd, column, f->d, left, left + deep * TILE);
+            uint16_t *left = tile + column / SIDE * tall + i * DEEP;
+            pair(f, one, two, column, left, left + tall);
         }
     }
 }
@@ -72,34 +67,31 @@ KERNEL(tile_pack)(const void *fields, int64_t begin, int64_t end) {
         const struct expert *e = owner_of_slot(f, item * DEEP);
         int64_t first = item * DEEP - e->slot;
         if (f->x_across)
-            across(f, f->x, e, first, f->x_across);
+            pack_across(f, f->x, e, first, f->x_across);
         if (f->dy_across)
-            across(f, f->dy, e, first, f->dy_across);
+            pack_across(f, f->dy, e, first, f->dy_across);
         if (f->x_along)
-            along(f, f->x, e, first, f->x_along);
+            pack_along(f, f->x, e, first, f->x_along);
         if (f->dy_along)
-            along(f, f->dy, e, first, f->dy_along);
+            pack_along(f, f->dy, e, first, f->dy_along);
     }
 }
 
 /* z and hidden of 16 units and 32 slots from the products c with gate (0, 1) and up (2, 3). */
 static void swiglu_tiles(const struct tiles *f, const struct expert *e, int64_t unit, int64_t slot,
                          float c[4][SIDE * SIDE]) {
-    uint16_t *z = f->z ? f->z + 2 * e->hidden + unit * e->slots + slot : NULL;
-    for (int64_t u = 0; z && u < SIDE; u++) {
-        store_past_cache(z + u * e->slots, 0xffffffffu, narrow(c[0] + u * SIDE, c[1] + u * SIDE));
-        store_past_cache(z + (e->wide + u) * e->slots, 0xffffffffu, narrow(c[2] + u * SIDE, c[3] + u * SIDE));
-    }
-    __m512i hidden[SIDE];
+    int64_t z = 2 * e->hidden + unit * e->slots + slot;
+    struct both hidden[SIDE];
     for (int64_t u = 0; u < SIDE; u++) {
-        struct both act;
-        for (int64_t half = 0; half < 2; half++) {
-            vec gate = load(c[half] + u * SIDE);
-            act.half[half] = gate * sigmoid(gate) * load(c[2 + half] + u * SIDE);
+        struct both gate = both_at(c[0] + u * SIDE, c[1] + u * SIDE), up = both_at(c[2] + u * SIDE, c[3] + u * SIDE);
+        if (f->z) {
+            store_past_cache(f, number(f, f->z, z + u * e->slots), 0xffffffffu, gate);
+            store_past_cache(f, number(f, f->z, z + (e->wide + u) * e->slots), 0xffffffffu, up);
         }
-        hidden[u] = narrow_both(act);
+        for (int64_t half = 0; half < 2; half++)
+            hidden[u].half[half] = gate.half[half] * sigmoid(f, gate.half[half]) * up.half[half];
     }
-    store_exchanged(hidden, f->hidden + slot * stride_of_hidden(e) + unit, stride_of_hidden(e));
+    store_exchanged(f, hidden, f->hidden, slot, unit, stride_of_hidden(e), e->wide / DEEP);
 }
 
 /* What is read soon after a half of a block of units: the next one's weights. */
@@ -107,9 +99,9 @@ static struct soon soon_of_half(const struct tiles *f, int64_t half, int64_t hal
     struct soon soon = {0};
     int64_t next = half + 1 < halves ? half + 1 : half, slots = owner_of_block(f, half / 2)->slots;
     const struct expert *of = owner_of_block(f, next / 2);
-    const uint16_t *gate = f->w_in + (2 * of->unit + next * SIDE - of->block * DEEP) * f->d;
-    add_region(&soon, gate, f->d / 2, 64);
-    add_region(&soon, gate + of->width * f->d, f->d / 2, 64);
+    int64_t gate = (2 * of->unit + next * SIDE - of->block * DEEP) * f->d;
+    add_region(&soon, number(f, f->w_in, gate), lines(f, SIDE * f->d), 64);
+    add_region(&soon, number(f, f->w_in, gate + of->width * f->d), lines(f, SIDE * f->d), 64);
     spread_over(&soon, next > half ? slots / DEEP * UP_TO(f->d, DEEP) / DEEP : 0);
     return soon;
 }
@@ -118,23 +110,22 @@ static struct soon soon_of_half(const struct tiles *f, int64_t half, int64_t hal
 KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
     int64_t deep = UP_TO(f->d, DEEP) / DEEP;
-    uint16_t *copy = scratch(2 * SIDE * deep * DEEP);
+    uint16_t *copy = scratch(2 * 2 * deep * tile_of(f));
     float c[WAITING][4][SIDE * SIDE] __attribute__((aligned(64)));
     use_tiles();
     for (int64_t half = 2 * begin; half < 2 * end; half++) {
         const struct expert *e = owner_of_block(f, half / 2);
-        int64_t unit = half * SIDE - e->block * DEEP, stride;
+        int64_t unit = half * SIDE - e->block * DEEP, at = (2 * e->unit + unit) * f->d, count = e->width - unit;
         if (!e->n)
             continue;
-        const uint16_t *gate = f->w_in + (2 * e->unit + unit) * f->d, *up = gate + e->width * f->d;
         struct soon soon = soon_of_half(f, half, 2 * end);
-        gate = whole_rows(gate, e->width - unit, f->d, copy, &stride);
-        up = whole_rows(up, e->width - unit, f->d, copy + SIDE * deep * DEEP, &stride);
+        const void *gate = number(f, f->w_in, at), *up = number(f, f->w_in, at + e->width * f->d);
+        const struct left a = weights(f, gate, count, up, count, copy);
         for (int64_t slot = 0, blocks; slot < e->slots; slot += blocks * DEEP) {
             int64_t rest = (e->slots - slot) / DEEP;
-            blocks = together(deep) < rest ? together(deep) : rest;
-            const uint16_t *b = f->x_across + slot / SIDE * deep * TILE;
-            products(rows_as_they_lie(gate, up, stride), b, deep, blocks, c, &soon);
+            blocks = together(f, deep) < rest ? together(f, deep) : rest;
+            const uint16_t *b = f->x_across + slot / SIDE * deep * tile_of(f);
+            products(f, a, b, deep, blocks, c, &soon);
             for (int64_t i = 0; i < blocks; i++)
                 swiglu_tiles(f, e, unit, slot + i * DEEP, c[i]);
         }
@@ -144,39 +135,68 @@ KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
     free(copy);
 }
 
-/* `count` rows of a weight, COLUMNS columns of them from `column` on, paired along units: tiles of 16 columns, each
-   column of tiles `deep` tiles long, of which this writes those of `wide` units; zeros behind `count`. */
-static void pair_weight(const uint16_t *w, int64_t count, int64_t wide, int64_t column, int64_t d, int64_t deep,
+/* A tile along units of the `count` rows of a weight from w on, and COLUMNS columns from `column` on, paired: tiles of
+   16 columns, `tall` numbers apart; zeros behind `count`. */
+static void pair_weight(const struct tiles *f, const void *w, int64_t count, int64_t column, int64_t tall,
                         uint16_t *to) {
-    int64_t stop = column + COLUMNS < d ? column + COLUMNS : d;
-    for (int64_t u = 0; u < wide; u += 2) {
-        const uint16_t *even = u < count ? w + u * d : NULL, *odd = u + 1 < count ? w + (u + 1) * d : NULL;
-        uint16_t *left = to + u / DEEP * TILE + u % DEEP / 2 * DEEP;
-        for (int64_t first = column; first < stop; first += DEEP, left += 2 * deep * TILE) {
-            if (u + 13 < count) {
-                _mm_prefetch((const char *)(w + (u + 12) * d + first), _MM_HINT_T0);
-                _mm_prefetch((const char *)(w + (u + 13) * d + first), _MM_HINT_T0);
-            }
-            pair(even, odd, first, d, left, left + deep * TILE);
+    int64_t stop = column + COLUMNS < f->d ? column + COLUMNS : f->d;
+    for (int64_t u = 0; u < DEEP; u += 2) {
+        const void *even = u < count ? number(f, w, u * f->d) : NULL;
+        const void *odd = u + 1 < count ? number(f, w, (u + 1) * f->d) : NULL;
+        uint16_t *left = to + u / 2 * DEEP;
+        for (int64_t first = column; first < stop; first += DEEP, left += 2 * tall) {
+            if (u + 13 < count)
+                for (int64_t i = 12; i < 14; i++)
+                    for (int64_t line = 0; line < lines(f, DEEP); line++)
+                        _mm_prefetch((char *)number(f, w, (u + i) * f->d + first) + 64 * line, _MM_HINT_T0);
+            pair(f, even, odd, first, left, left + tall);
         }
     }
 }
 
-/* COLUMNS columns of an expert's rows: a [slots, 32 deep] times the paired weight b. */
-static void rows_of(const struct tiles *f, const struct expert *e, const uint16_t *a, int64_t stride, const uint16_t *b,
-                    int64_t deep, int64_t column) {
-    float c[4][SIDE * SIDE] __attribute__((aligned(64)));
-    int64_t stop = column + COLUMNS < f->d ? column + COLUMNS : f->d;
-    for (int64_t slot = 0; slot < e->n; slot += DEEP) {
-        const uint16_t *here = a + slot * stride, *left = b;
-        const struct left rows = rows_as_they_lie(here, here + SIDE * stride, stride);
-        for (int64_t first = column; first < stop; first += DEEP, left += 2 * deep * TILE) {
-            __mmask32 mask = first_columns(f->d - first);
-            product(&rows, left, left + deep * TILE, deep, 1, c, 0, NULL);
-            for (int64_t i = 0; i < DEEP && slot + i < e->n; i++) {
-                float *two = c[i / SIDE * 2] + i % SIDE * SIDE;
-                _mm512_mask_storeu_epi16(f->rows + (e->slot + slot + i) * f->d + first, mask,
-                                         narrow(two, two + SIDE * SIDE));
+/* Tiles `tile`.. of an expert's weight, gates before ups, paired by `pair_weight`. */
+static void pair_weights(const struct tiles *f, const struct expert *e, int64_t tile, int64_t count, int64_t column,
+                         uint16_t *to) {
+    int64_t half = e->wide / DEEP;
+    for (int64_t i = tile; i < tile + count; i++, to += tile_of(f)) {
+        int64_t gate = i / half, unit = i % half * DEEP;
+        const void *w = f->dz ? number(f, f->w_in, (2 * e->unit + gate * e->width + unit) * f->d)
+                              : number(f, f->w_out, (e->unit + unit) * f->d);
+        pair_weight(f, w, e->width - unit, column, count * tile_of(f), to);
+    }
+}
+
+/* 32 rows and columns of what experts add to their tokens. */
+static void store_rows(const struct tiles *f, const struct expert *e, int64_t slot, int64_t column,
+                       float c[4][SIDE * SIDE]) {
+    __mmask32 mask = first_columns(f->d - column);
+    for (int64_t i = 0; i < DEEP && slot + i < e->n; i++) {
+        float *two = c[i / SIDE * 2] + i % SIDE * SIDE;
+        store_both(f, number(f, f->rows, (e->slot + slot + i) * f->d + column), mask,
+                   both_at(two, two + SIDE * SIDE));
+    }
+}
+
+/* Tiles along units whose pairs of weights are together in the cache. */
+static inline int64_t units_together(const struct tiles *f, int64_t deep) { return f->narrow || !deep ? deep : UNITS; }
+
+/* COLUMNS columns of an expert's rows: hidden, or dz, times the weight, so many tiles along units at a time; `sums` wait
+   where there are more. */
+static void rows_of(const struct tiles *f, const struct expert *e, int64_t column, uint16_t *paired,
+                    float (*sums)[4][SIDE * SIDE]) {
+    int64_t stop = column + COLUMNS < f->d ? column + COLUMNS : f->d, deep = (f->dz ? 2 : 1) * e->wide / DEEP;
+    const uint16_t *rows = f->dz ? f->dz : f->hidden;
+    int64_t stride = f->dz ? stride_of_dz(e) : stride_of_hidden(e), step = units_together(f, deep);
+    for (int64_t k = 0; !k || k < deep; k += step ? step : 1) { /* once where there are no units, for zeros */
+        int64_t count = deep - k < step ? deep - k : step, tall = count * tile_of(f), at = 0;
+        pair_weights(f, e, k, count, column, paired);
+        for (int64_t slot = 0; slot < e->n; slot += DEEP) {
+            const struct left a = from_tile(left_of(f, rows, slot, stride, deep), k);
+            const uint16_t *b = paired;
+            for (int64_t first = column; first < stop; first += DEEP, b += 2 * tall, at += step < deep) {
+                product(&a, b, b + tall, count, f->pieces, sums[at], k > 0, NULL);
+                if (k + step >= deep)
+                    store_rows(f, e, slot, first, sums[at]);
             }
         }
     }
@@ -185,26 +205,22 @@ static void rows_of(const struct tiles *f, const struct expert *e, const uint16_
 /* rows = hidden W_out, or with dz its gradient's rows dz W_in: items are COLUMNS columns of an expert. */
 KERNEL(tile_rows)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
-    int64_t blocks = UP_TO(f->d, COLUMNS) / COLUMNS, gates = f->dz ? 2 : 1, widest = 0;
-    for (int64_t item = begin; item < end; item++)
-        widest = f->experts[item / blocks].wide > widest ? f->experts[item / blocks].wide : widest;
-    uint16_t *paired = scratch(gates * widest * COLUMNS);
-    use_tiles();
+    int64_t blocks = UP_TO(f->d, COLUMNS) / COLUMNS, deepest = 0, most = 0;
     for (int64_t item = begin; item < end; item++) {
         const struct expert *e = f->experts + item / blocks;
-        int64_t column = item % blocks * COLUMNS, half = e->wide / DEEP, deep = gates * half;
-        const uint16_t *w = f->dz ? f->w_in + 2 * e->unit * f->d : f->w_out + e->unit * f->d;
-        if (!e->n)
-            continue;
-        for (int64_t gate = 0; gate < gates; gate++)
-            pair_weight(w + gate * e->width * f->d, e->width, e->wide, column, f->d, deep, paired + gate * half * TILE);
-        if (f->dz)
-            rows_of(f, e, f->dz, stride_of_dz(e), paired, deep, column);
-        else
-            rows_of(f, e, f->hidden, stride_of_hidden(e), paired, deep, column);
+        int64_t deep = (f->dz ? 2 : 1) * e->wide / DEEP;
+        deepest = deep > deepest ? deep : deepest;
+        most = e->slots > most ? e->slots : most;
     }
+    int64_t step = units_together(f, deepest), waiting = step < deepest ? most * COLUMNS / (DEEP * DEEP) : 1;
+    uint16_t *paired = scratch(2 * (step < deepest ? step : deepest) * COLUMNS / SIDE * tile_of(f));
+    float(*sums)[4][SIDE * SIDE] = scratch(waiting * sizeof *sums);
+    use_tiles();
+    for (int64_t item = begin; item < end; item++)
+        rows_of(f, f->experts + item / blocks, item % blocks * COLUMNS, paired, sums);
     _tile_release();
     free(paired);
+    free(sums);
 }
 
 /* out = the sum of each token's rows, `weighted` or not, in the order of the rows: items are tokens. */
@@ -213,17 +229,15 @@ KERNEL(tile_sum)(const void *fields, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
         for (int64_t column = 0; column < f->d; column += DEEP) {
             __mmask32 mask = first_columns(f->d - column);
-            vec low = {0}, high = {0};
+            struct both total = {0};
             for (int64_t i = f->starts[t]; i < f->starts[t + 1]; i++) {
                 int64_t n = f->order[i], slot = f->order[f->n + n];
-                uint16_t row[DEEP];
-                _mm512_storeu_si512(row, _mm512_maskz_loadu_epi16(mask, f->rows + slot * f->d + column));
+                struct both row = load_both(f, number(f, f->rows, slot * f->d + column), mask);
                 float weight = f->weighted ? f->weight[n] : 1.0f;
-                low += load_bfloat16(row) * weight;
-                high += load_bfloat16(row + SIDE) * weight;
+                total.half[0] += row.half[0] * weight;
+                total.half[1] += row.half[1] * weight;
             }
-            _mm512_mask_storeu_epi16(f->out + t * f->d + column, mask,
-                                     (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+            store_both(f, number(f, f->out, t * f->d + column), mask, total);
         }
 }
 

@@ -1,4 +1,4 @@
-"""Gated experts with SiLU on rows sorted by expert, in bfloat16 on tiles of AMX (`expert_tiles.c`)."""
+"""Gated experts with SiLU on rows sorted by expert, on tiles of AMX (`expert_tiles.c`)."""
 
 from collections.abc import Sequence
 from heapq import heapreplace
@@ -18,6 +18,10 @@ DEEP, COLUMNS = 32, 128
 # What reading an expert's weights costs, in rows, and how much longer an expert takes that all cores share, who wait
 # for each other between its phases: both as measured.
 READING, SHARING = 64, 1.25
+
+
+# Pieces of a number of float32, by what `torch.set_float32_matmul_precision` asks for.
+PIECES = {"highest": 3, "high": 2, "medium": 1}
 
 
 class Expert(NamedTuple):
@@ -42,16 +46,17 @@ class Layout:
     Either way, what only it needs lies in memory that the next one writes again. Results do not depend on it.
     """
 
-    def __init__(self, token: Tensor, n_tokens: int, bounds: Sequence[int], widths: Sequence[int], d: int) -> None:
+    def __init__(self, x: Tensor, token: Tensor, bounds: Sequence[int], widths: Sequence[int]) -> None:
+        self.d, self.pieces = x.shape[1], pieces(x.dtype)
         counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
         slots, wide = ([_up_to(n, DEEP) for n in numbers] for numbers in (counts, widths))
         sizes = [s * w for s, w in zip(slots, wide, strict=True)]
         self.slot, self.hidden, self.block = _before(slots), _before(sizes), _before([w // DEEP for w in wide])
         columns = counts, bounds, slots, self.slot, widths, _before(widths), wide, self.hidden, self.block
         self.experts = [Expert(*numbers) for numbers in zip(*columns, strict=False)]
-        self.n_tokens, self.token = n_tokens, token.long().contiguous()
+        self.n_tokens, self.token = len(x), token.long().contiguous()
         self.table = torch.tensor(self.experts, dtype=torch.int64)
-        self.starts, self.order = (torch.empty(n, dtype=torch.int64) for n in (n_tokens + 1, 2 * len(token)))
+        self.starts, self.order = (torch.empty(n, dtype=torch.int64) for n in (len(x) + 1, 2 * len(token)))
         costs = [(n + READING) * width for n, width in zip(counts, widths, strict=True)]
         self.shared, self.whole = _shared_and_whole(costs, torch.get_num_threads())
         self.workers = min(torch.get_num_threads(), len(self.whole))
@@ -59,15 +64,23 @@ class Layout:
         self.room_slots = max((slots[e] for e in self.shared), default=0)
         self.room_hidden = max((sizes[e] for e in self.shared), default=0)
 
-    def packed(self, like: Tensor, d: int, wanted: bool = True) -> Tensor | None:
+    def packed(self, wanted: bool = True) -> Tensor | None:
         """Memory for the packed rows of the experts at work."""
         slots = max(self.workers * self.most_slots, self.room_slots)
-        return like.new_empty(slots * _up_to(d, DEEP)) if wanted else None
+        return self._in_pieces(slots * _up_to(self.d, DEEP)) if wanted else None
 
-    def by_units(self, like: Tensor, gates: int) -> Tensor:
+    def by_units(self, gates: int) -> Tensor:
         """Memory for so many times the hidden numbers of the experts at work, and a tile's columns behind them."""
         whole = self.workers * (gates * self.most_hidden + self.most_slots * DEEP)
-        return like.new_empty(max(whole, gates * self.room_hidden + self.room_slots * DEEP))
+        return self._in_pieces(max(whole, gates * self.room_hidden + self.room_slots * DEEP))
+
+    def _in_pieces(self, numbers: int) -> Tensor:
+        return torch.empty(numbers * self.pieces, dtype=torch.bfloat16)
+
+
+def pieces(dtype: torch.dtype) -> int:
+    """Numbers in bfloat16 that a number is the sum of where tiles multiply it."""
+    return 1 if dtype == torch.bfloat16 else PIECES[torch.get_float32_matmul_precision()]
 
 
 def _before(numbers: Sequence[int]) -> list[int]:
@@ -104,10 +117,11 @@ _POINTERS = (
 class _Kernels:
     """One call of the operation: the fields that its kernels share."""
 
-    def __init__(self, layout: Layout, d: int, weighted: bool, **tensors: Tensor | None) -> None:
-        self.layout, self.columns = layout, -(-d // COLUMNS)
+    def __init__(self, layout: Layout, x: Tensor, weighted: bool, **tensors: Tensor | None) -> None:
+        self.layout, self.columns = layout, -(-layout.d // COLUMNS)
         # kept, because the packed fields are addresses
         self.tensors = tensors | {
+            "x": x,
             "token": layout.token,
             "experts": layout.table,
             "starts": layout.starts,
@@ -115,7 +129,8 @@ class _Kernels:
             "whole": torch.tensor(layout.whole, dtype=torch.int64),
             "taken": torch.zeros(1, dtype=torch.int64),
         }
-        numbers = len(layout.token), layout.n_tokens, d, len(layout.experts), int(weighted)
+        numbers = len(layout.token), layout.n_tokens, layout.d, len(layout.experts), int(weighted)
+        numbers += int(x.dtype == torch.bfloat16), layout.pieces
         numbers += len(layout.whole), layout.most_slots, layout.most_hidden
         pointers = (self.tensors.get(name) for name in _POINTERS)
         self.fields = native.struct_of("tiles", *(0 if tensor is None else tensor for tensor in pointers), *numbers)
@@ -145,16 +160,15 @@ def forward(
     keep: bool,
 ) -> tuple[Float[Tensor, "t d"], Float[Tensor, "z"] | None]:
     """y, and the pre-activations of all experts where they are to be kept."""
-    d = x.shape[1]
     z = x.new_empty(2 * layout.hidden[-1]) if keep else None
     kernels = _Kernels(
         layout,
-        d,
+        x,
         weighted=True,
-        **{"x": x, "weight": weight.float(), "w_in": w_in, "w_out": w_out, "z": z},
-        x_across=layout.packed(x, d),
-        hidden=layout.by_units(x, 1),
-        rows=x.new_empty(layout.slot[-1], d),
+        **{"weight": weight.float(), "w_in": w_in, "w_out": w_out, "z": z},
+        x_across=layout.packed(),
+        hidden=layout.by_units(1),
+        rows=x.new_empty(layout.slot[-1], layout.d),
         out=(y := torch.empty_like(x)),
     )
     kernels.run("tile_places", 1)
@@ -172,18 +186,17 @@ def backward(
     """Gradients of x, weight, w_in and w_out from those that the forward pass saved: these and z. `needs` are x, w_in
     and w_out."""
     x, weight, w_in, w_out, z = saved
-    d = x.shape[1]
     dx, dw_in, dw_out = (torch.empty_like(v) if need else None for v, need in zip((x, w_in, w_out), needs, strict=True))
     kernels = _Kernels(
         layout,
-        d,
+        x,
         weighted=False,
-        **{"x": x, "dy": dy, "weight": weight.float(), "w_in": w_in, "w_out": w_out, "z": z},
-        dy_across=layout.packed(x, d),
-        x_along=layout.packed(x, d, needs[1]),
-        dy_along=layout.packed(x, d, needs[2]),
-        dz=layout.by_units(x, 2) if needs[0] else None,
-        rows=x.new_empty(layout.slot[-1], d) if needs[0] else None,
+        **{"dy": dy, "weight": weight.float(), "w_in": w_in, "w_out": w_out, "z": z},
+        dy_across=layout.packed(),
+        x_along=layout.packed(needs[1]),
+        dy_along=layout.packed(needs[2]),
+        dz=layout.by_units(2) if needs[0] else None,
+        rows=x.new_empty(layout.slot[-1], layout.d) if needs[0] else None,
         part=torch.empty(layout.hidden[-1] // DEEP),
         dweight=(dweight := torch.empty(len(weight))),
         **{"out": dx, "dw_in": dw_in, "dw_out": dw_out},

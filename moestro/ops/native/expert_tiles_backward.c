@@ -2,39 +2,39 @@
 
 #ifdef __AMX_BF16__
 
-#include "tiles.h"
+#include "tile_numbers.h"
 
 /* Gradients of 32 units, by units and slots, as the gradients of weights want them: of gate and up, weight * hidden. */
 struct units {
     uint16_t *gate, *up, *scaled;
-    int64_t stride;
+    int64_t stride, deep; /* as `left_of` wants them */
 };
 
 /* dz, weight * hidden and what 16 units add to `dot`, <dhidden, hidden>, of 32 slots, from dhidden / weight in c; `to`
    are the units' own. */
 static inline void swiglu_back(const struct tiles *f, const struct expert *e, int64_t unit, int64_t slot,
                                const struct both *weight, float (*c)[SIDE * SIDE], struct units to, struct both *dot) {
-    const uint16_t *z = f->z + 2 * e->hidden + unit * e->slots + slot;
-    __m512i of_gate[SIDE], of_up[SIDE];
+    int64_t z = 2 * e->hidden + unit * e->slots + slot;
+    struct both of_gate[SIDE], of_up[SIDE];
     for (int64_t u = 0; u < SIDE; u++) {
-        struct both gate = load_both(z + u * e->slots), up = load_both(z + (e->wide + u) * e->slots), scaled;
-        int64_t at = (unit % DEEP + u) * to.stride + slot;
+        struct both gate = load_both(f, number(f, f->z, z + u * e->slots), 0xffffffffu), scaled;
+        struct both up = load_both(f, number(f, f->z, z + (e->wide + u) * e->slots), 0xffffffffu);
+        int64_t at = unit % DEEP + u;
         for (int64_t i = 0; i < 2; i++) {
-            vec dhidden = load(c[i] + u * SIDE), s = sigmoid(gate.half[i]), act = gate.half[i] * s;
+            vec dhidden = load(c[i] + u * SIDE), s = sigmoid(f, gate.half[i]), act = gate.half[i] * s;
             vec hidden = act * up.half[i], back = dhidden * weight->half[i];
             dot->half[i] += dhidden * hidden;
             scaled.half[i] = hidden * weight->half[i];
             gate.half[i] = back * up.half[i] * (s * (1.0f + gate.half[i] * (1.0f - s)));
             up.half[i] = back * act;
         }
-        _mm512_storeu_si512(to.scaled + at, narrow_both(scaled));
-        _mm512_storeu_si512(to.gate + at, of_gate[u] = narrow_both(gate));
-        _mm512_storeu_si512(to.up + at, of_up[u] = narrow_both(up));
+        store_unit(f, scaled, to.scaled, at, slot, to.stride, to.deep);
+        store_unit(f, of_gate[u] = gate, to.gate, at, slot, to.stride, to.deep);
+        store_unit(f, of_up[u] = up, to.up, at, slot, to.stride, to.deep);
     }
     if (f->dz) {
-        uint16_t *rows = f->dz + slot * stride_of_dz(e) + unit;
-        store_exchanged(of_gate, rows, stride_of_dz(e));
-        store_exchanged(of_up, rows + e->wide, stride_of_dz(e));
+        store_exchanged(f, of_gate, f->dz, slot, unit, stride_of_dz(e), 2 * e->wide / DEEP);
+        store_exchanged(f, of_up, f->dz, slot, e->wide + unit, stride_of_dz(e), 2 * e->wide / DEEP);
     }
 }
 
@@ -56,40 +56,38 @@ static void block_back(const struct tiles *f, const struct expert *e, int64_t un
 /* Back through weight * (hidden W_out) and SwiGLU, for 32 units; `copy` is room for 32 rows of W_out. */
 static void units_back(const struct tiles *f, const struct expert *e, int64_t unit, uint16_t *copy, struct units to,
                        struct soon *soon) {
-    int64_t deep = UP_TO(f->d, DEEP) / DEEP, stride;
-    const uint16_t *one = f->w_out + (e->unit + unit) * f->d, *two = one + SIDE * f->d;
+    int64_t deep = UP_TO(f->d, DEEP) / DEEP, count = e->width - unit;
+    const void *one = number(f, f->w_out, (e->unit + unit) * f->d), *two = number(f, one, SIDE * f->d);
     float c[WAITING][4][SIDE * SIDE] __attribute__((aligned(64)));
-    one = whole_rows(one, e->width - unit, f->d, copy, &stride);
-    two = whole_rows(two, e->width - unit - SIDE, f->d, copy + SIDE * deep * DEEP, &stride);
+    const struct left a = weights(f, one, count, two, count - SIDE, copy);
     for (int64_t slot = 0, blocks; slot < e->slots; slot += blocks * DEEP) {
         int64_t rest = (e->slots - slot) / DEEP;
-        blocks = together(deep) < rest ? together(deep) : rest;
-        const uint16_t *dy = f->dy_across + slot / SIDE * deep * TILE;
-        products(rows_as_they_lie(one, two, stride), dy, deep, blocks, c, soon);
+        blocks = together(f, deep) < rest ? together(f, deep) : rest;
+        const uint16_t *dy = f->dy_across + slot / SIDE * deep * tile_of(f);
+        products(f, a, dy, deep, blocks, c, soon);
         for (int64_t i = 0; i < blocks; i++)
             block_back(f, e, unit, slot + i * DEEP, c[i], to);
     }
 }
 
-/* Gradients of the weights of 32 units, of which `count` are there: a [units, slots] times the rows b, paired along
+/* Gradients of the weights of 32 units, of which `count` are there: the units of `of` times the rows b, paired along
    slots. Two lines that follow each other go to memory together: that takes little more than half the time. */
-static void gradient(const struct tiles *f, const struct expert *e, const uint16_t *a, int64_t stride,
-                     const uint16_t *b, int64_t count, uint16_t *to, struct soon *soon) {
-    int64_t deep = e->slots / DEEP;
-    const struct left units = rows_as_they_lie(a, a + SIDE * stride, stride);
+static void gradient(const struct tiles *f, const struct expert *e, struct left units, const uint16_t *b, int64_t count,
+                     void *to, struct soon *soon) {
+    int64_t deep = e->slots / DEEP, tall = deep * tile_of(f);
+    int64_t at_once = f->narrow ? 2 : 1; /* 32 numbers of float32 are two lines */
     float c[2][4][SIDE * SIDE] __attribute__((aligned(64)));
-    for (int64_t column = 0; column < f->d; column += 2 * DEEP) {
-        const uint16_t *left = b + column / SIDE * deep * TILE;
-        __mmask32 mask = first_columns(f->d - column), more = first_columns(f->d - column - DEEP);
-        product(&units, left, left + deep * TILE, deep, 1, c[0], 0, soon);
-        if (more)
-            product(&units, left + 2 * deep * TILE, left + 3 * deep * TILE, deep, 1, c[1], 0, soon);
-        for (int64_t u = 0; u < DEEP && u < count; u++) {
-            const float *one = c[0][u / SIDE * 2] + u % SIDE * SIDE, *two = c[1][u / SIDE * 2] + u % SIDE * SIDE;
-            store_past_cache(to + u * f->d + column, mask, narrow(one, one + SIDE * SIDE));
-            if (more)
-                store_past_cache(to + u * f->d + column + DEEP, more, narrow(two, two + SIDE * SIDE));
-        }
+    for (int64_t column = 0; column < f->d; column += at_once * DEEP) {
+        const uint16_t *left = b + column / SIDE * tall;
+        for (int64_t i = 0; i < at_once && column + i * DEEP < f->d; i++, left += 2 * tall)
+            product(&units, left, left + tall, deep, f->pieces, c[i], 0, soon);
+        for (int64_t u = 0; u < DEEP && u < count; u++)
+            for (int64_t i = 0; i < at_once; i++) {
+                int64_t first = column + i * DEEP;
+                float *two = c[i][u / SIDE * 2] + u % SIDE * SIDE;
+                store_past_cache(f, number(f, to, u * f->d + first), first_columns(f->d - first),
+                                 both_at(two, two + SIDE * SIDE));
+            }
     }
 }
 
@@ -100,15 +98,15 @@ static struct soon soon_of_block(const struct tiles *f, int64_t block, int64_t b
     if (block + 1 < blocks) {
         const struct expert *of = owner_of_block(f, block + 1);
         int64_t unit = (block + 1 - of->block) * DEEP;
-        const uint16_t *z = f->z + 2 * of->hidden + unit * of->slots;
-        add_region(&soon, f->w_out + (of->unit + unit) * f->d, f->d, 64);
-        add_region(&soon, z, of->slots, 64);
-        add_region(&soon, z + of->wide * of->slots, of->slots, 64);
+        int64_t z = 2 * of->hidden + unit * of->slots;
+        add_region(&soon, number(f, f->w_out, (of->unit + unit) * f->d), lines(f, DEEP * f->d), 64);
+        add_region(&soon, number(f, f->z, z), lines(f, DEEP * of->slots), 64);
+        add_region(&soon, number(f, f->z, z + of->wide * of->slots), lines(f, DEEP * of->slots), 64);
     }
     if (f->dz && kept(f, e, 2)) {
-        const uint16_t *gate = f->w_in + (2 * e->unit + (block - e->block) * DEEP) * f->d;
-        add_region(&soon, gate, f->d, 64);
-        add_region(&soon, gate + e->width * f->d, f->d, 64);
+        int64_t gate = (2 * e->unit + (block - e->block) * DEEP) * f->d;
+        add_region(&soon, number(f, f->w_in, gate), lines(f, DEEP * f->d), 64);
+        add_region(&soon, number(f, f->w_in, gate + e->width * f->d), lines(f, DEEP * f->d), 64);
     }
     spread_over(&soon, (f->dw_in && f->dw_out ? 4 : 1) * (e->slots / DEEP) * UP_TO(f->d, DEEP) / DEEP);
     return soon;
@@ -121,20 +119,23 @@ KERNEL(tile_gradients)(const void *fields, int64_t begin, int64_t end) {
     int64_t most = 0;
     for (int64_t item = begin; item < end; item++)
         most = owner_of_block(f, item)->slots > most ? owner_of_block(f, item)->slots : most;
-    uint16_t *copy = scratch(2 * SIDE * UP_TO(f->d, DEEP)), *room = scratch(3 * DEEP * (most + DEEP));
+    int64_t units = DEEP * (most + DEEP) * f->pieces;
+    uint16_t *copy = scratch(2 * DEEP * UP_TO(f->d, DEEP) * f->pieces), *room = scratch(2 * 3 * units);
     use_tiles();
     for (int64_t item = begin; item < end; item++) {
         const struct expert *e = owner_of_block(f, item);
-        int64_t unit = (item - e->block) * DEEP, count = e->width - unit, stride = e->slots + DEEP;
-        struct units to = {room, room + DEEP * stride, room + 2 * DEEP * stride, stride};
+        int64_t unit = (item - e->block) * DEEP, count = e->width - unit, stride = e->slots + DEEP, deep = e->slots / DEEP;
+        struct units to = {room, room + units, room + 2 * units, stride, deep};
         struct soon soon = soon_of_block(f, item, end);
         units_back(f, e, unit, copy, to, &soon);
+        const struct left gate = left_of(f, to.gate, 0, stride, deep), up = left_of(f, to.up, 0, stride, deep);
+        const struct left scaled = left_of(f, to.scaled, 0, stride, deep);
+        int64_t dw_in = (2 * e->unit + unit) * f->d, dw_out = (e->unit + unit) * f->d;
         if (f->dw_out)
-            gradient(f, e, to.scaled, stride, f->dy_along, count, f->dw_out + (e->unit + unit) * f->d, &soon);
+            gradient(f, e, scaled, f->dy_along, count, number(f, f->dw_out, dw_out), &soon);
         if (f->dw_in) {
-            uint16_t *dw_in = f->dw_in + (2 * e->unit + unit) * f->d;
-            gradient(f, e, to.gate, stride, f->x_along, count, dw_in, &soon);
-            gradient(f, e, to.up, stride, f->x_along, count, dw_in + e->width * f->d, &soon);
+            gradient(f, e, gate, f->x_along, count, number(f, f->dw_in, dw_in), &soon);
+            gradient(f, e, up, f->x_along, count, number(f, f->dw_in, dw_in + e->width * f->d), &soon);
         }
     }
     _mm_sfence();

@@ -14,15 +14,16 @@ PHASE(tile_gradients);
 /* The worker's part of the memory that experts at work have. */
 static struct tiles of_worker(const struct tiles *f, int64_t worker) {
     struct tiles own = *f;
-    int64_t packed = worker * f->most_slots * UP_TO(f->d, DEEP), beside = worker * f->most_slots * DEEP;
+    int64_t pieces = worker * f->pieces, packed = pieces * f->most_slots * UP_TO(f->d, DEEP);
+    int64_t beside = pieces * f->most_slots * DEEP;
     uint16_t **rows[] = {&own.x_across, &own.x_along, &own.dy_across, &own.dy_along};
     for (int64_t i = 0; i < 4; i++)
         if (*rows[i])
             *rows[i] += packed;
     if (f->hidden)
-        own.hidden += worker * f->most_hidden + beside;
+        own.hidden += pieces * f->most_hidden + beside;
     if (f->dz)
-        own.dz += 2 * worker * f->most_hidden + beside;
+        own.dz += 2 * pieces * f->most_hidden + beside;
     return own;
 }
 
