@@ -101,12 +101,12 @@ static inline int kept(const struct tiles *f, const struct expert *e, int64_t ga
 #define WAITING 8
 
 /* How many of so many blocks of slots are taken together. */
-static inline int64_t together(const struct tiles *f, int64_t deep) { return deep * f->pieces > STEP ? WAITING : 1; }
+static inline int64_t together(const struct tiles *f, int64_t deep) { return f->narrow && deep > STEP ? WAITING : 1; }
 
 /* 32 rows of A times `count` blocks of 32 slots, whose tiles along k follow each other from b on. */
 static inline void products(const struct tiles *f, struct left a, const uint16_t *b, int64_t deep, int64_t count,
                             float c[WAITING][4][SIDE * SIDE], struct soon *soon) {
-    int64_t steps = (deep * f->pieces + STEP - 1) / STEP, step = steps ? (deep + steps - 1) / steps : 0;
+    int64_t steps = f->narrow ? (deep + STEP - 1) / STEP : 1, step = steps ? (deep + steps - 1) / steps : 0;
     for (int64_t k = 0; k < deep; k += step) {
         struct left here = from_tile(a, k);
         for (int64_t i = 0; i < count; i++) {
