@@ -1,4 +1,5 @@
-"""Experts in bfloat16 on tiles of the processor: against float64, each expert's gradients by themselves."""
+"""Experts on tiles of the processor: in bfloat16 against float64, each expert's gradients by themselves; and what holds
+in float32 as well, whose accuracy is `test_float32_tiles.py`'s."""
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from moestro.ops.tiled_ffn import tiled_ffn
 from tests.tolerances import BFLOAT16_NORM
 
 needs_tiles = pytest.mark.skipif("amx" not in native.variants(), reason="no tiles of bfloat16 here")
+both = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 # tokens, rows of every expert, widths, width of the model
 CASES = {
     "whole tiles": (64, [32, 64], [32, 64], 64),
@@ -62,16 +64,17 @@ def test_each_experts_results_equal_float64(case, counted):
 
 
 @needs_tiles
-def test_what_is_not_an_experts_own_is_not_read():
+@both
+def test_what_is_not_an_experts_own_is_not_read(dtype):
     x, token, weight, offsets, w_in, w_out, widths = inputs(*CASES["every expert its own width"])
     counts = [0, *offsets.diff().tolist(), 0]
     token = token.clamp(max=98)
-    want = results("native", torch.bfloat16, (x, token, weight, offsets, w_in, w_out, widths))
+    want = results("native", dtype, (x, token, weight, offsets, w_in, w_out, widths))
     around = [torch.full((n, x.shape[1]), float("nan")).bfloat16() for n in (6, 3)]
     x[99] = float("nan")
     padded_in, padded_out = (torch.cat([a, v, a]) for a, v in zip(around, (w_in, w_out), strict=True))
     bounds = torch.tensor([0, *counts]).cumsum(0)
-    have = results("native", torch.bfloat16, (x, token, weight, bounds, padded_in, padded_out, [3, *widths, 3]))
+    have = results("native", dtype, (x, token, weight, bounds, padded_in, padded_out, [3, *widths, 3]))
     for index, (mine, true) in enumerate(zip(have, want, strict=True)):
         own = mine[len(mine) - len(true) >> 1 :][: len(true)]
         assert torch.equal(own[:99] if index < 2 else own, true[:99] if index < 2 else true), index
@@ -79,11 +82,12 @@ def test_what_is_not_an_experts_own_is_not_read():
 
 
 @needs_tiles
-def test_threads_and_calls_change_no_bit(two_threads):
+@both
+def test_threads_and_calls_change_no_bit(dtype, two_threads):
     arguments = inputs(*CASES["17 units and rows more than tiles"])
-    runs = [results("native", torch.bfloat16, arguments) for _ in range(2)]
+    runs = [results("native", dtype, arguments) for _ in range(2)]
     torch.set_num_threads(1)
-    runs.append(results("native", torch.bfloat16, arguments))
+    runs.append(results("native", dtype, arguments))
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
@@ -108,15 +112,16 @@ def forced(monkeypatch, shared):
 
 
 @needs_tiles
+@both
 @pytest.mark.parametrize("shared", [(), (0,), (1, 2, 5), (0, 1, 2, 3, 4, 5)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_experts_of_one_core_and_of_all_have_the_same_bits(shared, threads, counted, monkeypatch, two_threads):
+def test_experts_of_one_core_and_of_all_have_the_same_bits(dtype, shared, threads, counted, monkeypatch, two_threads):
     arguments = inputs(300, [50, 0, 140, 90, 20, 33], [33, 40, 20, 64, 0, 7], 70)
-    want = results("native", torch.bfloat16, arguments)
+    want = results("native", dtype, arguments)
     counted.clear()
     torch.set_num_threads(threads)
     forced(monkeypatch, shared)
-    have = results("native", torch.bfloat16, arguments)
+    have = results("native", dtype, arguments)
     assert counted.count("tile_gradients") == len(shared) and counted.count("tile_whole") == 2
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
@@ -131,27 +136,30 @@ def test_cores_share_experts_that_would_keep_the_others_waiting():
 
 
 @needs_tiles
+@both
 @pytest.mark.parametrize("wanted", range(4))
-def test_gradients_that_nobody_wants_are_not_computed(wanted, counted, monkeypatch):
+def test_gradients_that_nobody_wants_are_not_computed(dtype, wanted, counted, monkeypatch):
     arguments = inputs(*CASES["odd everything"])
-    every = results("native", torch.bfloat16, arguments)
+    every = results("native", dtype, arguments)
     alone = [i == wanted for i in range(4)]
-    have = results("native", torch.bfloat16, arguments, alone)
+    have = results("native", dtype, arguments, alone)
     assert [v is None for v in have[1:]] == [i != wanted for i in range(4)]
     assert torch.equal(have[1 + wanted], every[1 + wanted])
     assert counted.count("tile_sum") == (4 if wanted == 0 else 3)
     counted.clear()
     forced(monkeypatch, range(4))
-    shared = results("native", torch.bfloat16, arguments, alone)
+    shared = results("native", dtype, arguments, alone)
     assert torch.equal(have[1 + wanted], shared[1 + wanted])
     assert counted.count("tile_rows") == (8 if wanted == 0 else 4)
 
 
 @needs_tiles
-def test_without_gradients_outputs_are_the_same_bits_and_backward_may_run_twice(counted):
+@both
+def test_without_gradients_outputs_are_the_same_bits_and_backward_may_run_twice(dtype, counted):
     many = (300, [150, 0, 133], [40, 5, 33], 70)
     x, token, weight, offsets, w_in, w_out, widths = inputs(*many)
-    want = results("native", torch.bfloat16, (x, token, weight, offsets, w_in, w_out, widths))
+    x, weight, w_in, w_out = (v.to(dtype) for v in (x, weight, w_in, w_out))
+    want = results("native", dtype, (x, token, weight, offsets, w_in, w_out, widths))
     with torch.no_grad():
         assert torch.equal(ops.expert_ffn(x, token, weight, offsets, w_in, w_out, widths, "silu"), want[0])
     assert "few_rows" not in counted
@@ -161,13 +169,11 @@ def test_without_gradients_outputs_are_the_same_bits_and_backward_may_run_twice(
 
 
 @needs_tiles
-@pytest.mark.parametrize("why", ["float32", "another variant", "another activation", "no gate", "stacked"])
+@pytest.mark.parametrize("why", ["another variant", "another activation", "no gate", "stacked"])
 def test_everything_else_runs_without_tiles(why, counted):
     x, token, weight, offsets, w_in, w_out, widths = inputs(*CASES["whole tiles"])
     activation, variant = "silu", "avx512" if why == "another variant" else "amx"
-    if why == "float32":
-        x, weight, w_in, w_out = (v.float() for v in (x, weight, w_in, w_out))
-    elif why == "another activation":
+    if why == "another activation":
         activation = "gelu"
     elif why == "no gate":
         w_in = w_in[: len(w_out)]

@@ -67,9 +67,16 @@ static inline vec rough_sigmoid(vec z) {
     return guess * (2.0f - sum * guess);
 }
 
-static inline vec sigmoid(const struct tiles *f, vec z) {
-    return f->narrow ? rough_sigmoid(z) : 1.0f / (1.0f + exponential(-z));
+/* The same to two units in the last place, and 0 where it is less than any number. */
+static inline vec exact_sigmoid(vec z) {
+    const __m512 most = _mm512_set1_ps(140.0f);
+    vec x = (vec)_mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), most), _mm512_min_ps(most, (__m512)-z));
+    vec n = (vec)_mm512_roundscale_ps((__m512)(x * 1.44269504088896f), 8);
+    vec e = (vec)_mm512_scalef_ps((__m512)exponential_near_0((x - n * 0.693359375f) + n * 2.12194440e-4f), (__m512)n);
+    return 1.0f / (1.0f + e);
 }
+
+static inline vec sigmoid(const struct tiles *f, vec z) { return f->narrow ? rough_sigmoid(z) : exact_sigmoid(z); }
 
 /* The pieces of 16 pairs, each to its own tile, of which `to` is a row. */
 ALWAYS void store_pieces(const struct tiles *f, vec low, vec high, uint16_t *to) {

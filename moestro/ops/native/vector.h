@@ -175,15 +175,19 @@ static inline vec choose(ivec condition, vec yes, vec no) {
     return yes;
 }
 
+/* e^r for r within half of log 2. */
+static inline vec exponential_near_0(vec r) {
+    return (((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+             1.6666665459e-1f) * r + 5.0000001201e-1f) * (r * r) + r + 1.0f;
+}
+
 /* e^x to about two units in the last place; beyond +-87 as if x were there. */
 static inline vec exponential(vec x) {
     const float whole = 12582912.0f; /* 1.5 * 2^23: added, it leaves no room for a fraction */
     const vec most = (vec){0} + 87.0f;
     x = choose(x > most, most, choose(x < -most, -most, x));
     vec n = (x * 1.44269504088896f + whole) - whole;
-    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = (((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
-              1.6666665459e-1f) * r + 5.0000001201e-1f) * (r * r) + r + 1.0f;
+    vec p = exponential_near_0((x - n * 0.693359375f) + n * 2.12194440e-4f);
     ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
     vec scale;
     memcpy(&scale, &power, sizeof scale);
