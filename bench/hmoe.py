@@ -5,14 +5,16 @@ parameter, (ii) the same loop with parameters of its own for each expert, which 
 library transformers' experts, a loop (`eager`) and `grouped_mm`, and (iv) torch's grouped matrix product; (iii) and
 (iv) know one width, so there experts are padded to the widest. The rate on useful FLOPs stands beside those of the
 machine's own matrix product: a large one, and the six products of the mean expert again and again, so that all lies in
-the cache; the time, beside that of copying the experts' weights. In bfloat16 also with other tokens, and so another
-routing, every time, as in training. Then decoding: a forward pass of 1 or 16 tokens, other ones every time.
+the cache; the time, beside that of copying the experts' weights. In float32 the error against float64, so that nobody
+has to believe that speed is not bought with it. In bfloat16 also with other tokens, and so another routing, every
+time, as in training. Then decoding: a forward pass of 1 or 16 tokens, other ones every time.
 
     python -m bench.hmoe [--quick] [--json PATH]
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -99,9 +101,38 @@ def training(shape: Shape, dtype: torch.dtype, tokens: int, rounds: int) -> list
     flops = {"ours": useful} | {name: count for name, (_, count) in products.items()}
     rows += rate(case, "forward + backward, useful FLOPs", times, flops)
     if dtype == torch.float32:
+        rows += errors(case, moe, peers["loop over slices"], x)
         return rows + weigh(case, lambda: moe(x)[0], {name: partial(module, x) for name, module in peers.items()})
     # only products of 16-bit numbers are compiled for their shape
     return rows + changing(case, moe, peers, x, rounds)
+
+
+def errors(case: str, moe: MoELayer, loop: nn.Module, x: Tensor) -> list[Row]:
+    """How far the output and all gradients are from those in float64, relative to their norm."""
+    exact = step(LoopedExperts(deepcopy(moe).double(), split=False), x.double())
+    ours, theirs = (relative_errors(step(module, x), exact) for module in (moe, loop))
+    rows = []
+    for what, mine, other in zip(("output", "gradients"), ours, theirs, strict=True):
+        ratio = other / mine
+        rows.append(
+            Row(case, f"error against float64, {what}", "e-9", mine, "loop over slices", other, ratio, (ratio, ratio))
+        )
+    return rows
+
+
+def step(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, and the gradients of x, the experts' weights and the router's, one list for all contestants."""
+    x, dy = x.detach().requires_grad_(), drawn(x.shape, torch.float32).to(x.dtype)
+    own = [module.bank.w_in.weight, module.bank.w_out.weight] if isinstance(module, MoELayer) else module.parameters()
+    y = output(module, x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *own, *module.router.parameters()], dy)]
+
+
+def relative_errors(have: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[float, float]:
+    """Of the first tensor, and of all others together, in units of 1e-9."""
+    square = [(float((a - b).square().sum()), float(b.square().sum())) for a, b in zip(have, exact, strict=True)]
+    each = square[0], tuple(map(sum, zip(*square[1:], strict=True)))
+    return tuple(1e9 * (error / norm) ** 0.5 for error, norm in each)  # type: ignore[return-value]
 
 
 def changing(case: str, moe: MoELayer, peers: dict[str, nn.Module], like: Tensor, rounds: int) -> list[Row]:

@@ -53,7 +53,8 @@ def active() -> str:
 def runs_native(*tensors: Tensor) -> bool:
     """Whether an operation that has compiled kernels uses them for these tensors: on the CPU, each in float32 or
     bfloat16. Kernels compute in float32, whatever they read; on tiles, numbers are rounded to bfloat16 before they are
-    multiplied. Everything else, float64 above all, runs as `fused`."""
+    multiplied where tensors are in bfloat16, and are sums of numbers in bfloat16 where they are in float32
+    (`ops.tiled_ffn`). Everything else, float64 above all, runs as `fused`."""
     return active() == "native" and all(v.device.type == "cpu" and v.dtype in NATIVE_DTYPES for v in tensors)
 
 

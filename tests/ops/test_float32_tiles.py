@@ -8,8 +8,8 @@ from moestro.ops import native
 from tests.ops.test_native_tiles import CASES, results
 
 needs_tiles = pytest.mark.skipif("amx" not in native.variants(), reason="no tiles of bfloat16 here")
-# what single experts and rows may be off, beside twice the error of torch's products: four roundings of float32, because
-# of few numbers torch's error is now and then nearly 0
+# what single experts and rows may be off, beside twice the error of torch's products: four roundings of float32,
+# because of few numbers torch's error is now and then nearly 0
 ROUNDINGS = 4 * 2**-23
 LARGER = CASES | {
     "wide experts": (200, [150, 90], [300, 600], 96),

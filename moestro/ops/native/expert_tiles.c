@@ -94,41 +94,63 @@ static void swiglu_tiles(const struct tiles *f, const struct expert *e, int64_t 
     store_exchanged(f, hidden, f->hidden, slot, unit, stride_of_hidden(e), e->wide / DEEP);
 }
 
-/* What is read soon after a half of a block of units: the next one's weights. */
-static struct soon soon_of_half(const struct tiles *f, int64_t half, int64_t halves) {
+/* What is read soon after `count` halves of blocks of units: the next ones' weights. */
+static struct soon soon_of_halves(const struct tiles *f, int64_t half, int64_t count, int64_t halves) {
     struct soon soon = {0};
-    int64_t next = half + 1 < halves ? half + 1 : half, slots = owner_of_block(f, half / 2)->slots;
+    int64_t next = half + count < halves ? half + count : half, slots = owner_of_block(f, half / 2)->slots;
     const struct expert *of = owner_of_block(f, next / 2);
-    int64_t gate = (2 * of->unit + next * SIDE - of->block * DEEP) * f->d;
-    add_region(&soon, number(f, f->w_in, gate), lines(f, SIDE * f->d), 64);
-    add_region(&soon, number(f, f->w_in, gate + of->width * f->d), lines(f, SIDE * f->d), 64);
-    spread_over(&soon, next > half ? slots / DEEP * UP_TO(f->d, DEEP) / DEEP : 0);
+    int64_t unit = next * SIDE - of->block * DEEP, units = count * SIDE;
+    int64_t gate = (2 * of->unit + unit) * f->d, rest = of->width - unit;
+    int64_t many = lines(f, (units < rest ? units : rest) * f->d);
+    add_region(&soon, number(f, f->w_in, gate), many, 64);
+    add_region(&soon, number(f, f->w_in, gate + of->width * f->d), many, 64);
+    spread_over(&soon, next > half ? count * slots / DEEP * UP_TO(f->d, DEEP) / DEEP : 0);
     return soon;
+}
+
+/* Halves of blocks of units, from `half` on and before `stop`, that are computed together: of one expert. */
+static inline int64_t halves_together(const struct tiles *f, const struct expert *e, int64_t half, int64_t stop) {
+    int64_t own = 2 * (e->block + e->wide / DEEP);
+    stop = stop < own ? stop : own;
+    return f->narrow ? 1 : stop - half < HALVES ? stop - half : HALVES;
+}
+
+/* hidden of so many halves, slot by slot; `copy` is room for their weights. */
+static void halves_of(const struct tiles *f, const struct expert *e, int64_t half, int64_t halves, uint16_t *copy,
+                      struct soon *soon) {
+    int64_t deep = UP_TO(f->d, DEEP) / DEEP, first = half * SIDE - e->block * DEEP, blocks;
+    struct left a[HALVES];
+    float c[WAITING][4][SIDE * SIDE] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < halves; i++) {
+        int64_t unit = first + i * SIDE, at = (2 * e->unit + unit) * f->d, count = e->width - unit;
+        a[i] = weights(f, number(f, f->w_in, at), count, number(f, f->w_in, at + e->width * f->d), count,
+                       copy + 2 * i * deep * tile_of(f));
+    }
+    for (int64_t slot = 0; slot < e->slots; slot += blocks * DEEP) {
+        int64_t rest = (e->slots - slot) / DEEP;
+        blocks = together(f, deep) < rest ? together(f, deep) : rest;
+        const uint16_t *b = f->x_across + slot / SIDE * deep * tile_of(f);
+        for (int64_t i = 0; i < halves; i++) {
+            products(f, a[i], b, deep, blocks, c, soon);
+            for (int64_t j = 0; j < blocks; j++)
+                swiglu_tiles(f, e, first + i * SIDE, slot + j * DEEP, c[j]);
+        }
+    }
 }
 
 /* hidden = silu(x G) * (x U): items are 32 units of an expert, in halves. */
 KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
-    int64_t deep = UP_TO(f->d, DEEP) / DEEP;
-    uint16_t *copy = scratch(2 * 2 * deep * tile_of(f));
-    float c[WAITING][4][SIDE * SIDE] __attribute__((aligned(64)));
+    uint16_t *copy = scratch(2 * 2 * HALVES * UP_TO(f->d, DEEP) / DEEP * tile_of(f));
     use_tiles();
-    for (int64_t half = 2 * begin; half < 2 * end; half++) {
+    for (int64_t half = 2 * begin, count; half < 2 * end; half += count) {
         const struct expert *e = owner_of_block(f, half / 2);
-        int64_t unit = half * SIDE - e->block * DEEP, at = (2 * e->unit + unit) * f->d, count = e->width - unit;
+        struct soon soon;
+        count = halves_together(f, e, half, 2 * end);
         if (!e->n)
             continue;
-        struct soon soon = soon_of_half(f, half, 2 * end);
-        const void *gate = number(f, f->w_in, at), *up = number(f, f->w_in, at + e->width * f->d);
-        const struct left a = weights(f, gate, count, up, count, copy);
-        for (int64_t slot = 0, blocks; slot < e->slots; slot += blocks * DEEP) {
-            int64_t rest = (e->slots - slot) / DEEP;
-            blocks = together(f, deep) < rest ? together(f, deep) : rest;
-            const uint16_t *b = f->x_across + slot / SIDE * deep * tile_of(f);
-            products(f, a, b, deep, blocks, c, &soon);
-            for (int64_t i = 0; i < blocks; i++)
-                swiglu_tiles(f, e, unit, slot + i * DEEP, c[i]);
-        }
+        soon = soon_of_halves(f, half, count, 2 * end);
+        halves_of(f, e, half, count, copy, &soon);
     }
     _mm_sfence();
     _tile_release();

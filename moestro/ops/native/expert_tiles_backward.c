@@ -53,90 +53,119 @@ static void block_back(const struct tiles *f, const struct expert *e, int64_t un
     store(part + SIDE, dot.half[1]);
 }
 
-/* Back through weight * (hidden W_out) and SwiGLU, for 32 units; `copy` is room for 32 rows of W_out. */
-static void units_back(const struct tiles *f, const struct expert *e, int64_t unit, uint16_t *copy, struct units to,
-                       struct soon *soon) {
-    int64_t deep = UP_TO(f->d, DEEP) / DEEP, count = e->width - unit;
-    const void *one = number(f, f->w_out, (e->unit + unit) * f->d), *two = number(f, one, SIDE * f->d);
+/* Back through weight * (hidden W_out) and SwiGLU, for so many blocks of 32 units, slot by slot; `copy` is room for
+   their rows of W_out. */
+static void units_back(const struct tiles *f, const struct expert *e, int64_t unit, int64_t count, uint16_t *copy,
+                       const struct units to[BLOCKS], struct soon *soon) {
+    int64_t deep = UP_TO(f->d, DEEP) / DEEP, blocks;
     float c[WAITING][4][SIDE * SIDE] __attribute__((aligned(64)));
-    const struct left a = weights(f, one, count, two, count - SIDE, copy);
-    for (int64_t slot = 0, blocks; slot < e->slots; slot += blocks * DEEP) {
+    struct left a[BLOCKS];
+    for (int64_t i = 0; i < count; i++) {
+        int64_t rest = e->width - unit - i * DEEP;
+        const void *one = number(f, f->w_out, (e->unit + unit + i * DEEP) * f->d), *two = number(f, one, SIDE * f->d);
+        a[i] = weights(f, one, rest, two, rest - SIDE, copy + 2 * i * deep * tile_of(f));
+    }
+    for (int64_t slot = 0; slot < e->slots; slot += blocks * DEEP) {
         int64_t rest = (e->slots - slot) / DEEP;
         blocks = together(f, deep) < rest ? together(f, deep) : rest;
         const uint16_t *dy = f->dy_across + slot / SIDE * deep * tile_of(f);
-        products(f, a, dy, deep, blocks, c, soon);
-        for (int64_t i = 0; i < blocks; i++)
-            block_back(f, e, unit, slot + i * DEEP, c[i], to);
+        for (int64_t i = 0; i < count; i++) {
+            products(f, a[i], dy, deep, blocks, c, soon);
+            for (int64_t j = 0; j < blocks; j++)
+                block_back(f, e, unit + i * DEEP, slot + j * DEEP, c[j], to[i]);
+        }
     }
 }
 
-/* Gradients of the weights of 32 units, of which `count` are there: the units of `of` times the rows b, paired along
-   slots. Two lines that follow each other go to memory together: that takes little more than half the time. */
-static void gradient(const struct tiles *f, const struct expert *e, struct left units, const uint16_t *b, int64_t count,
-                     void *to, struct soon *soon) {
+/* Gradients of the weights of 32 units, of which `count` are there. */
+struct wanted {
+    struct left units;
+    int64_t count;
+    void *to;
+};
+
+/* All of these: units times the rows b, paired along slots. Two lines that follow each other go to memory together: that
+   takes little more than half the time. */
+static void gradients(const struct tiles *f, const struct expert *e, const uint16_t *b, const struct wanted *wanted,
+                      int64_t many, struct soon *soon) {
     int64_t deep = e->slots / DEEP, tall = deep * tile_of(f);
     int64_t at_once = f->narrow ? 2 : 1; /* 32 numbers of float32 are two lines */
     float c[2][4][SIDE * SIDE] __attribute__((aligned(64)));
-    for (int64_t column = 0; column < f->d; column += at_once * DEEP) {
-        const uint16_t *left = b + column / SIDE * tall;
-        for (int64_t i = 0; i < at_once && column + i * DEEP < f->d; i++, left += 2 * tall)
-            product(&units, left, left + tall, deep, f->pieces, c[i], 0, soon);
-        for (int64_t u = 0; u < DEEP && u < count; u++)
-            for (int64_t i = 0; i < at_once; i++) {
-                int64_t first = column + i * DEEP;
-                float *two = c[i][u / SIDE * 2] + u % SIDE * SIDE;
-                store_past_cache(f, number(f, to, u * f->d + first), first_columns(f->d - first),
-                                 both_at(two, two + SIDE * SIDE));
-            }
-    }
+    for (int64_t column = 0; column < f->d; column += at_once * DEEP)
+        for (const struct wanted *w = wanted; w < wanted + many; w++) {
+            const uint16_t *left = b + column / SIDE * tall;
+            for (int64_t i = 0; i < at_once && column + i * DEEP < f->d; i++, left += 2 * tall)
+                product(&w->units, left, left + tall, deep, f->pieces, c[i], 0, soon);
+            for (int64_t u = 0; u < DEEP && u < w->count; u++)
+                for (int64_t i = 0; i < at_once; i++) {
+                    int64_t first = column + i * DEEP;
+                    float *two = c[i][u / SIDE * 2] + u % SIDE * SIDE;
+                    store_past_cache(f, number(f, w->to, u * f->d + first), first_columns(f->d - first),
+                                     both_at(two, two + SIDE * SIDE));
+                }
+        }
 }
 
-/* What is read soon after a block of units: the next one's W_out and z, and W_in of this one for `tile_rows`. */
-static struct soon soon_of_block(const struct tiles *f, int64_t block, int64_t blocks) {
+/* What is read soon after `count` blocks of units: the next ones' W_out and z, and W_in of these for `tile_rows`. */
+static struct soon soon_of_blocks(const struct tiles *f, int64_t block, int64_t count, int64_t blocks) {
     const struct expert *e = owner_of_block(f, block);
     struct soon soon = {0};
-    if (block + 1 < blocks) {
-        const struct expert *of = owner_of_block(f, block + 1);
-        int64_t unit = (block + 1 - of->block) * DEEP;
-        int64_t z = 2 * of->hidden + unit * of->slots;
-        add_region(&soon, number(f, f->w_out, (of->unit + unit) * f->d), lines(f, DEEP * f->d), 64);
-        add_region(&soon, number(f, f->z, z), lines(f, DEEP * of->slots), 64);
-        add_region(&soon, number(f, f->z, z + of->wide * of->slots), lines(f, DEEP * of->slots), 64);
+    if (block + count < blocks) {
+        const struct expert *of = owner_of_block(f, block + count);
+        int64_t unit = (block + count - of->block) * DEEP, rest = of->width - unit;
+        int64_t units = count * DEEP < rest ? count * DEEP : rest, z = 2 * of->hidden + unit * of->slots;
+        add_region(&soon, number(f, f->w_out, (of->unit + unit) * f->d), lines(f, units * f->d), 64);
+        add_region(&soon, number(f, f->z, z), lines(f, units * of->slots), 64);
+        add_region(&soon, number(f, f->z, z + of->wide * of->slots), lines(f, units * of->slots), 64);
     }
     if (f->dz && kept(f, e, 2)) {
         int64_t gate = (2 * e->unit + (block - e->block) * DEEP) * f->d;
-        add_region(&soon, number(f, f->w_in, gate), lines(f, DEEP * f->d), 64);
-        add_region(&soon, number(f, f->w_in, gate + e->width * f->d), lines(f, DEEP * f->d), 64);
+        add_region(&soon, number(f, f->w_in, gate), lines(f, count * DEEP * f->d), 64);
+        add_region(&soon, number(f, f->w_in, gate + e->width * f->d), lines(f, count * DEEP * f->d), 64);
     }
-    spread_over(&soon, (f->dw_in && f->dw_out ? 4 : 1) * (e->slots / DEEP) * UP_TO(f->d, DEEP) / DEEP);
+    spread_over(&soon, (f->dw_in && f->dw_out ? 4 : 1) * count * (e->slots / DEEP) * UP_TO(f->d, DEEP) / DEEP);
     return soon;
+}
+
+/* dz of so many blocks of units of an expert, and where wanted their weights' gradients; `room` is for the units. */
+static void blocks_back(const struct tiles *f, const struct expert *e, int64_t unit, int64_t count, uint16_t *copy,
+                        uint16_t *room, struct soon *soon) {
+    int64_t stride = e->slots + DEEP, deep = e->slots / DEEP, size = DEEP * stride * f->pieces;
+    struct units to[BLOCKS];
+    struct wanted dw_in[2 * BLOCKS], dw_out[BLOCKS];
+    for (int64_t i = 0; i < count; i++) {
+        int64_t first = unit + i * DEEP, rest = e->width - first, gate = (2 * e->unit + first) * f->d;
+        to[i] = (struct units){room, room + size, room + 2 * size, stride, deep};
+        room += 3 * size;
+        dw_out[i] = (struct wanted){left_of(f, to[i].scaled, 0, stride, deep), rest,
+                                    number(f, f->dw_out, (e->unit + first) * f->d)};
+        dw_in[2 * i] = (struct wanted){left_of(f, to[i].gate, 0, stride, deep), rest, number(f, f->dw_in, gate)};
+        dw_in[2 * i + 1] = (struct wanted){left_of(f, to[i].up, 0, stride, deep), rest,
+                                           number(f, f->dw_in, gate + e->width * f->d)};
+    }
+    units_back(f, e, unit, count, copy, to, soon);
+    if (f->dw_out)
+        gradients(f, e, f->dy_along, dw_out, count, soon);
+    if (f->dw_in)
+        gradients(f, e, f->x_along, dw_in, 2 * count, soon);
 }
 
 /* dz of 32 units of an expert, and where wanted their weights' gradients: dW_in = dz^T x and
    dW_out = (weight * hidden)^T dy. Items are such blocks of units. */
 KERNEL(tile_gradients)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
-    int64_t most = 0;
+    int64_t most = 0, together = f->narrow ? 1 : BLOCKS;
     for (int64_t item = begin; item < end; item++)
         most = owner_of_block(f, item)->slots > most ? owner_of_block(f, item)->slots : most;
-    int64_t units = DEEP * (most + DEEP) * f->pieces;
-    uint16_t *copy = scratch(2 * DEEP * UP_TO(f->d, DEEP) * f->pieces), *room = scratch(2 * 3 * units);
+    uint16_t *copy = scratch(2 * together * DEEP * UP_TO(f->d, DEEP) * f->pieces);
+    uint16_t *room = scratch(2 * together * 3 * DEEP * (most + DEEP) * f->pieces);
     use_tiles();
-    for (int64_t item = begin; item < end; item++) {
+    for (int64_t item = begin, count; item < end; item += count) {
         const struct expert *e = owner_of_block(f, item);
-        int64_t unit = (item - e->block) * DEEP, count = e->width - unit, stride = e->slots + DEEP, deep = e->slots / DEEP;
-        struct units to = {room, room + units, room + 2 * units, stride, deep};
-        struct soon soon = soon_of_block(f, item, end);
-        units_back(f, e, unit, copy, to, &soon);
-        const struct left gate = left_of(f, to.gate, 0, stride, deep), up = left_of(f, to.up, 0, stride, deep);
-        const struct left scaled = left_of(f, to.scaled, 0, stride, deep);
-        int64_t dw_in = (2 * e->unit + unit) * f->d, dw_out = (e->unit + unit) * f->d;
-        if (f->dw_out)
-            gradient(f, e, scaled, f->dy_along, count, number(f, f->dw_out, dw_out), &soon);
-        if (f->dw_in) {
-            gradient(f, e, gate, f->x_along, count, number(f, f->dw_in, dw_in), &soon);
-            gradient(f, e, up, f->x_along, count, number(f, f->dw_in, dw_in + e->width * f->d), &soon);
-        }
+        int64_t own = e->block + e->wide / DEEP - item, rest = own < end - item ? own : end - item;
+        count = rest < together ? rest : together;
+        struct soon soon = soon_of_blocks(f, item, count, end);
+        blocks_back(f, e, (item - e->block) * DEEP, count, copy, room, &soon);
     }
     _mm_sfence();
     _tile_release();

@@ -9,6 +9,8 @@
 
 #define COLUMNS 128 /* of an expert's rows that are computed together */
 #define UNITS 16    /* tiles along units that float32 takes together for them */
+#define HALVES 4    /* halves of blocks of units that float32 takes together: their pieces stay in the cache */
+#define BLOCKS 2    /* blocks of units whose gradients float32 takes together */
 
 /* Experts are taken one after another by each core, or by all cores together: packed rows and hidden numbers lie in
    memory that the next expert writes again, so that it stays in the cache. Units come in blocks of DEEP. */
