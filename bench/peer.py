@@ -271,8 +271,9 @@ def against_n(shapes: list[Shape], rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    # it imports this module
+    # they import this module
     from bench.peer_given_back import in_its_own_process
+    from bench.peer_narrow import in_fewer_bits
 
     options = arguments(__doc__.splitlines()[0])
     tokens, d, sides = (128, 64, (64, 128, 256)) if options.quick else (512, 512, (128, 256, 512, 1024))
@@ -288,6 +289,8 @@ def main() -> None:
             rows += beside_the_package(at_its_side, rounds) + given_back[at_its_side]
         if shape.fits(copies=1):
             rows += parts(shape, rounds)
+    if shapes[-2].fits(copies=10):
+        rows += in_fewer_bits(shapes[-2], rounds)
     rows += against_n(shapes[1:], rounds)
     report("bench/peer.py", rows, options)
 

@@ -1,0 +1,72 @@
+"""PEER with tables in fewer bits, beside the public package as it is and converted to bfloat16.
+
+Most of what a pass waits for are the bytes of its rows. Ours keeps bfloat16 tables (`train.table_precision`) or, for
+the forward pass, 8 bits with a scale for every row (`QuantizedBank`); queries, keys, gates and sums stay float32. The
+package has one precision for everything: in bfloat16 its scores are rounded, too, and near the last place it chooses
+other experts, so its output agrees less well than tables in 8 bits do. `bench.peer` adds these rows to its own.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from bench.harness import Row, agree, clock, compare
+from bench.peer import PACKAGE, Shape, our_step, pair, their_step
+from moestro.experts import quantize_banks
+from moestro.layers import MoELayer
+from moestro.ops import native
+from moestro.train.tables import narrow
+
+ROUNDED = f"{PACKAGE}, all of it in bfloat16"
+# Of the norm of the package's float32 output, or of its change by a step.
+OURS_OFF, THEIRS_OFF, STEP_OFF = 2e-2, 0.5, 0.1
+
+
+def in_fewer_bits(shape: Shape, rounds: int) -> list[Row]:
+    """Forward with tables in bfloat16 and int8, and a training step with tables in bfloat16; none without the native
+    kernels. Copies that are not needed any more are forgotten."""
+    if native.library().handle is None:
+        return []
+    ours, theirs = pair(shape, sparse_gradients=True)
+    x = torch.randn(shape.tokens, shape.d)
+    eighth = deepcopy(ours)
+    quantize_banks(eighth)
+    for table in ours.bank.row_parameters():
+        narrow(table)
+    rounded = deepcopy(theirs).bfloat16()
+    with torch.no_grad():
+        rows = forwards(shape, {"bfloat16": ours, "int8": eighth}, theirs, rounded, x, rounds)
+    del eighth
+    return rows + steps(shape, ours, theirs, rounded, x, rounds)
+
+
+def forwards(
+    shape: Shape, ours: dict[str, MoELayer], theirs: nn.Module, rounded: nn.Module, x: Tensor, rounds: int
+) -> list[Row]:
+    """Ours with each kind of tables beside the package in both precisions."""
+    peers: dict[str, Callable] = {PACKAGE: lambda: theirs(x[None])[0], ROUNDED: lambda: rounded(x[None].bfloat16())[0]}
+    want = peers[PACKAGE]()
+    agree(f"{shape.case}, {ROUNDED}, output", peers[ROUNDED](), want, THEIRS_OFF)
+    rows = []
+    for name, layer_of in ours.items():
+        agree(f"{shape.case}, tables in {name}, output", layer_of(x)[0], want, OURS_OFF)
+        times = clock({"ours": lambda layer_of=layer_of: layer_of(x)[0], **peers}, rounds)
+        rows += compare(shape.case, f"forward, our tables in {name}", times)
+    return rows
+
+
+def steps(shape: Shape, ours: MoELayer, theirs: nn.Module, rounded: nn.Module, x: Tensor, rounds: int) -> list[Row]:
+    """Training steps, of which the first changes the output of ours as it does the package's."""
+    mine, peer = our_step(ours, x), their_step(theirs, x)
+    before = ours(x)[0].detach(), theirs(x[None])[0].detach()
+    mine(), peer()
+    change = ours(x)[0].detach() - before[0]
+    agree(f"{shape.case}, tables in bfloat16, change by a step", change, theirs(x[None])[0] - before[1], STEP_OFF)
+    contestants = {
+        "ours": mine,
+        f"{PACKAGE} + AdamW": peer,
+        f"{ROUNDED} + AdamW": their_step(rounded, x.bfloat16()),
+    }
+    return compare(shape.case, "training step, our tables in bfloat16", clock(contestants, rounds))
