@@ -200,7 +200,9 @@ static void store_rows(const struct tiles *f, const struct expert *e, int64_t sl
 }
 
 /* Tiles along units whose pairs of weights are together in the cache. */
-static inline int64_t units_together(const struct tiles *f, int64_t deep) { return f->narrow || !deep ? deep : UNITS; }
+static inline int64_t units_together(const struct tiles *f, int64_t deep) {
+    return !deep ? 0 : f->narrow ? UNITS / 2 : UNITS;
+}
 
 /* COLUMNS columns of an expert's rows: hidden, or dz, times the weight, so many tiles along units at a time; `sums` wait
    where there are more. */
@@ -245,6 +247,9 @@ KERNEL(tile_rows)(const void *fields, int64_t begin, int64_t end) {
     free(sums);
 }
 
+/* The slot of a row, rows by their tokens. */
+static inline int64_t slot_of(const struct tiles *f, int64_t i) { return f->order[f->n + f->order[i]]; }
+
 /* out = the sum of each token's rows, `weighted` or not, in the order of the rows: items are tokens. */
 KERNEL(tile_sum)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
@@ -252,10 +257,12 @@ KERNEL(tile_sum)(const void *fields, int64_t begin, int64_t end) {
         for (int64_t column = 0; column < f->d; column += DEEP) {
             __mmask32 mask = first_columns(f->d - column);
             struct both total = {0};
+            for (int64_t i = f->starts[t + 1]; t + 1 < end && i < f->starts[t + 2]; i++)
+                for (int64_t line = 0; line < lines(f, DEEP); line++)
+                    _mm_prefetch((char *)number(f, f->rows, slot_of(f, i) * f->d + column) + 64 * line, _MM_HINT_T0);
             for (int64_t i = f->starts[t]; i < f->starts[t + 1]; i++) {
-                int64_t n = f->order[i], slot = f->order[f->n + n];
-                struct both row = load_both(f, number(f, f->rows, slot * f->d + column), mask);
-                float weight = f->weighted ? f->weight[n] : 1.0f;
+                struct both row = load_both(f, number(f, f->rows, slot_of(f, i) * f->d + column), mask);
+                float weight = f->weighted ? f->weight[f->order[i]] : 1.0f;
                 total.half[0] += row.half[0] * weight;
                 total.half[1] += row.half[1] * weight;
             }

@@ -8,7 +8,7 @@
 #include "pieces.h"
 
 #define COLUMNS 128 /* of an expert's rows that are computed together */
-#define UNITS 16    /* tiles along units that float32 takes together for them */
+#define UNITS 16    /* tiles along units that float32 takes together for them; bfloat16 half as many */
 #define HALVES 4    /* halves of blocks of units that float32 takes together: their pieces stay in the cache */
 #define BLOCKS 2    /* blocks of units whose gradients float32 takes together */
 
@@ -97,9 +97,9 @@ static inline int kept(const struct tiles *f, const struct expert *e, int64_t ga
     return lines(f, gates * e->width * f->d) <= KEPT;
 }
 
-/* Tiles of k, for all their pieces, that are taken together where there are more: 2 * 16 rows of A then stay in the
-   nearest cache while slots pass by; and blocks of 32 slots whose sums wait meanwhile. */
-#define STEP 16
+/* Tiles of k of bfloat16 that are taken together where there are more: 2 * 16 rows of A and as many columns of B are then
+   in the nearest cache while slots pass by; and blocks of 32 slots whose sums wait meanwhile. */
+#define STEP 8
 #define WAITING 8
 
 /* How many of so many blocks of slots are taken together. */
