@@ -62,6 +62,10 @@ class RowFactors:
     mean: Float[Tensor, "n 1"] | None = None
     square: Float[Tensor, "n 1"] | None = None
 
+    def rows(self, start: int, stop: int) -> "RowFactors":
+        """Those of some of the rows."""
+        return RowFactors(*(each if each is None else each[start:stop] for each in vars(self).values()))
+
 
 def adamw_rows(table: Float[Tensor, "e d"], state: RowState, gradient: RowGradient, step: RowStep) -> None:
     """Replace the rows of a gradient in a table and in what AdamW keeps of them (Loshchilov 2019, arXiv:1711.05101,
@@ -77,10 +81,10 @@ def adamw_rows(table: Float[Tensor, "e d"], state: RowState, gradient: RowGradie
         numbers = (*keys, step.number, int(step.moments_wait), *map(float, reals))
         row_adamw.adamw_rows(table, tuple(state), gradient.ids, gradient.native(), numbers)
         return
+    factors = _factors(gradient.ids, state, step)
     for start, stop in spans(len(gradient.ids), table.shape[1]):
         ids, values = gradient.ids[start:stop], gradient.values(start, stop)
-        factors = _factors(ids, state, step)
-        _adamw_piece(table, moments, ids, values, factors, step)
+        _adamw_piece(table, moments, ids, values, factors.rows(start, stop), step)
 
 
 def _factors(ids: Tensor, state: RowState, step: RowStep) -> RowFactors:
