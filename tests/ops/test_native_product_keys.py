@@ -17,6 +17,7 @@ SIZES = {
     "k = 1": (50, 3, 70, 1, 5),
     "blocks and tails": (101, 2, 131, 16, 33),
     "many chosen": (5, 1, 200, 130, 8),
+    "many keys": (4, 1, 400, 16, 12),
     "no tokens": (0, 2, 8, 2, 4),
 }
 each_variant = pytest.mark.parametrize("variant", native.variants())

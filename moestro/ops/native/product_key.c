@@ -74,6 +74,21 @@ static void free_room(struct room *room) {
     free(room->values), free(room->some), free(room->p), free(room->sums);
 }
 
+/* Where scores that are not the true ones left many: those that the true ones leave, and how many. */
+static int64_t still_there(const struct room *room, int64_t found, int64_t k) {
+    float *values = room->values;
+    int64_t count = UP(found, WIDTH), kept = 0;
+    for (int64_t i = found; i < count; i++)
+        values[i] = -__builtin_inff();
+    maxima_of(values, count, room->groups, room->maxima);
+    float least = kth_greatest(room->maxima, room->groups, k);
+    for (int64_t i = 0; i < found; i++) {
+        values[kept] = values[i], room->places[kept] = room->places[i];
+        kept += !(values[i] < least);
+    }
+    return kept;
+}
+
 /* The k greatest of scores[0..n) with their places, in order; there is room behind them for a whole block. The k-th
    greatest of the maxima of at least k groups is at most the k-th greatest of all. */
 static void best_of(float *scores, const struct search *f, int64_t t, const float *query, const struct room *room,
@@ -90,6 +105,8 @@ static void best_of(float *scores, const struct search *f, int64_t t, const floa
         at_places(scores, room->places, found, room->values);
     else
         true_scores(&room->packed, query, room->places, found, room->values);
+    if (off != 0 && found > 2 * room->groups)
+        found = still_there(room, found, f->k);
     in_order(room->values, room->places, found, room->some);
     memcpy(best, room->some, f->k * sizeof *best);
 }
