@@ -64,7 +64,9 @@ class RowFactors:
 
     def rows(self, start: int, stop: int) -> "RowFactors":
         """Those of some of the rows."""
-        return RowFactors(*(each if each is None else each[start:stop] for each in vars(self).values()))
+        part = slice(start, stop)
+        mean, square = (each if each is None else each[part] for each in (self.mean, self.square))
+        return RowFactors(self.decay[part], self.size[part], self.correction[part], mean, square)
 
 
 def adamw_rows(table: Float[Tensor, "e d"], state: RowState, gradient: RowGradient, step: RowStep) -> None:
