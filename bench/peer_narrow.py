@@ -61,7 +61,8 @@ def steps(shape: Shape, ours: MoELayer, theirs: nn.Module, rounded: nn.Module, x
     """Training steps, of which the first changes the output of ours as it does the package's."""
     mine, peer = our_step(ours, x), their_step(theirs, x)
     before = ours(x)[0].detach(), theirs(x[None])[0].detach()
-    mine(), peer()
+    mine()
+    peer()
     change = ours(x)[0].detach() - before[0]
     agree(f"{shape.case}, tables in bfloat16, change by a step", change, theirs(x[None])[0] - before[1], STEP_OFF)
     contestants = {
