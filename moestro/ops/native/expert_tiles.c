@@ -102,8 +102,8 @@ static struct soon soon_of_halves(const struct tiles *f, int64_t half, int64_t c
     int64_t unit = next * SIDE - of->block * DEEP, units = count * SIDE;
     int64_t gate = (2 * of->unit + unit) * f->d, rest = of->width - unit;
     int64_t many = lines(f, (units < rest ? units : rest) * f->d);
-    add_region(&soon, number(f, f->w_in, gate), many, 64);
-    add_region(&soon, number(f, f->w_in, gate + of->width * f->d), many, 64);
+    add_lines(&soon, number(f, f->w_in, gate), many);
+    add_lines(&soon, number(f, f->w_in, gate + of->width * f->d), many);
     spread_over(&soon, next > half ? count * slots / DEEP * UP_TO(f->d, DEEP) / DEEP : 0);
     return soon;
 }
@@ -204,6 +204,24 @@ static inline int64_t units_together(const struct tiles *f, int64_t deep) {
     return !deep ? 0 : f->narrow ? UNITS / 2 : UNITS;
 }
 
+/* What is read soon after the weights of `count` tiles along units from k on: the next ones', in the same columns or, where
+   there are no more, in the next. In bfloat16 that would take longer than not asking. */
+static struct soon soon_of_rows(const struct tiles *f, const struct expert *e, int64_t column, int64_t k, int64_t count,
+                                int64_t deep) {
+    struct soon soon = {0};
+    int64_t half = e->wide / DEEP, columns = f->d - column < COLUMNS ? f->d - column : COLUMNS;
+    int64_t next = k + count < deep ? k + count : 0, first = next ? column : column + COLUMNS;
+    int64_t gates = f->dz ? 2 : 1, row = next / (half ? half : 1) * e->width + next % (half ? half : 1) * DEEP;
+    int64_t rest = gates * e->width - row, rows = count * DEEP < rest ? count * DEEP : rest;
+    const void *w = f->dz ? number(f, f->w_in, 2 * e->unit * f->d) : number(f, f->w_out, e->unit * f->d);
+    if (f->narrow || first >= f->d || !half)
+        return soon;
+    int64_t run = lines(f, UP_TO(f->d - first < COLUMNS ? f->d - first : COLUMNS, SIDE));
+    add_region(&soon, number(f, w, row * f->d + first), rows * run, f->d * 4, run);
+    spread_over(&soon, (e->n + DEEP - 1) / DEEP * UP_TO(columns, DEEP) / DEEP * count);
+    return soon;
+}
+
 /* COLUMNS columns of an expert's rows: hidden, or dz, times the weight, so many tiles along units at a time; `sums` wait
    where there are more. */
 static void rows_of(const struct tiles *f, const struct expert *e, int64_t column, uint16_t *paired,
@@ -213,12 +231,13 @@ static void rows_of(const struct tiles *f, const struct expert *e, int64_t colum
     int64_t stride = f->dz ? stride_of_dz(e) : stride_of_hidden(e), step = units_together(f, deep);
     for (int64_t k = 0; !k || k < deep; k += step ? step : 1) { /* once where there are no units, for zeros */
         int64_t count = deep - k < step ? deep - k : step, tall = count * tile_of(f), at = 0;
+        struct soon soon = soon_of_rows(f, e, column, k, count, deep);
         pair_weights(f, e, k, count, column, paired);
         for (int64_t slot = 0; slot < e->n; slot += DEEP) {
             const struct left a = from_tile(left_of(f, rows, slot, stride, deep), k);
             const uint16_t *b = paired;
             for (int64_t first = column; first < stop; first += DEEP, b += 2 * tall, at += step < deep) {
-                product(&a, b, b + tall, count, f->pieces, sums[at], k > 0, NULL);
+                product(&a, b, b + tall, count, f->pieces, sums[at], k > 0, soon.count ? &soon : NULL);
                 if (k + step >= deep)
                     store_rows(f, e, slot, first, sums[at]);
             }

@@ -114,14 +114,14 @@ static struct soon soon_of_blocks(const struct tiles *f, int64_t block, int64_t 
         const struct expert *of = owner_of_block(f, block + count);
         int64_t unit = (block + count - of->block) * DEEP, rest = of->width - unit;
         int64_t units = count * DEEP < rest ? count * DEEP : rest, z = 2 * of->hidden + unit * of->slots;
-        add_region(&soon, number(f, f->w_out, (of->unit + unit) * f->d), lines(f, units * f->d), 64);
-        add_region(&soon, number(f, f->z, z), lines(f, units * of->slots), 64);
-        add_region(&soon, number(f, f->z, z + of->wide * of->slots), lines(f, units * of->slots), 64);
+        add_lines(&soon, number(f, f->w_out, (of->unit + unit) * f->d), lines(f, units * f->d));
+        add_lines(&soon, number(f, f->z, z), lines(f, units * of->slots));
+        add_lines(&soon, number(f, f->z, z + of->wide * of->slots), lines(f, units * of->slots));
     }
     if (f->dz && kept(f, e, 2)) {
         int64_t gate = (2 * e->unit + (block - e->block) * DEEP) * f->d;
-        add_region(&soon, number(f, f->w_in, gate), lines(f, count * DEEP * f->d), 64);
-        add_region(&soon, number(f, f->w_in, gate + e->width * f->d), lines(f, count * DEEP * f->d), 64);
+        add_lines(&soon, number(f, f->w_in, gate), lines(f, count * DEEP * f->d));
+        add_lines(&soon, number(f, f->w_in, gate + e->width * f->d), lines(f, count * DEEP * f->d));
     }
     spread_over(&soon, (f->dw_in && f->dw_out ? 4 : 1) * count * (e->slots / DEEP) * UP_TO(f->d, DEEP) / DEEP);
     return soon;

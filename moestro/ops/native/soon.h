@@ -10,13 +10,18 @@
 struct soon {
     struct region {
         const char *from;
-        int64_t lines, step; /* bytes between lines */
+        int64_t lines, step, run, at; /* bytes between runs of lines that follow each other; the line of its run */
     } regions[6];
     int64_t count, now, at_once;
 };
 
-static inline void add_region(struct soon *soon, const void *from, int64_t lines, int64_t step) {
-    soon->regions[soon->count++] = (struct region){from, lines, step};
+static inline void add_region(struct soon *soon, const void *from, int64_t lines, int64_t step, int64_t run) {
+    soon->regions[soon->count++] = (struct region){from, lines, step, run, 0};
+}
+
+/* Lines that all follow each other. */
+static inline void add_lines(struct soon *soon, const void *from, int64_t lines) {
+    add_region(soon, from, lines, 64, 1);
 }
 
 /* All of it with so many tiles. */
@@ -35,7 +40,8 @@ static inline void ask(struct soon *soon) {
             return;
         struct region *region = soon->regions + soon->now;
         _mm_prefetch(region->from, _MM_HINT_T1);
-        region->from += region->step;
+        region->at = region->at + 1 == region->run ? 0 : region->at + 1;
+        region->from += region->at ? 64 : region->step - 64 * (region->run - 1);
         region->lines--;
     }
 }

@@ -78,35 +78,63 @@ static inline vec exact_sigmoid(vec z) {
 
 static inline vec sigmoid(const struct tiles *f, vec z) { return f->narrow ? rough_sigmoid(z) : exact_sigmoid(z); }
 
-/* The pieces of 16 pairs, each to its own tile, of which `to` is a row. */
-ALWAYS void store_pieces(const struct tiles *f, vec low, vec high, uint16_t *to) {
+/* Runs a function with the number of pieces known when it is compiled, which keeps pieces in registers. */
+#define BY_PIECES(f, call)                                                                                             \
+    do {                                                                                                               \
+        if ((f)->pieces == 3)                                                                                          \
+            call(3);                                                                                                   \
+        else if ((f)->pieces == 2)                                                                                     \
+            call(2);                                                                                                   \
+        else                                                                                                           \
+            call(1);                                                                                                   \
+    } while (0)
+
+ALWAYS void store_split(vec low, vec high, int64_t pieces, uint16_t *to) {
     __m512i v[MOST_PIECES];
-    split((__m512)low, (__m512)high, f->pieces, v);
-    for (int64_t i = 0; i < f->pieces; i++)
+    split((__m512)low, (__m512)high, pieces, v);
+    for (int64_t i = 0; i < pieces; i++)
         _mm512_storeu_si512(to + i * TILE, v[i]);
 }
 
-/* 32 columns of 16 rows, of which some may be missing, as a tile of B paired along the columns. */
-static inline void across(const struct tiles *f, const void *const rows[SIDE], int64_t column, uint16_t *to) {
+/* The pieces of 16 pairs, each to its own tile, of which `to` is a row. */
+ALWAYS void store_pieces(const struct tiles *f, vec low, vec high, uint16_t *to) {
+#define STORE(pieces) store_split(low, high, pieces, to)
+    BY_PIECES(f, STORE);
+#undef STORE
+}
+
+ALWAYS void across_pieces(const struct tiles *f, const void *const rows[SIDE], int64_t column, int64_t pieces,
+                          uint16_t *to) {
     __mmask32 mask = first_columns(f->d - column);
-    __m512i v[MOST_PIECES][SIDE];
+    __m512i v[MOST_PIECES][SIDE], one[MOST_PIECES];
     for (int64_t i = 0; i < SIDE; i++) {
-        const void *from = rows[i] ? number(f, rows[i], column) : NULL;
-        if (f->narrow)
-            v[0][i] = from ? _mm512_maskz_loadu_epi16(mask, from) : _mm512_setzero_si512();
-        else {
-            struct both b = load_both(f, from, from ? mask : 0);
-            __m512i pieces[MOST_PIECES];
-            split((__m512)b.half[0], (__m512)b.half[1], f->pieces, pieces);
-            for (int64_t p = 0; p < f->pieces; p++)
-                v[p][i] = pieces[p];
-        }
+        struct both b = load_both(f, rows[i] ? number(f, rows[i], column) : NULL, rows[i] ? mask : 0);
+        split((__m512)b.half[0], (__m512)b.half[1], pieces, one);
+        for (int64_t p = 0; p < pieces; p++)
+            v[p][i] = one[p];
     }
-    for (int64_t p = 0; p < f->pieces; p++) {
+    for (int64_t p = 0; p < pieces; p++) {
         exchange(v[p]);
         for (int64_t i = 0; i < SIDE; i++)
             _mm512_storeu_si512(to + p * TILE + i * DEEP, v[p][i]);
     }
+}
+
+/* 32 columns of 16 rows, of which some may be missing, as a tile of B paired along the columns. */
+static inline void across(const struct tiles *f, const void *const rows[SIDE], int64_t column, uint16_t *to) {
+#define ACROSS(pieces) across_pieces(f, rows, column, pieces, to)
+    if (!f->narrow) {
+        BY_PIECES(f, ACROSS);
+        return;
+    }
+#undef ACROSS
+    __mmask32 mask = first_columns(f->d - column);
+    __m512i v[SIDE];
+    for (int64_t i = 0; i < SIDE; i++)
+        v[i] = rows[i] ? _mm512_maskz_loadu_epi16(mask, number(f, rows[i], column)) : _mm512_setzero_si512();
+    exchange(v);
+    for (int64_t i = 0; i < SIDE; i++)
+        _mm512_storeu_si512(to + i * DEEP, v[i]);
 }
 
 /* 32 columns of two rows, paired, to one row of each of two tiles of B; a row may be missing. */
@@ -147,16 +175,15 @@ static inline void exchange_narrow(const struct both of[SIDE], uint16_t *to, int
 }
 
 /* The same in pieces, to a half of the tiles at `top` and `bottom`. */
-static inline void exchange_pieces(const struct tiles *f, const struct both of[SIDE], uint16_t *top, uint16_t *bottom) {
-    __m512i v[MOST_PIECES][SIDE];
+ALWAYS void exchange_pieces(const struct both of[SIDE], int64_t pieces, uint16_t *top, uint16_t *bottom) {
+    __m512i v[MOST_PIECES][SIDE], one[MOST_PIECES];
     for (int64_t i = 0; i < SIDE; i++) { /* pairs of units of 16 slots, and of the other 16 */
-        __m512i pieces[MOST_PIECES];
         int64_t even = i % 8 * 2, half = i / 8;
-        split((__m512)of[even].half[half], (__m512)of[even + 1].half[half], f->pieces, pieces);
-        for (int64_t p = 0; p < f->pieces; p++)
-            v[p][i] = pieces[p];
+        split((__m512)of[even].half[half], (__m512)of[even + 1].half[half], pieces, one);
+        for (int64_t p = 0; p < pieces; p++)
+            v[p][i] = one[p];
     }
-    for (int64_t p = 0; p < f->pieces; p++) {
+    for (int64_t p = 0; p < pieces; p++) {
         exchange(v[p]);
         for (int64_t i = 0; i < SIDE; i++) {
             int64_t at = p * TILE + i * DEEP;
@@ -170,10 +197,13 @@ static inline void exchange_pieces(const struct tiles *f, const struct both of[S
 static inline void store_exchanged(const struct tiles *f, const struct both of[SIDE], uint16_t *to, int64_t slot,
                                    int64_t unit, int64_t stride, int64_t deep) {
     struct left a = from_tile(left_of(f, to, slot, stride, deep), unit / DEEP);
+    uint16_t *top = (uint16_t *)a.top + unit % DEEP, *bottom = (uint16_t *)a.bottom + unit % DEEP;
+#define EXCHANGE(pieces) exchange_pieces(of, pieces, top, bottom)
     if (f->narrow)
-        exchange_narrow(of, (uint16_t *)a.top + unit % DEEP, stride);
+        exchange_narrow(of, top, stride);
     else
-        exchange_pieces(f, of, (uint16_t *)a.top + unit % DEEP, (uint16_t *)a.bottom + unit % DEEP);
+        BY_PIECES(f, EXCHANGE);
+#undef EXCHANGE
 }
 
 /* 32 slots of a unit, to what `left_of` takes units from. */
