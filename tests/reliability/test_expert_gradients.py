@@ -83,12 +83,13 @@ def test_all_tokens_to_one_expert_and_experts_that_are_never_used(name):
             assert (found[what].cpu().double() - wanted).norm() < FLOAT32_NORM * wanted.norm(), what
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_layer_without_tokens_has_gradients_of_zero(name):
+def test_a_layer_without_tokens_has_gradients_of_zero(name, dtype):
     layer = MoELayer(ScoredRouter(LinearScore(D, 4), TopK(2)), [BANKS["unequal"]("silu")])
     device = DEVICE if name == "triton" else "cpu"
     with backend.force(name):
-        y, _ = layer.to(device)(torch.zeros(0, D, device=device))
+        y, _ = layer.to(device, dtype)(torch.zeros(0, D, device=device, dtype=dtype))
         y.sum().backward()
     assert y.shape == (0, D)
     assert all(p.grad is None or not p.grad.any() for p in layer.parameters())

@@ -269,7 +269,7 @@ KERNEL(tile_rows)(const void *fields, int64_t begin, int64_t end) {
 /* The slot of a row, rows by their tokens. */
 static inline int64_t slot_of(const struct tiles *f, int64_t i) { return f->order[f->n + f->order[i]]; }
 
-/* out = the sum of each token's rows, `weighted` or not, in the order of the rows: items are tokens. */
+/* out = the sum of each token's rows, weighted in the forward pass, in the order of the rows: items are tokens. */
 KERNEL(tile_sum)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
     for (int64_t t = begin; t < end; t++)
@@ -281,7 +281,7 @@ KERNEL(tile_sum)(const void *fields, int64_t begin, int64_t end) {
                     _mm_prefetch((char *)number(f, f->rows, slot_of(f, i) * f->d + column) + 64 * line, _MM_HINT_T0);
             for (int64_t i = f->starts[t]; i < f->starts[t + 1]; i++) {
                 struct both row = load_both(f, number(f, f->rows, slot_of(f, i) * f->d + column), mask);
-                float weight = f->weighted ? f->weight[f->order[i]] : 1.0f;
+                float weight = f->forward ? f->weight[f->order[i]] : 1.0f;
                 total.half[0] += row.half[0] * weight;
                 total.half[1] += row.half[1] * weight;
             }

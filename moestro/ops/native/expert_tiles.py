@@ -117,7 +117,7 @@ _POINTERS = (
 class _Kernels:
     """One call of the operation: the fields that its kernels share."""
 
-    def __init__(self, layout: Layout, x: Tensor, weighted: bool, **tensors: Tensor | None) -> None:
+    def __init__(self, layout: Layout, x: Tensor, forward: bool, **tensors: Tensor | None) -> None:
         self.layout, self.columns = layout, -(-layout.d // COLUMNS)
         # kept, because the packed fields are addresses
         self.tensors = tensors | {
@@ -129,7 +129,7 @@ class _Kernels:
             "whole": torch.tensor(layout.whole, dtype=torch.int64),
             "taken": torch.zeros(1, dtype=torch.int64),
         }
-        numbers = len(layout.token), layout.n_tokens, layout.d, len(layout.experts), int(weighted)
+        numbers = len(layout.token), layout.n_tokens, layout.d, len(layout.experts), int(forward)
         numbers += int(x.dtype == torch.bfloat16), layout.pieces
         numbers += len(layout.whole), layout.most_slots, layout.most_hidden
         pointers = (self.tensors.get(name) for name in _POINTERS)
@@ -164,7 +164,7 @@ def forward(
     kernels = _Kernels(
         layout,
         x,
-        weighted=True,
+        forward=True,
         **{"weight": weight.float(), "w_in": w_in, "w_out": w_out, "z": z},
         x_across=layout.packed(),
         hidden=layout.by_units(1),
@@ -190,7 +190,7 @@ def backward(
     kernels = _Kernels(
         layout,
         x,
-        weighted=False,
+        forward=False,
         **{"dy": dy, "weight": weight.float(), "w_in": w_in, "w_out": w_out, "z": z},
         dy_across=layout.packed(),
         x_along=layout.packed(needs[1]),

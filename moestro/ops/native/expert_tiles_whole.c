@@ -27,7 +27,7 @@ static struct tiles of_worker(const struct tiles *f, int64_t worker) {
     return own;
 }
 
-/* The forward pass of experts, or the backward pass where there is dy, each by whichever worker is free: items are
+/* The forward pass of experts, or the backward pass, each by whichever worker is free: items are
    workers. What a worker computes of an expert depends on nothing but that expert. */
 KERNEL(tile_whole)(const void *fields, int64_t begin, int64_t end) {
     const struct tiles *f = fields;
@@ -38,11 +38,11 @@ KERNEL(tile_whole)(const void *fields, int64_t begin, int64_t end) {
             const struct expert *e = f->experts + f->whole[at];
             int64_t number = f->whole[at], stop = e->block + e->wide / DEEP;
             NAMED(tile_pack, VARIANT)(&own, e->slot / DEEP, (e->slot + e->slots) / DEEP);
-            if (f->dy)
-                NAMED(tile_gradients, VARIANT)(&own, e->block, stop);
-            else
+            if (f->forward)
                 NAMED(tile_hidden, VARIANT)(&own, e->block, stop);
-            if (f->dz || !f->dy)
+            else
+                NAMED(tile_gradients, VARIANT)(&own, e->block, stop);
+            if (f->forward || f->dz)
                 NAMED(tile_rows, VARIANT)(&own, number * columns, (number + 1) * columns);
         }
     }

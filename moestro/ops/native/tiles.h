@@ -42,7 +42,7 @@ struct tiles {
     int64_t *starts, *order;       /* [t + 1], [n]: rows of every token, and their slots behind them [n] */
     const int64_t *whole;          /* [count] experts that are one core's each */
     int64_t *taken;                /* [1]: so many of them are taken */
-    int64_t n, t, d, e, weighted, narrow, pieces;
+    int64_t n, t, d, e, forward, narrow, pieces; /* forward: the pass is that one */
     int64_t count, most_slots, most_hidden; /* the most slots, and slots * wide, of an expert of one core */
 };
 
