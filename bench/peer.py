@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.harness import Row, agree, arguments, clock, compare, report, weigh
+from bench.processes import in_its_own_process
 from moestro import ops
 from moestro.experts import SingletonBank
 from moestro.layers import MoELayer
@@ -272,7 +273,8 @@ def against_n(shapes: list[Shape], rounds: int) -> list[Row]:
 
 def main() -> None:
     # they import this module
-    from bench import peer_given_back, peer_narrow
+    from bench.peer_given_back import given_back
+    from bench.peer_narrow import in_fewer_bits
 
     options = arguments(__doc__.splitlines()[0])
     tokens, d, sides = (128, 64, (64, 128, 256)) if options.quick else (512, 512, (128, 256, 512, 1024))
@@ -281,17 +283,16 @@ def main() -> None:
     # at the greatest N there is no room for the package's tables of full width
     narrow = [Shape(tokens, d // 2, shape.side) if shape.side == 1024 else shape for shape in shapes]
     # first, while this process has kept nothing: there is no room for the greatest tables of two processes
-    apart = peer_given_back.in_its_own_process
-    given_back = {shape: apart(shape, rounds, options.seed) for shape in narrow if shape.fits(copies=7)}
-    middle = shapes[-2]
-    in_fewer_bits = peer_narrow.in_its_own_process(middle, rounds, options.seed) if middle.fits(copies=10) else []
+    apart = partial(in_its_own_process, options.seed)
+    beside = {shape: apart(given_back, shape, rounds) for shape in narrow if shape.fits(copies=7)}
+    fewer_bits = apart(in_fewer_bits, shapes[-2], rounds) if shapes[-2].fits(copies=10) else []
     rows = []
     for shape, at_its_side in zip(shapes, narrow, strict=True):
-        if at_its_side in given_back:
-            rows += beside_the_package(at_its_side, rounds) + given_back[at_its_side]
+        if at_its_side in beside:
+            rows += beside_the_package(at_its_side, rounds) + beside[at_its_side]
         if shape.fits(copies=1):
             rows += parts(shape, rounds)
-    rows += in_fewer_bits + against_n(shapes[1:], rounds)
+    rows += fewer_bits + against_n(shapes[1:], rounds)
     report("bench/peer.py", rows, options)
 
 

@@ -7,9 +7,7 @@ other experts, so its output agrees less well than tables in 8 bits do. `bench.p
 """
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
-from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
@@ -28,23 +26,11 @@ ROUNDED = f"{PACKAGE}, all of it in bfloat16"
 OURS_OFF, THEIRS_OFF, STEP_OFF = 2e-2, 0.5, 0.2
 
 
-def in_its_own_process(shape: Shape, rounds: int, seed: int) -> list[Row]:
-    """`in_fewer_bits` in a process whose memory is given back when it ends: the greatest tables need it."""
-    begin = seed, torch.get_num_threads()
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=begin) as process:
-        return process.submit(in_fewer_bits, shape, rounds).result()
-
-
-def _begin(seed: int, threads: int) -> None:
-    """As `bench.harness.arguments` begins."""
-    keep_freed_memory()
-    torch.manual_seed(seed)
-    torch.set_num_threads(threads)
-
-
 def in_fewer_bits(shape: Shape, rounds: int) -> list[Row]:
     """Forward with tables in bfloat16 and int8, and a training step with tables in bfloat16; none without the native
-    kernels. Copies that are not needed any more are forgotten."""
+    kernels. Copies that are not needed any more are forgotten. `bench.peer` runs this in a process of its own, because
+    the greatest tables need that memory afterwards; freed memory is kept in it as there."""
+    keep_freed_memory()
     if native.library().handle is None:
         return []
     ours, theirs = pair(shape, sparse_gradients=True)
