@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
+from shutil import which
 
 import pytest
 
@@ -70,3 +72,22 @@ def test_pages_quote_committed_results_alone(page):
     quoted = set(re.findall(r"`(bench/[\w/]+\.py)` at commit `(\w+)`", PAGES[page]))
     results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS]
     assert quoted <= {(result["script"], result["commit"][:12]) for result in results}
+
+
+def test_the_page_of_effects_has_no_table_of_an_earlier_run():
+    page = PAGES["effects"]
+    for path in EFFECTS:
+        page = page.replace(summary(path), "")
+    assert [line for line in page.splitlines() if line.startswith("|")] == []
+
+
+@pytest.mark.skipif(which("git") is None, reason="no git")
+def test_results_are_of_commits_that_are_in_the_history():
+    """A branch that is rebased after it was measured leaves none behind."""
+    files = RESULTS + RELIABILITY
+    commits = {one for path in files for one in json.loads(path.read_text(encoding="utf-8"))["commit"].split(", ")}
+    command = ["git", "merge-base", "--is-ancestor"]
+    lost = {one for one in commits if subprocess.run([*command, one, "HEAD"], cwd=ROOT, capture_output=True).returncode}
+    if lost == commits:
+        pytest.skip("a tree without its history")
+    assert not lost
