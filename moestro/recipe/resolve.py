@@ -83,7 +83,8 @@ def read_tree(path: Path | None, overrides: Iterable[str] = ()) -> tuple[dict, O
     settings = [_split(text) for text in overrides]
     # what is given a kind is a part of its own and starts from nothing
     of_own_kind = {keys[:-1] for keys, _ in settings if keys[-1] == "kind"}
-    for keys, value in settings:
+    # what starts as another value of the tree is set when that one is as it will be, whatever order they are given in
+    for keys, value in sorted(settings, key=lambda setting: any(setting[0][: len(at)] == at for at in STARTS_AS)):
         _set(tree, keys, value, of_own_kind)
     return tree, Origin(path, own, base_path, base, tuple(keys for keys, _ in settings))
 

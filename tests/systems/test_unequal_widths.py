@@ -142,6 +142,13 @@ def test_the_command_line_sets_widths_layer_by_layer() -> None:
         layer_widths("model.layers.0.branches.0.widths=[4]")
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_layer_set_in_part_is_like_the_others_as_they_are_in_the_end(order: int) -> None:
+    settings = ["model.layers.1.branches.0.widths=[4, 5]", "model.ffn.router.select={kind: top_p, threshold: 0.3}"]
+    layers = build_model(load_recipe(RECIPE, settings[::order]), 16, "meta").moe_layers().values()
+    assert [layer.router.select.threshold for layer in layers] == [0.3] * 4  # type: ignore[union-attr]
+
+
 def test_a_layer_set_in_part_is_the_one_written_out() -> None:
     recipe = load_recipe(RECIPE, ["model.layers.0.branches.0.widths=[4, 5]"])
     again = load_recipe(RECIPE, [f"model.layers={{0: {ffn([4, 5])}}}"])
