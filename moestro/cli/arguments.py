@@ -63,10 +63,11 @@ def add_device(parser: Parser) -> None:
 
 
 def add_model(parser: Parser) -> None:
-    """MODEL, --checkpoint, --dtype, --device"""
+    """MODEL, --set, --checkpoint, --dtype, --device"""
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="a run folder, or a model's folder in Hugging Face's format"
     )
+    add_settings(parser, "continue texts")
     add_checkpoint(parser)
     add_dtype(parser)
     add_device(parser)
@@ -107,7 +108,7 @@ def opened_model(arguments: argparse.Namespace, model: Path) -> "Opened":
     with extra("hf"):
         from moestro.export import open_model
     dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
-    return open_model(model, device, dtype, arguments.checkpoint)
+    return open_model(model, device, dtype, arguments.checkpoint, settings=arguments.settings)
 
 
 @contextmanager
@@ -133,18 +134,23 @@ def add_run(parser: Parser, tokens: str) -> None:
         help="text to measure on: a file, a folder, or a source as in recipes (default: the run's held-out text)",
     )
     parser.add_argument("--tokens", type=positive, metavar="N", help=f"use about so many (default: {tokens})")
+    add_settings(parser, "measure")
+    add_checkpoint(parser)
+    add_json(parser)
+    add_device(parser)
+
+
+def add_settings(parser: Parser, do: str) -> None:
+    """--set; `do` is what is done so"""
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         dest="settings",
         metavar="key=value",
-        help="measure with another threshold or top_k than the run was trained with, such as "
+        help=f"{do} with another threshold or top_k than the run was trained with, such as "
         "model.ffn.router.select.top_k=1; may be repeated",
     )
-    add_checkpoint(parser)
-    add_json(parser)
-    add_device(parser)
 
 
 def add_json(parser: Parser) -> None:

@@ -133,9 +133,10 @@ def parser_of(name: str) -> Parser:
 
 
 def _left_over(parser: Parser, word: str) -> str:
-    if not word.startswith("-"):
-        return f"unexpected {word!r}"
     options = [name for action in parser._actions for name in action.option_strings]
+    if not word.startswith("-"):
+        meant = f"; did you mean --set {word}?" if "=" in word and "--set" in options else ""
+        return f"unexpected {word!r}{meant}"
     return unknown("option", word.split("=")[0], options)
 
 

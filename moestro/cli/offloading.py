@@ -93,7 +93,7 @@ def opened_text_model(arguments: Namespace) -> "Iterator[TextModel]":
 
         yield TextModel(*opened)
         return
-    whole = {"dtype": None, "checkpoint": "newest"}
+    whole = {"dtype": None, "checkpoint": "newest", "settings": []}
     refuse(arguments, whole, "{} does not go with --memory: experts are computed as they lie")
     if arguments.calibrate:
         raise UsageError("--calibrate does not go with it: moestro offload SRC --calibrate TEXT builds the copies once")

@@ -1,5 +1,6 @@
 """Models to use: a run's folder, an exported one, or any causal language model in Hugging Face's format."""
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,8 @@ from moestro.export.tokenizers import fast_tokenizer
 from moestro.formats.shards import Shards
 from moestro.ops.whole_files import require_intact
 from moestro.recipe.build import build_model
-from moestro.recipe.evaluation import CHECKPOINTS, untrained
-from moestro.recipe.load import Recipe, load_recipe
+from moestro.recipe.evaluation import CHECKPOINTS, turned_recipe, untrained
+from moestro.recipe.load import Recipe
 from moestro.recipe.pretrained import Pretrained
 from moestro.recipe.syntax import RecipeError
 from moestro.train import load_weights
@@ -39,24 +40,27 @@ def open_model(
     dtype: torch.dtype | None = None,
     checkpoint: str = "newest",
     trust_remote_code: bool = False,
+    settings: Sequence[str] = (),
 ) -> Opened:
     """The model in a folder: a run's `newest` or `best` checkpoint, or a folder that `from_pretrained` loads. `dtype`
     is that of the weights, where None what the folder keeps. Code that lies in a folder runs only with
-    `trust_remote_code`; exported folders need none here.
+    `trust_remote_code`; exported folders need none here. `settings` give the tokens of a run other numbers of experts
+    than it was trained with: `model.ffn.router.select.top_k=1`, or a `threshold`.
 
-    Raises: FileNotFoundError where there is no folder, RecipeError where it holds neither; CheckpointError where a run
-    has no intact checkpoint; VersionError where a newer moestro wrote the folder; DamagedFile where a file is
-    not what its hash in hashes.json says; FormatError for weights that are damaged or outside of it; OSError and
-    ValueError as transformers has them.
+    Raises: FileNotFoundError where there is no folder, RecipeError where it holds neither, or settings that are none of
+    a run's; CheckpointError where a run has no intact checkpoint; VersionError where a newer moestro wrote the folder;
+    DamagedFile where a file is not what its hash in hashes.json says; FormatError for weights that are damaged or
+    outside of it; OSError and ValueError as transformers has them.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     require_intact(folder)
     if (folder / "recipe.yaml").is_file():
-        return open_run(folder, device, dtype, checkpoint)
+        return open_run(folder, device, dtype, checkpoint, settings)
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder} holds no model: neither recipe.yaml (a run) nor config.json (Hugging Face)")
+    _refuse(settings, f"{folder} is no run of moestro")
     said: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if (own := stored_configuration(folder / "config.json")) is not None:
         said["config"] = own
@@ -72,15 +76,25 @@ def _opened(model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: str | 
     return Opened(model.to(device).eval(), tokenizer)  # type: ignore[arg-type]
 
 
+def _refuse(settings: Sequence[str], why: str) -> None:
+    if settings:
+        raise RecipeError(f"{settings[0]!r} cannot be set: {why} (--set)")
+
+
 def open_run(
-    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, checkpoint: str = "newest"
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    checkpoint: str = "newest",
+    settings: Sequence[str] = (),
 ) -> Opened:
     """A run's checkpoint as a transformers model; that of a pretrained model is the decoder it came from.
 
     Raises: as `open_model`.
     """
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = turned_recipe(folder, settings)
     if isinstance(recipe.model, Pretrained):
+        _refuse(settings, "the decoder of a pretrained model has numbers of experts of its own")
         return _open_pretrained(recipe, folder, device, dtype, checkpoint)
     path = CHECKPOINTS[checkpoint](folder)
     own = load_tokenizer(folder / "tokenizer")

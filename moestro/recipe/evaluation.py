@@ -69,7 +69,7 @@ def opened_run(
     checkpoint.
     """
     folder = Path(run_dir)
-    recipe = _recipe_of(folder, settings)
+    recipe = turned_recipe(folder, settings)
     build_model(recipe, vocab_size=1, device="meta")
     start = untrained(recipe, folder)
     path = start or CHECKPOINTS[checkpoint](folder)
@@ -110,7 +110,11 @@ def about(run: Run) -> dict[str, Any]:
     }
 
 
-def _recipe_of(folder: Path, settings: Sequence[str]) -> Recipe:
+def turned_recipe(folder: Path, settings: Sequence[str]) -> Recipe:
+    """The recipe of the run in a folder with knobs turned: `settings` as for `opened_run`.
+
+    Raises: RecipeError where it is no run or a setting is no knob.
+    """
     if not folder.is_dir():
         raise RecipeError(f"no such run folder: {folder}")
     if not (folder / "recipe.yaml").is_file():

@@ -197,6 +197,7 @@ def test_knobs_are_turned_without_training(run: Path, found: dict, capsys: pytes
             ["--probe", "--out", "page.html"],
             "--out=page.html is where the page goes; --generalization and --probe write",
         ),
+        ([f"{THRESHOLD}=0.4"], f"unexpected '{THRESHOLD}=0.4'; did you mean --set {THRESHOLD}=0.4?"),
         (["--sett", "x"], "unknown option '--sett'; did you mean '--set'? allowed: "),
     ],
 )

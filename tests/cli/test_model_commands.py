@@ -16,11 +16,14 @@ import torch
 from moestro.cli import main
 from moestro.data import Batch, ByteTokenizer
 from moestro.evaluate import evaluate
+from moestro.export import open_model
 from moestro.generation import Continuation, Piece
 from moestro.recipe.evaluation import opened_run
+from moestro.recipe.syntax import RecipeError
 from tests.conftest import ROOT
 
 TINY = ["model.n_layers=1", "model.d_model=16", "model.attention.n_heads=2", "data.seq_len=64"]
+K = "model.ffn.router.select.top_k"
 TRAINED = ["train.batch_size=4", "train.budget.steps=3", "train.eval_tokens=64"]
 
 
@@ -49,6 +52,22 @@ def test_generate_prints_the_text(run: str, capsys: pytest.CaptureFixture) -> No
     assert sampled[0] == sampled[1] != sampled[2]
     likeliest = answered(capsys, *words, "--temperature", "1", "--top-k", "1")
     assert likeliest == text
+
+
+def test_a_model_to_use_takes_another_number_of_experts(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokens = torch.arange(24)[None]
+    plain, turned = (open_model(run, settings=settings).model for settings in ([], [f"{K}=1"]))
+    measured = opened_run(run, settings=[f"{K}=1"]).model.eval()
+    with torch.no_grad():
+        logits = turned(tokens).logits
+        assert torch.equal(logits, measured(tokens).logits) and not torch.equal(logits, plain(tokens).logits)
+    words = ["generate", run, "--prompt", "the quick", "--max-new-tokens", "12"]
+    assert answered(capsys, *words, "--set", f"{K}=2") == answered(capsys, *words)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"top_k=1' cannot be set: .* is no run of moestro \(--set\)"):
+        open_model(tmp_path, settings=[f"{K}=1"])
 
 
 def test_generate_takes_prompts_from_everywhere(
@@ -151,6 +170,11 @@ def test_ctrl_c_ends_the_line(run: str, capsys: pytest.CaptureFixture, monkeypat
         ),
         (["eval", "RUN", "--tasks", "piqa", "--tokens", "5"], "--tokens=5 does not go with --tasks"),
         (["eval", "RUN", "--tasks", "piqa", "--set", "a=b"], "--set=a=b does not go with --tasks"),
+        (
+            ["generate", "RUN", "--prompt", "x", "--set", f"{K}=9"],
+            "top_k=9 > 8 experts (command line: model.ffn.router",
+        ),
+        (["serve", "RUN", "--set", "optim.lr=1"], "'optim.lr=1' cannot be changed after training; allowed: threshold"),
         (["eval", "RUN", "--batch-size", "5"], "--batch-size=5 needs --tasks"),
         (["eval", "RUN", "--seed", "0"], "--seed=0 needs --tasks"),
     ],

@@ -48,6 +48,7 @@ def test_texts_are_continued_by_a_model_larger_than_its_memory(
     for refused, said in (
         ([*words, "--exact"], "--exact is for models larger than memory"),
         ([*words, *memory, "--dtype", "bf16"], "does not go with --memory"),
+        ([*words, *memory, "--set", "model.ffn.router.select.top_k=1"], "does not go with --memory"),
         ([*words, *memory, "--calibrate", "t.txt"], "builds the copies once"),
         ([*words, *memory, "--t1", "2"], "allowed: 0 <= T1 <= T2 <= 1"),
         (["serve", str(folder), "--memory", "1k", "--low-share", "2"], "share of memory for LOW copies"),
