@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from moestro.ops import backend, reference, triton_peer
 from moestro.ops.activations import activation as find
+from moestro.ops.ffn import wants_gradient
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.row_gradients import TableGradients
 from moestro.ops.row_operations import RowOperations, row_dtypes, row_operations
@@ -38,8 +39,11 @@ def singleton_experts(
     outside = compute_dtype(x)
     rows = row_operations(x, weight, up, down)
     inside, stored = row_dtypes(rows.widens or backend.active() == "triton", up, outside, sparse_gradients)
-    x, weight, up, down = x.to(outside).to(inside), weight.to(inside), up.to(stored), down.to(stored)
+    x, weight, up, down = x.to(outside), weight.to(inside), up.to(stored), down.to(stored)
     gate = None if gate is None else gate.to(stored)
+    if backend.active() != "triton" or wants_gradient(x, weight, up, down, *(() if gate is None else (gate,))):
+        # else the kernel widens what it reads and rounds what it writes, and the table's gradient is none
+        x = x.to(inside)
     with without_autocast(x):
         if backend.active() == "reference":
             y = reference.singleton_experts(x, ids, weight, up, down, activation, sparse_gradients, gate)

@@ -41,7 +41,7 @@ def singleton_experts(
     where Triton is missing.
     """
     find(activation)
-    _require(x, weight, up, down)
+    require_kernels(x, weight, up, down)
     return _experts(x, ids, weight, gate, up, down, activation, sparse_gradients)  # type: ignore[call-arg]
 
 
@@ -55,7 +55,7 @@ def value_rows(
 
     Raises: as `singleton_experts`.
     """
-    _require(weight, values)
+    require_kernels(weight, values)
     return _values(ids, weight, values, sparse_gradients)  # type: ignore[call-arg]
 
 
@@ -68,12 +68,13 @@ def product_key_topk(
 
     Raises: as `singleton_experts`.
     """
-    _require(query, keys)
+    require_kernels(query, keys)
     scores, ids = _topk(query.float(), keys.float(), k)  # type: ignore[call-arg]
     return scores.to(query.dtype), ids
 
 
-def _require(*tensors: Tensor) -> None:
+def require_kernels(*tensors: Tensor) -> None:
+    """Raises: as `singleton_experts`, where the kernels cannot take these."""
     for tensor in tensors:
         require_dtype(tensor)
         require_device(tensor)
@@ -162,7 +163,7 @@ class _TopK(torch.autograd.Function):
         from moestro.ops.triton_peer_keys import best_pairs
 
         query, keys = query.contiguous(), keys.contiguous()
-        scores, ids = best_pairs(query, keys, k)
+        scores, ids, _ = best_pairs(query, keys, k)
         ctx.save_for_backward(query, keys, ids)
         ctx.mark_non_differentiable(ids)
         return scores, ids

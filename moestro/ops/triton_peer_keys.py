@@ -1,4 +1,5 @@
-"""Triton kernels of product-key retrieval: the k best keys of a side, and the k best pairs of both sides' best.
+"""Triton kernels of product-key retrieval: queries of few tokens, the k best keys of a side, and the k best pairs of
+both sides' best.
 
 A score and its place travel as one int64 whose order is that of falling scores, equal ones by rising place: the
 float32's bits, made monotonic, above the place counted from the end.
@@ -12,11 +13,16 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from moestro.ops.few_queries import FeatureNorm
 from moestro.ops.product_key import staircase
 from moestro.ops.triton_ffn_plan import interpreted, launch, power_of_two
 
 _LOWEST = tl.constexpr(-(2**63))
 _PLACES = tl.constexpr(2**32 - 1)
+# Features of a query that a program computes, and numbers of their weights that it holds at a time.
+_FEATURES, _HELD = 16, 4096
+# How gates are made of the k scores of a query.
+GATES = {"softmax": 1, "sigmoid": 2, "relu": 3}
 
 
 class Sizes(NamedTuple):
@@ -36,13 +42,23 @@ def sizes(half: int, k: int) -> Sizes:
     return Sizes(16, max(128 if k <= 32 else 64, most), min(64, max(16, power_of_two(half))), 4)
 
 
-def best_pairs(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores and ids [t, h, k] of the k best pairs; float32 `query` [t, h, 2 half] and `keys` [2, g, n, half]."""
+class Pairs(NamedTuple):
+    """The k best pairs of every query, [t, h, k] each: scores or gates, ids, and, with gates, the token."""
+
+    scores: Tensor
+    ids: Tensor
+    token: Tensor
+
+
+def best_pairs(query: Tensor, keys: Tensor, k: int, gate: str | None = None) -> Pairs:
+    """Of float32 `query` [t, h, 2 half] and `keys` [2, g, n, half] in any dtype; with `gate` gates take the place of
+    scores."""
     (t, h, _), (_, g, n, half) = query.shape, keys.shape
     size, rows, most = sizes(half, k), t * h, power_of_two(max(2, k))
-    scores, ids = query.new_empty(t, h, k), query.new_empty(t, h, k, dtype=torch.int64)
+    ids = query.new_empty(t, h, k, dtype=torch.int64)
+    found = Pairs(query.new_empty(t, h, k), ids, ids if gate is None else torch.empty_like(ids))
     if not rows:
-        return scores, ids
+        return found
     best, place = query.new_empty(rows, 2, k), query.new_empty(rows, 2, k, dtype=torch.int32)
     blocks = -(-(rows // g) // size.queries)
     launch(
@@ -51,10 +67,23 @@ def best_pairs(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     steps = _staircase(k, query.device)
     launch(
-        _pair_kernel, -(-rows // size.paired), best, place, steps, scores, ids, rows, n, k, steps.shape[1],
-        KP=most, BT=size.paired, BS=max(most, power_of_two(steps.shape[1])),
+        _pair_kernel, -(-rows // size.paired), best, place, steps, *found, rows, n, h, k, steps.shape[1],
+        KP=most, BT=size.paired, BS=max(most, power_of_two(steps.shape[1])), GATE=0 if gate is None else GATES[gate],
     )  # fmt: skip
-    return scores, ids
+    return found
+
+
+def queries(x: Tensor, weight: Tensor, norm: FeatureNorm | None) -> Tensor:
+    """x @ weight.T [t, f] in float32, normalised by `norm`; x [t, d] and weight [f, d] are read in their own dtypes,
+    the weights once for every token."""
+    (t, d), f = x.shape, len(weight)
+    out = x.new_empty(t, f, dtype=torch.float32)
+    numbers = (out, out, out, out, 0.0) if norm is None else norm
+    launch(
+        _query_kernel, t * -(-f // _FEATURES), x, weight, *numbers, out, f, d,
+        NORM=norm is not None, BF=_FEATURES, BD=min(_HELD // _FEATURES, max(16, power_of_two(d))),
+    )  # fmt: skip
+    return out
 
 
 @lru_cache(maxsize=64)
@@ -101,7 +130,7 @@ def _side_kernel(query, keys, best, place, rows, n, g, k, half: tl.constexpr, KP
                 mask=(r < rows)[:, None] & (c < half)[None, :], other=0.0,
             )  # fmt: skip
             b = tl.load(keys + key[None, :] * half + c[:, None], mask=(i < n)[None, :] & (c < half)[:, None], other=0.0)
-            score = tl.dot(q, b, score, input_precision="tf32x3")
+            score = tl.dot(q, b.to(tl.float32), score, input_precision="tf32x3")
         packed = tl.where((i < n)[None, :], _packed(score, i[None, :], n), _LOWEST)
         # most tiles have no key that is better than the worst one found
         if tl.max((tl.max(packed, axis=1) > tl.min(found, axis=1)).to(tl.int32), axis=0) > 0:
@@ -117,8 +146,8 @@ def _side_kernel(query, keys, best, place, rows, n, g, k, half: tl.constexpr, KP
 
 @triton.jit
 @no_type_check
-def _pair_kernel(best, place, steps, scores, ids, rows, n, k, n_steps, KP: tl.constexpr, BT: tl.constexpr,
-                 BS: tl.constexpr):  # fmt: skip
+def _pair_kernel(best, place, steps, scores, ids, token, rows, n, h, k, n_steps, KP: tl.constexpr, BT: tl.constexpr,
+                 BS: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     s = tl.arange(0, BS)
     there = (r < rows)[:, None] & (s < n_steps)[None, :]
@@ -136,5 +165,44 @@ def _pair_kernel(best, place, steps, scores, ids, rows, n, k, n_steps, KP: tl.co
     i = tl.load(place + (r * 2 * k)[:, None] + p, mask=there, other=0).to(tl.int64)
     i = i * n + tl.load(place + (r * 2 * k + k)[:, None] + q, mask=there, other=0)
     at = r[:, None] * k + j[None, :]
-    tl.store(scores + at, _score_of(found), mask=there)
+    score = _score_of(found)
+    if GATE > 0:
+        score = _gates(tl.where(j[None, :] < k, score, -float("inf")), GATE)
+        tl.store(token + at, tl.zeros((BT, KP), tl.int64) + (r // h)[:, None], mask=there)
+    tl.store(scores + at, score, mask=there)
     tl.store(ids + at, i, mask=there)
+
+
+@triton.jit
+@no_type_check
+def _gates(score, GATE: tl.constexpr):
+    if GATE == 1:
+        gate = tl.exp(score - tl.max(score, axis=1)[:, None])
+        gate = gate / tl.sum(gate, axis=1)[:, None]
+    elif GATE == 2:
+        gate = 1 / (1 + tl.exp(-score))
+    else:
+        gate = tl.where(score < 0, 0.0, score)
+    return gate
+
+
+@triton.jit
+@no_type_check
+def _query_kernel(x, weights, mean, variance, gain, shift, eps, out, f, d: tl.constexpr, NORM: tl.constexpr,
+                  BF: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    blocks = tl.cdiv(f, BF)
+    t = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BF + tl.arange(0, BF)
+    products = tl.zeros((BF, BD), tl.float32)
+    for start in range(0, d, BD):
+        c = start + tl.arange(0, BD)
+        there = (i < f)[:, None] & (c < d)[None, :]
+        w = tl.load(weights + i[:, None] * d + c[None, :], mask=there, other=0.0).to(tl.float32)
+        products += w * tl.load(x + t * d + c, mask=c < d, other=0.0).to(tl.float32)[None, :]
+    query = tl.sum(products, axis=1)
+    if NORM:
+        scale = tl.load(gain + i, mask=i < f, other=0.0).to(tl.float32)
+        scale = scale / tl.sqrt(tl.load(variance + i, mask=i < f, other=1.0).to(tl.float32) + eps)
+        query = (query - tl.load(mean + i, mask=i < f, other=0.0).to(tl.float32)) * scale
+        query = query + tl.load(shift + i, mask=i < f, other=0.0).to(tl.float32)
+    tl.store(out + t * f + i, query, mask=i < f)

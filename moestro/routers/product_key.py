@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moestro.cost import Kept
 from moestro.ops import linear_fp32, product_key_topk
+from moestro.ops.few_queries import few_product_keys, few_queries, retrieves_few
 from moestro.ops.precision import without_autocast
 from moestro.routers.base import Router
 from moestro.routers.family import SelectionFamily, size_of
@@ -61,6 +62,8 @@ class ProductKeyRouter(Router):
         return self.side
 
     def forward(self, x: Float[Tensor, "t d"]) -> SparseRouting:
+        if not self.training and retrieves_few(len(x), x, *self.parameters()):
+            return self._of_few(x)
         raw = linear_fp32(x, self.query)
         query, stats = self.query_norm(raw)
         with without_autocast(x):
@@ -68,6 +71,15 @@ class ProductKeyRouter(Router):
             scores, ids = product_key_topk(query.unflatten(-1, (self.heads, -1)), keys, self.top_k)
         gates = GATES[self.gate](scores)
         return SparseRouting.from_topk(ids.flatten(1), gates.flatten(1), self.n_experts, query_stats=stats)
+
+    def _of_few(self, x: Float[Tensor, "t d"]) -> SparseRouting:
+        norm = self.query_norm.by_feature()
+        query = few_queries(x, self.query, norm)
+        if norm is None:
+            query, _ = self.query_norm(query)
+        keys, query = self.query_norm.of_keys(self.keys), query.unflatten(-1, (self.heads, -1))
+        rows = few_product_keys(query, keys, self.top_k, self.gate)
+        return SparseRouting(*rows, len(x), self.n_experts, fixed=self.heads * self.top_k)
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """Product keys have no key of a single expert, so experts cannot be moved one by one."""

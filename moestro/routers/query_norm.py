@@ -1,11 +1,15 @@
 """Normalisations of retrieval: queries [t, f] -> (normalised queries, batch statistics or None), f = heads * d_key."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from moestro.ops.few_queries import FeatureNorm
+from moestro.ops.precision import at_least_fp32
 
 Statistics = tuple[Tensor, Tensor, int]
 ONE_TOKEN = "query batch norm needs at least 2 tokens in a training batch, got 1"
@@ -24,6 +28,10 @@ class QueryNorm(nn.Module):
     def of_keys(self, keys: Float[Tensor, "2 g n half"]) -> Float[Tensor, "2 g n half"]:
         """The sub-keys that the queries meet: as they are, but where keys are normalised too."""
         return keys
+
+    def by_feature(self) -> FeatureNorm | None:
+        """What it does in evaluation, where that is the same for every token and feature by feature."""
+        return None
 
 
 class BatchQueryNorm(QueryNorm):
@@ -56,14 +64,12 @@ class BatchQueryNorm(QueryNorm):
         self.register_buffer("mean", torch.zeros(self.features))
         self.register_buffer("variance", torch.ones(self.features))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        # known to the host, so that it need not wait for the device in every evaluation to ask for `updates`
+        self._updated = False
 
     def forward(self, query: Float[Tensor, "t f"]) -> tuple[Float[Tensor, "t f"], Statistics | None]:
         if not self.training:
-            if not self.updates:
-                raise RuntimeError(
-                    "query batch norm has no running statistics yet: train with the rule QueryNormStatistics "
-                    "(the training loop always does) or call `update` before evaluating"
-                )
+            self._require_statistics()
             return self._normalise(query, self.mean, self.variance), None
         if self.together is not None:
             # also without queries, forward and backward: other processes wait for this one's sums
@@ -76,6 +82,22 @@ class BatchQueryNorm(QueryNorm):
             mean, variance = query.mean(0), query.var(0, correction=0)
         stats = (mean.detach(), variance.detach(), len(query)) if len(query) else None
         return self._normalise(query, mean, variance), stats
+
+    def by_feature(self) -> FeatureNorm:
+        self._require_statistics()
+        return FeatureNorm(self.mean, self.variance, self.weight, self.bias, self.eps)
+
+    def _require_statistics(self) -> None:
+        self._updated = self._updated or bool(self.updates)
+        if not self._updated:
+            raise RuntimeError(
+                "query batch norm has no running statistics yet: train with the rule QueryNormStatistics "
+                "(the training loop always does) or call `update` before evaluating"
+            )
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._updated = False
+        super()._load_from_state_dict(*arguments)
 
     def _normalise(self, query: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         scale = self.weight.to(query.dtype) * (variance.to(query.dtype) + self.eps).rsqrt()
@@ -142,7 +164,7 @@ class QKRMSNorm(QueryNorm):
         return halves.flatten(-2) * self.weight.to(query.dtype), None
 
     def of_keys(self, keys: Float[Tensor, "2 g n half"]) -> Float[Tensor, "2 g n half"]:
-        return F.rms_norm(keys, (self.d_half,), eps=self.eps)
+        return F.rms_norm(at_least_fp32(keys), (self.d_half,), eps=self.eps)
 
 
 QUERY_NORMS: dict[str, type[QueryNorm]] = {

@@ -4,9 +4,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from moestro import ops
+from moestro.experts import SingletonBank
+from moestro.layers import MoELayer
 from moestro.ops import backend
+from moestro.routers import ProductKeyRouter
+from moestro.routers.query_norm import BatchQueryNorm
 from tests.ops.test_triton_ffn_gpu import no_waiting
 from tests.ops.test_triton_peer import arguments, assert_near, neurons, retrieved
 from tests.tolerances import BFLOAT16_NORM, FLOAT16_NORM, FLOAT32_NORM
@@ -67,3 +72,21 @@ def test_the_host_does_not_wait():
         with torch.no_grad(), backend.force("triton"), no_waiting():
             ops.product_key_topk(query, keys, 16)
             ops.singleton_experts(call[0], call[1], call[2], *call[3], "gelu")
+
+
+def test_one_token_takes_four_kernels_and_the_host_does_not_wait():
+    router = ProductKeyRouter(512, 128**2, 8, 16, 128)
+    assert isinstance(router.query_norm, BatchQueryNorm)
+    router.query_norm.update(torch.zeros(1024), torch.ones(1024))
+    layer = MoELayer(router, [SingletonBank(512, 128**2)]).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(1, 1, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad(), backend.force("triton"):
+        layer(x)  # compiles, and asks whether there are statistics
+        with no_waiting():
+            layer(x)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            layer(x)
+            torch.cuda.synchronize()
+    kernels = [event.name for event in seen.events() or () if "CUDA" in str(event.device_type)]
+    assert len(kernels) == 4, kernels

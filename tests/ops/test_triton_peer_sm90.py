@@ -28,18 +28,21 @@ data = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
 most = rows.power_of_two(max(2, k))
 numbers = ("ids", "order", "starts", "ends", "token", "segment", "after", "parts", "slot", "busiest")
 types = dict.fromkeys(numbers, "*i64") | dict.fromkeys(("place", "steps"), "*i32")
-wide = ("query", "keys", "best", "scores", "z", "linear", "dz", "dlinear", "coefficient", "partial", "weight")
+wide = ("query", "best", "scores", "z", "linear", "dz", "dlinear", "coefficient", "partial", "weight")
 wide += ("dweight",)
-types |= dict.fromkeys(wide, "*fp32") | dict.fromkeys(("k", "n", "g", "rows", "n_steps"), "i32")
+types |= dict.fromkeys(wide, "*fp32") | {"eps": "fp32"}
+types |= dict.fromkeys(("k", "n", "g", "h", "f", "rows", "n_steps"), "i32")
 pairs = sum((p + 1) * (r + 1) <= k for p in range(k) for r in range(k))
 shapes = {"d": d, "half": half, "KP": most, "PART": 256, "MODE": mode, "ACT": activation}
 of_rows = shapes | {"BR": size.rows, "BD": size.columns}
 of_keys = shapes | {"BT": held.queries, "BN": held.keys, "BH": held.inner}
-of_pairs = shapes | {"BT": held.paired, "BS": max(most, rows.power_of_two(pairs))}
+of_pairs = shapes | {"BT": held.paired, "BS": max(most, rows.power_of_two(pairs)), "GATE": 1}
+of_queries = shapes | {"NORM": True, "BF": 16, "BD": min(256, max(16, rows.power_of_two(d)))}
 kernels = [
     (rows._forward_kernel, of_rows, size.warps), (rows._backward_kernel, of_rows, size.warps),
     (rows._parts_kernel, of_rows, size.warps), (rows._whole_kernel, of_rows, size.warps),
     (keys._side_kernel, of_keys, 4), (keys._pair_kernel, of_pairs, 4),
+    (keys._query_kernel, of_queries, 4),
 ]
 for kernel, known, warps in kernels:
     names = kernel.arg_names
@@ -75,7 +78,7 @@ def test_kernels_compile_for_sm90(case, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     made = {kernel["kernel"]: kernel for kernel in map(json.loads, done.stdout.splitlines())}
-    assert len(made) == 6 and all(kernel["binary"] for kernel in made.values())
+    assert len(made) == 7 and all(kernel["binary"] for kernel in made.values())
     assert not any(kernel["atomics"] for kernel in made.values())
     assert max(kernel["shared"] for kernel in made.values()) <= SHARED_MEMORY
     # rows are fetched in pieces of 16 bytes where their width lets them be, and keys meet queries on tensor cores
