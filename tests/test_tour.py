@@ -23,7 +23,7 @@ PRINTED = {
     "moestro eval runs/mine --set": [],
     "import torch": ["8 experts, widths", "1024 experts, widths"],
     "moestro generate": ["\n"],
-    "moestro compress": ["wrote runs/narrow", "perplexity", "bits per byte"],
+    "moestro compress": ["wrote /", "/runs/narrow\n", "perplexity", "bits per byte"],
     "moestro export": ["MoestroForCausalLM"],
     "from transformers": ["The statement"],
     "moestro serve": ['"text":', '"finish_reason":'],

@@ -134,8 +134,9 @@ def task_scores(model: Any, tokenizer: Path, question: Question) -> dict[str, An
 
 
 def speed(model: Any, tokens: Tensor, device: str) -> dict[str, float]:
-    """Tokens a second of one sequence: its prompt at once, then one by one with a cache. Medians."""
-    prompt = tokens[:1, :PROMPT].to(device)
+    """Tokens a second of one sequence: its prompt at once, then one by one with a cache, no longer than a window where
+    it has room for both. Medians."""
+    prompt = tokens[:1, : max(1, min(PROMPT, tokens.shape[1] - NEW))].to(device)
     new = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False}
     prefill = _median(lambda: model(prompt), device)
     whole = _median(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **new), device)

@@ -75,6 +75,7 @@ class OwnHost:
                     model.decoder.get_submodule(owner), own, nn.Parameter(torch.empty_like(parameter, device=device))
                 )
         tensors = {name: self.folder.read(name) for name in self.folder.entries if not self._experts_own(name)}
+        tensors |= self.folder.added(model.decoder.state_dict().keys())
         tensors |= {name: tensors[source] for name, source in self.folder.tied.items() if source in tensors}
         found = model.decoder.load_state_dict(tensors, strict=False)
         if found.unexpected_keys or [name for name in found.missing_keys if not self._experts_own(name)]:

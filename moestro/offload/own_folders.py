@@ -1,5 +1,6 @@
 """Folders of our own models: where their tensors lie, by the decoder's names, and what else a session asks."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from moestro.formats.shards import Entry, header, read_json
 from moestro.train import newest_checkpoint
-from moestro.train.checkpoint import read_state
+from moestro.train.checkpoint import added_tensors, read_state
 
 
 class OwnFolder(Protocol):
@@ -31,6 +32,10 @@ class OwnFolder(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
+        ...
+
+    def added(self, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Tensors of these names that came after the version that the folder is of."""
         ...
 
     def tokenizer(self) -> Any: ...
@@ -63,6 +68,10 @@ class RunFiles:
         with safe_open(self.file, framework="pt") as stored:
             return stored.get_tensor(name).clone()
 
+    def added(self, wanted: Collection[str]) -> dict[str, Tensor]:
+        shapes = {name: tuple(entry.shape) for name, entry in self.entries.items()}
+        return added_tensors(self.file.parent, shapes, wanted)
+
     def tokenizer(self) -> Any:
         from moestro.export.tokenizers import fast_tokenizer
 
@@ -87,6 +96,9 @@ class ExportFiles:
 
     def read(self, name: str) -> Tensor:
         return self.folder.read(name)
+
+    def added(self, wanted: Collection[str]) -> dict[str, Tensor]:
+        return {}
 
     def tokenizer(self) -> Any:
         from moestro.hf.expertless import tokenizer_in

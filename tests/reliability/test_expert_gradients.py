@@ -86,8 +86,10 @@ def test_all_tokens_to_one_expert_and_experts_that_are_never_used(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_layer_without_tokens_has_gradients_of_zero(name, dtype):
-    layer = MoELayer(ScoredRouter(LinearScore(D, 4), TopK(2)), [BANKS["unequal"]("silu")])
     device = DEVICE if name == "triton" else "cpu"
+    if (name, device, dtype) == ("triton", "cpu", torch.bfloat16):
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+    layer = MoELayer(ScoredRouter(LinearScore(D, 4), TopK(2)), [BANKS["unequal"]("silu")])
     with backend.force(name):
         y, _ = layer.to(device, dtype)(torch.zeros(0, D, device=device, dtype=dtype))
         y.sum().backward()
