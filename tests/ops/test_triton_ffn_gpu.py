@@ -1,17 +1,22 @@
 """Triton's expert feed-forward where it is meant to run: bfloat16, full sizes, no host synchronisation, CUDA graphs."""
 
+import os
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 
-from moestro import ops
+from moestro import FFNBank, LinearScore, MoELayer, ScoredRouter, TopK, ops
 from moestro.ops import backend
 from moestro.ops.backend import TritonOptions
-from tests.ops.triton_cases import Problem, assert_close, outputs_and_gradients, parts, problem
+from tests.ops.test_triton_ffn import COMPILED
+from tests.ops.triton_cases import DEVICE, Problem, assert_close, outputs_and_gradients, parts, problem
 from tests.tolerances import BFLOAT16_NORM, FLOAT16_NORM, FLOAT32_NORM
 
 pytestmark = [
@@ -46,6 +51,27 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of a call, and what every replay writes anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
+def uneven_layer() -> tuple[MoELayer, torch.Tensor]:
+    """A whole top-2 layer of unequal experts, one of them of width 0, and tokens for it."""
+    torch.manual_seed(0)
+    widths = [96, 100, 33, 1, 256, 640, 0, 8]
+    layer = MoELayer(ScoredRouter(LinearScore(200, 8, init_std=0.3), TopK(2)), [FFNBank(200, widths)])
+    return layer.to(DEVICE, torch.bfloat16), torch.randn(777, 200).to(DEVICE, torch.bfloat16).requires_grad_()
 
 
 @pytest.mark.parametrize("skew", [0.0, 1.5])
@@ -106,19 +132,69 @@ def test_runs_in_a_cuda_graph_with_another_routing():
         with torch.no_grad(), backend.force("triton"):
             return ops.expert_ffn(p.x, token, p.weight, offsets, p.w_in, p.w_out, p.widths, "silu")
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = run()
+    graph, y = captured(run)
     for routing in (p, other, p):
         token.copy_(routing.token)
         offsets.copy_(routing.offsets)
         graph.replay()
         assert torch.equal(y, run())
+
+
+def test_a_layer_trains_without_waiting_and_in_a_cuda_graph():
+    """Router, order of rows and experts, forward and backward, with routings that only the replay knows."""
+    torch.use_deterministic_algorithms(False)
+    layer, x = uneven_layer()
+    leaves = [x, *layer.parameters()]
+
+    def step() -> list[torch.Tensor]:
+        with backend.force("triton"):
+            y, _ = layer(x)
+            return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
+
+    step()
+    with no_waiting():
+        step()
+    graph, results = captured(step)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for found, wanted in zip(results, step(), strict=True):
+            assert (found - wanted).float().norm() <= BFLOAT16_NORM * wanted.float().norm()
+
+
+GRAPHS = """
+import torch
+from moestro.ops import backend
+from tests.ops.test_triton_ffn_gpu import uneven_layer
+
+layer, x = uneven_layer()
+with backend.force("triton"):
+    wanted = layer(x)[0]
+    (slope,) = torch.autograd.grad(wanted.float().square().sum(), x)
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True, mode=mode)
+        # the third call replays what the second recorded
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            y = compiled(x)
+            have = y.clone(), *torch.autograd.grad(y.float().square().sum(), x)
+        for found, exact in zip(have, (wanted, slope), strict=True):
+            if not (found - exact).float().norm() <= TOLERANCE * exact.float().norm():
+                raise SystemExit(f"compiled ({mode}) and eager differ")
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [COMPILED.replace("{backend}", "inductor"), GRAPHS.replace("TOLERANCE", str(BFLOAT16_NORM))],
+    ids=["op", "layer"],
+)
+def test_compiles_as_one_graph(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_more_elements_than_int32_counts():
@@ -152,14 +228,8 @@ def test_few_rows_in_a_cuda_graph():
         with torch.no_grad(), backend.force("triton", TritonOptions(few_rows=True)):
             return ops.few_rows_ffn(*arguments)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        first = run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = run()
+    first = run()
+    graph, y = captured(run)
     graph.replay()
     want = outputs_and_gradients("reference", p, "silu", torch.float64)[0]
     assert torch.equal(y, first) and (y.double() - want).norm() <= BFLOAT16_NORM * want.norm()

@@ -39,15 +39,16 @@ constants = {
     "STEPS": plan.search_steps(experts), "WEIGHTED": True, "BM": blocks.rows, "BU": blocks.units, "BD": blocks.model,
     "BK": blocks.inner, "BLOCK": triton.next_power_of_2(experts + 1),
 }
+size = few.sizes()
+counts = {"n_experts": experts, "n_partial": -(-widest // blocks.units), "parts": -(-widest // size.split)}
 # a number that is 1 becomes a constant, as when kernels are launched
-constants |= {name: 1 for name, n in (("n_experts", experts), ("n_partial", -(-widest // blocks.units))) if n == 1}
+constants |= {name: 1 for name, n in (counts | {"n_rows": rows, "widest": widest}).items() if n == 1}
 row, weight = blocks.row_options(), blocks.weight_options()
 kernels = [
     (plan._plan_kernel, {}), (forward._up_kernel, row), (forward._down_kernel, row), (forward._combine_kernel, {}),
     (backward._hidden_gradients_kernel, row), (backward._weight_gradients_kernel, weight),
     (backward._sum_parts_kernel, {}),
 ]
-size = few.sizes()
 few_constants = constants | {"BU": size.up_units, "BK": size.up_columns, "BD": size.down_columns, "SPLIT": size.split}
 decoding = [few._few_up_kernel, few._few_down_kernel, few._few_combine_kernel]
 for kernel, options in kernels + [(kernel, {}) for kernel in decoding]:
@@ -73,6 +74,7 @@ CASES = {
     "float32": (131072, 64, 768, 1280, "float32", 2, "relu", "ieee"),
     "float32 as TF32": (131072, 64, 768, 1280, "float32", 2, "none", "tf32"),
     "tiny and odd": (100, 1, 13, 7, "float16", 2, "silu", "ieee"),
+    "one row of one unit": (1, 1, 8, 1, "bfloat16", 2, "silu", "ieee"),
 }
 # kernels of products of matrices
 PRODUCTS = ("_up_kernel", "_down_kernel", "_hidden_gradients_kernel", "_weight_gradients_kernel")
