@@ -41,7 +41,7 @@ def quantize_rows(table: Float[Tensor, "e d"], storage: str) -> QuantizedTable:
     dtype, largest = CODES[storage]
     codes = new_table(*table.shape, dtype=dtype, device=table.device)
     scale = torch.ones(len(table), device=table.device)
-    for start, stop in spans(*table.shape):
+    for start, stop in spans(len(table), table.shape[1], table.device):
         rows = table[start:stop].float()
         step = rows.abs().amax(1) / largest
         scale[start:stop] = torch.where(step > 0, step, 1.0)

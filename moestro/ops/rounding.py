@@ -25,7 +25,7 @@ def stochastic_bfloat16(x: Float[Tensor, "n d"], ids: Int[Tensor, "n"], key: int
     process, on every device, in pieces of any size, so that training that was interrupted continues to the last bit.
     Changes far below bfloat16's precision, as optimizers make, then add up instead of being lost. NaN stays NaN.
     """
-    row = _mix(_mix(_low(ids) ^ _signed(key)) + _low(ids >> 32))
+    row = _mix(_mix(_low(ids) ^ signed(key)) + _low(ids >> 32))
     column = torch.arange(x.shape[1], device=x.device, dtype=torch.int64) * _GOLDEN
     noise = _mix(row[:, None] + _low(column)) & 0xFFFF
     x = x.float()
@@ -41,7 +41,7 @@ def _low(x: Tensor) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """lowbias32 on int32, whose products wrap around."""
-    first, second = map(_signed, _MULTIPLIERS)
+    first, second = map(signed, _MULTIPLIERS)
     x = (x ^ ((x >> 16) & 0xFFFF)) * first
     x = (x ^ ((x >> 15) & 0x1FFFF)) * second
     return x ^ ((x >> 16) & 0xFFFF)
@@ -55,6 +55,6 @@ def _scrambled(x: int) -> int:
     return x ^ (x >> 16)
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
     """32 bits as torch's int32 has them."""
     return x - (1 << 32) if x >> 31 else x

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.ops.backend import runs_native
+from moestro.ops.backend import active, runs_native
 from moestro.ops.native import row_adamw
 from moestro.ops.rounding import rounding_key, stochastic_bfloat16
 from moestro.ops.row_gradients import RowGradient, spans
+from moestro.ops.triton_ffn import interprets
 
 
 class RowState(NamedTuple):
@@ -74,7 +75,7 @@ def adamw_rows(table: Float[Tensor, "e d"], state: RowState, gradient: RowGradie
     Alg. 2).
 
     In float32 at least; what is kept in bfloat16 is rounded stochastically. With native kernels each row is read and
-    written once, its gradient summed on the way where it is left in factors.
+    written once, its gradient summed on the way where it is left in factors; so it is with Triton's.
     """
     moments, kept = (state.mean, state.square), [state.mean.dtype, state.square.dtype]
     if runs_native(table, *moments, *gradient.tensors()) and kept == [table.dtype, torch.float32]:
@@ -84,9 +85,22 @@ def adamw_rows(table: Float[Tensor, "e d"], state: RowState, gradient: RowGradie
         row_adamw.adamw_rows(table, tuple(state), gradient.ids, gradient.native(), numbers)
         return
     factors = _factors(gradient.ids, state, step)
-    for start, stop in spans(len(gradient.ids), table.shape[1]):
+    if _runs_triton(table, state):
+        from moestro.ops.triton_peer_adamw import adamw_rows as in_one_kernel
+
+        in_one_kernel(table, moments, gradient, factors, step)
+        return
+    for start, stop in spans(len(gradient.ids), table.shape[1], table.device):
         ids, values = gradient.ids[start:stop], gradient.values(start, stop)
         _adamw_piece(table, moments, ids, values, factors.rows(start, stop), step)
+
+
+def _runs_triton(table: Tensor, state: RowState) -> bool:
+    """Tables elsewhere than the kernel can reach, as those that are offloaded, go the plain way."""
+    kept = [table.dtype, state.mean.dtype, state.square.dtype]
+    if active() != "triton" or kept not in ([torch.float32] * 3, [torch.bfloat16] * 2 + [torch.float32]):
+        return False
+    return table.is_cuda or interprets()
 
 
 def _factors(ids: Tensor, state: RowState, step: RowStep) -> RowFactors:

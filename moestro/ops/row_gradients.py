@@ -12,8 +12,10 @@ from torch import Tensor
 from moestro.ops import backend
 from moestro.ops.native.row_gradients import segment_norm, segment_values
 
-# Numbers of a table that are worked on at a time: few enough to stay in a core's cache.
+# Numbers of a table that are worked on at a time: few enough to stay in a core's cache; elsewhere enough that kernels
+# are few.
 CHUNK = 2**17
+DEVICE_CHUNK = 2**26
 _PENDING = "pending_row_factors"
 
 
@@ -66,7 +68,9 @@ class FactoredRows:
         if backend.runs_native(self.source, self.coefficient):
             factors = self.source, self.token, self.coefficient
             return segment_values(self.order, self.starts[start : stop + 1], *factors)
-        first, last = self.starts[[start, stop]].tolist()
+        whole = start == 0 and stop == len(self.ids)
+        # else the host waits for the device
+        first, last = (0, len(self.order)) if whole else self.starts[[start, stop]].tolist()
         weight, starts = self.coefficient[self.order[first:last]], self.starts[start:stop] - first
         return F.embedding_bag(self.token[first:last], self.source, starts, per_sample_weights=weight, mode="sum")
 
@@ -80,7 +84,8 @@ class FactoredRows:
     def norm(self) -> Float[Tensor, ""]:
         if backend.runs_native(self.source, self.coefficient):
             return segment_norm(self.order, self.starts, self.source, self.token, self.coefficient)
-        norms = [torch.linalg.vector_norm(self.values(*span)) for span in spans(len(self.ids), self.source.shape[1])]
+        pieces = spans(len(self.ids), self.source.shape[1], self.source.device)
+        norms = [torch.linalg.vector_norm(self.values(*span)) for span in pieces]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else self.source.new_zeros(())
 
     def scale_(self, factor: Float[Tensor, ""]) -> None:
@@ -91,9 +96,9 @@ class FactoredRows:
 RowGradient = RowValues | FactoredRows
 
 
-def spans(n_rows: int, width: int) -> Iterator[tuple[int, int]]:
+def spans(n_rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Starts and ends of pieces of rows of `width` numbers that stay in cache."""
-    size = max(1, CHUNK // max(1, width))
+    size = max(1, (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // max(1, width))
     for start in range(0, n_rows, size):
         yield start, min(start + size, n_rows)
 

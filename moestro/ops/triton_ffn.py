@@ -5,6 +5,7 @@ Nothing waits for the device unless asked to, nothing is padded, no sum is atomi
 """
 
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import accumulate
 
 import torch
@@ -200,6 +201,15 @@ def require_dtype(x: Tensor) -> None:
     """Raises: ValueError for a dtype that the kernels do not read."""
     if x.dtype not in DTYPES:
         raise ValueError(f"backend 'triton' on {x.dtype}, allowed: {', '.join(str(dtype) for dtype in DTYPES)}")
+
+
+def interprets() -> bool:
+    """Whether Triton is there and takes tensors of the CPU."""
+    if find_spec("triton") is None:
+        return False
+    from moestro.ops.triton_ffn_plan import interpreted
+
+    return interpreted()
 
 
 def require_device(x: Tensor) -> None:

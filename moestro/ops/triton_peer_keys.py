@@ -188,7 +188,7 @@ def _gates(score, GATE: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _query_kernel(x, weights, mean, variance, gain, shift, eps, out, f, d: tl.constexpr, NORM: tl.constexpr,
+def _query_kernel(x, weights, centre, variance, gain, shift, eps, out, f, d: tl.constexpr, NORM: tl.constexpr,
                   BF: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(f, BF)
     t = (tl.program_id(0) // blocks).to(tl.int64)
@@ -203,6 +203,6 @@ def _query_kernel(x, weights, mean, variance, gain, shift, eps, out, f, d: tl.co
     if NORM:
         scale = tl.load(gain + i, mask=i < f, other=0.0).to(tl.float32)
         scale = scale / tl.sqrt(tl.load(variance + i, mask=i < f, other=1.0).to(tl.float32) + eps)
-        query = (query - tl.load(mean + i, mask=i < f, other=0.0).to(tl.float32)) * scale
+        query = (query - tl.load(centre + i, mask=i < f, other=0.0).to(tl.float32)) * scale
         query = query + tl.load(shift + i, mask=i < f, other=0.0).to(tl.float32)
     tl.store(out + t * f + i, query, mask=i < f)

@@ -20,7 +20,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moestro.ops import triton_peer_keys as keys, triton_peer_rows as rows
+from moestro.ops import triton_peer_keys as keys, triton_peer_rows as rows, triton_peer_adamw as adamw
 
 d, half, k, dtype, mode, activation = json.loads('ARGUMENTS')
 size, held = rows.sizes(d), keys.sizes(half, k)
@@ -37,12 +37,17 @@ shapes = {"d": d, "half": half, "KP": most, "PART": 256, "MODE": mode, "ACT": ac
 of_rows = shapes | {"BR": size.rows, "BD": size.columns}
 of_keys = shapes | {"BT": held.queries, "BN": held.keys, "BH": held.inner}
 of_pairs = shapes | {"BT": held.paired, "BS": max(most, rows.power_of_two(pairs)), "GATE": 1}
+narrow = dtype == "bfloat16"
+of_steps = of_rows | {"NARROW": narrow, "FACTORED": mode > 0, "WAIT": mode == 1, "SLOW": True}
+types |= dict.fromkeys(("table", "mean"), "*i16" if narrow else "*fp32")
+types |= dict.fromkeys(("square", "decay", "step_size", "correction", "idle_mean", "idle_square"), "*fp32")
+types |= dict.fromkeys(("rate", "beta2", "rate2"), "fp32") | dict.fromkeys(("table_key", "mean_key"), "i32")
 of_queries = shapes | {"NORM": True, "BF": 16, "BD": min(256, max(16, rows.power_of_two(d)))}
 kernels = [
     (rows._forward_kernel, of_rows, size.warps), (rows._backward_kernel, of_rows, size.warps),
     (rows._parts_kernel, of_rows, size.warps), (rows._whole_kernel, of_rows, size.warps),
     (keys._side_kernel, of_keys, 4), (keys._pair_kernel, of_pairs, 4),
-    (keys._query_kernel, of_queries, 4),
+    (keys._query_kernel, of_queries, 4), (adamw._adamw_kernel, of_steps, size.warps),
 ]
 for kernel, known, warps in kernels:
     names = kernel.arg_names
@@ -78,7 +83,7 @@ def test_kernels_compile_for_sm90(case, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     made = {kernel["kernel"]: kernel for kernel in map(json.loads, done.stdout.splitlines())}
-    assert len(made) == 7 and all(kernel["binary"] for kernel in made.values())
+    assert len(made) == 8 and all(kernel["binary"] for kernel in made.values())
     assert not any(kernel["atomics"] for kernel in made.values())
     assert max(kernel["shared"] for kernel in made.values()) <= SHARED_MEMORY
     # rows are fetched in pieces of 16 bytes where their width lets them be, and keys meet queries on tensor cores
