@@ -9,6 +9,10 @@ from torch import Tensor
 from moestro.ops import backend, reference, triton_peer
 from moestro.ops.native import product_key as native_product_key
 
+# Scores that plain torch has in memory at a time: few enough for a core's cache; elsewhere enough that kernels are few.
+SCORES = 2**20
+DEVICE_SCORES = 2**26
+
 
 def product_key_topk(
     query: Float[Tensor, "t h c"], keys: Float[Tensor, "2 g n half"], k: int
@@ -21,7 +25,7 @@ def product_key_topk(
     of 256 candidates.
 
     Equal scores: the definition, native and Triton's kernels put the better left key first, then the better right one,
-    equal keys in their order; plain torch, `fused`, keeps no order among equals.
+    equal keys in their order; plain torch, `fused`, keeps no order among equals. None has all scores in memory.
 
     Raises: ValueError where k > n: then the k best of a side do not exist; for k < 1; for shapes that do not fit.
     """
@@ -32,6 +36,17 @@ def product_key_topk(
         return triton_peer.product_key_topk(query, keys, k)
     if backend.runs_native(query, keys):
         return native_product_key.product_key_topk(query, keys, k)  # type: ignore[call-arg]
+    size = SCORES if query.device.type == "cpu" else DEVICE_SCORES
+    # a compiler decides what is in memory, and may not know how many tokens there are
+    tokens = len(query) if torch.compiler.is_compiling() else max(1, size // (2 * query.shape[1] * keys.shape[2]))
+    steps = torch.tensor(staircase(k), device=query.device)
+    scores, ids = zip(*(_best_pairs(some, keys, k, steps) for some in query.split(tokens)), strict=True)
+    return (scores[0], ids[0]) if len(ids) == 1 else (torch.cat(scores), torch.cat(ids))
+
+
+def _best_pairs(
+    query: Float[Tensor, "t h c"], keys: Float[Tensor, "2 g n half"], k: int, steps: Int[Tensor, "2 p"]
+) -> tuple[Float[Tensor, "t h k"], Int[Tensor, "t h k"]]:
     t, h, _ = query.shape
     _, g, n, half = keys.shape
     halves = query.view(t, h, 2, half)
@@ -40,7 +55,7 @@ def product_key_topk(
     else:
         scores = torch.einsum("thsc,shnc->thsn", halves, keys)
     best, position = scores.topk(k, dim=-1)
-    rows, columns = torch.tensor(staircase(k), device=query.device)
+    rows, columns = steps
     candidates = best[:, :, 0, rows] + best[:, :, 1, columns]
     top, pick = candidates.topk(k, dim=-1)
     ids = position[:, :, 0].gather(-1, rows[pick]) * n + position[:, :, 1].gather(-1, columns[pick])

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moestro import ops
-from moestro.ops import backend
+from moestro.ops import backend, product_key
 from tests.tolerances import FLOAT64
 
 
@@ -52,3 +54,38 @@ def test_more_results_than_keys_of_a_side_are_refused():
 def test_sizes_that_do_not_fit_are_refused(query, keys, k, message, dtype, unchecked_shapes):
     with pytest.raises(ValueError, match=message):
         ops.product_key_topk(torch.zeros(query, dtype=dtype), torch.zeros(keys, dtype=dtype), k)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_plain_torch_has_few_scores_in_memory(shared, monkeypatch):
+    """Outputs and gradients of all tokens at once, of which no more than 3 are scored at a time; also of none."""
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(10, 2, 4, generator=draw, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(2, 1 if shared else 2, 16, 2, generator=draw, dtype=torch.float64, requires_grad=True)
+
+    def searched():
+        with backend.force("fused"), Largest() as seen:
+            scores, ids = ops.product_key_topk(query, keys, 2)
+            gradients = torch.autograd.grad(scores.square().sum(), (query, keys))
+        return (scores, ids, *gradients), seen.numbers
+
+    whole, numbers = searched()
+    assert numbers == 10 * 2 * 2 * 16
+    monkeypatch.setattr(product_key, "SCORES", 3 * 2 * 2 * 16 + 1)
+    parts, numbers = searched()
+    assert numbers == 3 * 2 * 2 * 16
+    for have, want in zip(parts, whole, strict=True):
+        torch.testing.assert_close(have, want, **(FLOAT64 if have.is_floating_point() else {}))
+    with backend.force("fused"):
+        assert all(part.shape == (0, 2, 2) for part in ops.product_key_topk(query[:0], keys, 2))
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a result of an operation has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        out = operation(*arguments, **(keywords or {}))
+        self.numbers = max([self.numbers, *(v.numel() for v in tree_leaves(out) if isinstance(v, torch.Tensor))])
+        return out
