@@ -1,4 +1,4 @@
-"""Feed-forward experts on tiles of the processor: `ops.expert_ffn` where `native.expert_tiles` has kernels for it."""
+"""Feed-forward experts in tiles: `ops.expert_ffn` where `native.expert_tiles` has kernels for it."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def multiplies(
 ) -> bool:
     """Whether there are tiles here, and they are for these experts: unit-major ones."""
     alike = w_out.ndim == 2 and x.dtype == w_in.dtype == w_out.dtype
-    return alike and native.library().variant == "amx" and compiled_experts(x, w_in, w_out, activation)
+    return alike and native.library().variant in expert_tiles.PIECES and compiled_experts(x, w_in, w_out, activation)
 
 
 def tiled_ffn(
@@ -37,10 +37,11 @@ def tiled_ffn(
     """`ops.expert_ffn` where `multiplies` says so. Saves x and the pre-activations, these for up to 31
     rows and units more an expert.
 
-    Tiles multiply numbers in bfloat16. Numbers in float32 are sums of as many of them as
+    Tiles of AMX multiply numbers in bfloat16. Numbers in float32 are sums of as many of them there as
     `torch.get_float32_matmul_precision()` asks for in the forward pass: three, the default `highest`, which is as exact
     as products in float32; two with `high`; one with `medium`. Products with infinite numbers are no numbers, and
-    parts of numbers below 2^-126 are 0.
+    parts of numbers below 2^-126 are 0. Without AMX they are multiplied as they are, or with `medium` as one number in
+    bfloat16 where the processor multiplies these.
 
     Raises: ValueError for shapes or tokens that do not go together.
     """

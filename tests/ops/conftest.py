@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moestro.ops import native
+from moestro.ops.native import expert_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +43,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     run = native.run
     monkeypatch.setattr(native, "run", lambda kernel, *rest: (names.append(kernel), run(kernel, *rest)))
     return names
+
+
+@pytest.fixture(params=expert_tiles.PIECES)
+def tiles(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each variant of the compiled kernels that multiplies in tiles."""
+    if request.param not in native.variants():
+        pytest.skip(f"this processor has no {request.param}")
+    with native.variant(request.param):
+        yield request.param

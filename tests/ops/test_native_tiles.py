@@ -1,4 +1,4 @@
-"""Experts on tiles of the processor: in bfloat16 against float64, each expert's gradients by themselves; and what holds
+"""Experts in tiles: in bfloat16 against float64, each expert's gradients by themselves; and what holds
 in float32 as well, whose accuracy is `test_float32_tiles.py`'s."""
 
 import pytest
@@ -10,7 +10,7 @@ from moestro.ops.native import build, expert_tiles
 from moestro.ops.tiled_ffn import tiled_ffn
 from tests.tolerances import BFLOAT16_NORM
 
-needs_tiles = pytest.mark.skipif("amx" not in native.variants(), reason="no tiles of bfloat16 here")
+on_tiles = pytest.mark.usefixtures("tiles")
 both = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 # tokens, rows of every expert, widths, width of the model
 CASES = {
@@ -50,7 +50,7 @@ def results(name, dtype, arguments, wanted=(True,) * 4):
     return [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@needs_tiles
+@on_tiles
 @pytest.mark.parametrize("case", CASES)
 def test_each_experts_results_equal_float64(case, counted):
     arguments = inputs(*CASES[case])
@@ -64,7 +64,7 @@ def test_each_experts_results_equal_float64(case, counted):
             assert (a - b).norm() <= BFLOAT16_NORM * b.norm(), (index, e)
 
 
-@needs_tiles
+@on_tiles
 @both
 def test_what_is_not_an_experts_own_is_not_read(dtype):
     x, token, weight, offsets, w_in, w_out, widths = inputs(*CASES["every expert its own width"])
@@ -82,7 +82,7 @@ def test_what_is_not_an_experts_own_is_not_read(dtype):
         assert mine.isfinite().all()
 
 
-@needs_tiles
+@on_tiles
 @both
 def test_threads_and_calls_change_no_bit(dtype, two_threads):
     arguments = inputs(*CASES["17 units and rows more than tiles"])
@@ -92,7 +92,7 @@ def test_threads_and_calls_change_no_bit(dtype, two_threads):
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
-@needs_tiles
+@on_tiles
 def test_gates_of_any_size_and_what_is_not_a_number():
     gates = torch.tensor([-1e30, -200.0, -88.0, -20.0, 0.0, 20.0, 88.0, 200.0, 1e30, float("nan")]).bfloat16()
     w_in = torch.zeros(4, 2).bfloat16()
@@ -112,7 +112,7 @@ def forced(monkeypatch, shared):
     monkeypatch.setattr(expert_tiles, "_shared_and_whole", either)
 
 
-@needs_tiles
+@on_tiles
 @both
 @pytest.mark.parametrize("shared", [(), (0,), (1, 2, 5), (0, 1, 2, 3, 4, 5)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -136,7 +136,7 @@ def test_cores_share_experts_that_would_keep_the_others_waiting():
     assert split([9, 10, 1, 1, 1, 1], 8) == ([0, 1], [2, 3, 4, 5])
 
 
-@needs_tiles
+@on_tiles
 @both
 @pytest.mark.parametrize("wanted", range(4))
 def test_gradients_that_nobody_wants_are_not_computed(dtype, wanted, counted, monkeypatch):
@@ -154,7 +154,7 @@ def test_gradients_that_nobody_wants_are_not_computed(dtype, wanted, counted, mo
     assert counted.count("tile_rows") == (8 if wanted == 0 else 4)
 
 
-@needs_tiles
+@on_tiles
 @both
 def test_without_gradients_outputs_are_the_same_bits_and_backward_may_run_twice(dtype, counted):
     many = (300, [150, 0, 133], [40, 5, 33], 70)
@@ -169,11 +169,10 @@ def test_without_gradients_outputs_are_the_same_bits_and_backward_may_run_twice(
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@needs_tiles
 @pytest.mark.parametrize("why", ["another variant", "another activation", "no gate", "stacked"])
-def test_everything_else_runs_without_tiles(why, counted):
+def test_everything_else_runs_without_tiles(why, counted, tiles):
     x, token, weight, offsets, w_in, w_out, widths = inputs(*CASES["whole tiles"])
-    activation, variant = "silu", "avx512" if why == "another variant" else "amx"
+    activation, variant = "silu", "avx2" if why == "another variant" else tiles
     if why == "another activation":
         activation = "gelu"
     elif why == "no gate":

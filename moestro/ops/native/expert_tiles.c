@@ -1,10 +1,10 @@
-/* Gated experts with SiLU on rows sorted by expert, on tiles of AMX: packing, and the forward pass.
+/* Gated experts with SiLU on rows sorted by expert, in tiles: packing, and the forward pass.
 
    Products with a weight [units, d] along d take its rows as tiles of A; their results lie [units, rows],
    as the gradients of weights want them. Products along units take the weight paired, 64 columns at a time. An expert's
    rows have slots up to the next multiple of 32; what fills them is zero. */
 
-#ifdef __AMX_BF16__
+#ifdef __AVX512F__
 
 #include "tile_numbers.h"
 
@@ -131,7 +131,7 @@ static void halves_of(const struct tiles *f, const struct expert *e, int64_t hal
         blocks = together(f, deep) < rest ? together(f, deep) : rest;
         const uint16_t *b = f->x_across + slot / SIDE * deep * tile_of(f);
         for (int64_t i = 0; i < halves; i++) {
-            products(f, a[i], b, deep, blocks, c, soon);
+            products(f, a[i], b, deep, blocks, e->n - slot, c, soon);
             for (int64_t j = 0; j < blocks; j++)
                 swiglu_tiles(f, e, first + i * SIDE, slot + j * DEEP, c[j]);
         }
@@ -153,7 +153,7 @@ KERNEL(tile_hidden)(const void *fields, int64_t begin, int64_t end) {
         halves_of(f, e, half, count, copy, &soon);
     }
     _mm_sfence();
-    _tile_release();
+    release_tiles();
     free(copy);
 }
 
@@ -236,8 +236,10 @@ static void rows_of(const struct tiles *f, const struct expert *e, int64_t colum
         for (int64_t slot = 0; slot < e->n; slot += DEEP) {
             const struct left a = from_tile(left_of(f, rows, slot, stride, deep), k);
             const uint16_t *b = paired;
+            struct extent there = WHOLE;
+            there.rows = e->n - slot;
             for (int64_t first = column; first < stop; first += DEEP, b += 2 * tall, at += step < deep) {
-                product(&a, b, b + tall, count, f->pieces, sums[at], k > 0, soon.count ? &soon : NULL);
+                product(&a, b, b + tall, count, f->pieces, &there, sums[at], k > 0, soon.count ? &soon : NULL);
                 if (k + step >= deep)
                     store_rows(f, e, slot, first, sums[at]);
             }
@@ -261,7 +263,7 @@ KERNEL(tile_rows)(const void *fields, int64_t begin, int64_t end) {
     use_tiles();
     for (int64_t item = begin; item < end; item++)
         rows_of(f, f->experts + item / blocks, item % blocks * COLUMNS, paired, sums);
-    _tile_release();
+    release_tiles();
     free(paired);
     free(sums);
 }

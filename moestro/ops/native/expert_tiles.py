@@ -1,4 +1,4 @@
-"""Gated experts with SiLU on rows sorted by expert, on tiles of AMX (`expert_tiles.c`)."""
+"""Gated experts with SiLU on rows sorted by expert, in tiles (`expert_tiles.c`)."""
 
 from collections.abc import Sequence
 from heapq import heapreplace
@@ -20,8 +20,13 @@ DEEP, COLUMNS = 32, 128
 READING, SHARING = 64, 1.25
 
 
-# Pieces of a number of float32, by what `torch.set_float32_matmul_precision` asks for.
-PIECES = {"highest": 3, "high": 2, "medium": 1}
+# The variants of the kernels that have tiles, and the pieces that a number of float32 is multiplied in, by what
+# `torch.set_float32_matmul_precision` asks for: two are, but on tiles of AMX, the number as it is.
+PIECES = {
+    "avx512": {"highest": 2, "high": 2, "medium": 2},
+    "avx512bf16": {"highest": 2, "high": 2, "medium": 1},
+    "amx": {"highest": 3, "high": 2, "medium": 1},
+}
 
 
 class Expert(NamedTuple):
@@ -79,8 +84,8 @@ class Layout:
 
 
 def pieces(dtype: torch.dtype) -> int:
-    """Numbers in bfloat16 that a number is the sum of where tiles multiply it."""
-    return 1 if dtype == torch.bfloat16 else PIECES[torch.get_float32_matmul_precision()]
+    """Times the size of a number in bfloat16 that tiles multiply a number in."""
+    return 1 if dtype == torch.bfloat16 else PIECES[native.library().variant][torch.get_float32_matmul_precision()]
 
 
 def _before(numbers: Sequence[int]) -> list[int]:

@@ -1,6 +1,6 @@
 /* The backward pass of `expert_tiles.c`. */
 
-#ifdef __AMX_BF16__
+#ifdef __AVX512F__
 
 #include "tile_numbers.h"
 
@@ -70,7 +70,7 @@ static void units_back(const struct tiles *f, const struct expert *e, int64_t un
         blocks = together(f, deep) < rest ? together(f, deep) : rest;
         const uint16_t *dy = f->dy_across + slot / SIDE * deep * tile_of(f);
         for (int64_t i = 0; i < count; i++) {
-            products(f, a[i], dy, deep, blocks, c, soon);
+            products(f, a[i], dy, deep, blocks, e->n - slot, c, soon);
             for (int64_t j = 0; j < blocks; j++)
                 block_back(f, e, unit + i * DEEP, slot + j * DEEP, c[j], to[i]);
         }
@@ -84,6 +84,15 @@ struct wanted {
     void *to;
 };
 
+/* What there is of an expert's slots where they are summed over. Their pairs are as `pack_along` has them. */
+static inline struct extent slots_there(const struct tiles *f, const struct expert *e) {
+    struct extent there = WHOLE;
+    int64_t last = e->n - (e->slots - DEEP);
+    there.pairs[0] = f->narrow ? (last + 1) / 2 : last < SIDE ? last : SIDE;
+    there.pairs[1] = last > SIDE ? last - SIDE : 0;
+    return there;
+}
+
 /* All of these: units times the rows b, paired along slots. Two lines that follow each other go to memory together: that
    takes little more than half the time. */
 static void gradients(const struct tiles *f, const struct expert *e, const uint16_t *b, const struct wanted *wanted,
@@ -91,11 +100,13 @@ static void gradients(const struct tiles *f, const struct expert *e, const uint1
     int64_t deep = e->slots / DEEP, tall = deep * tile_of(f);
     int64_t at_once = f->narrow ? 2 : 1; /* 32 numbers of float32 are two lines */
     float c[2][4][SIDE * SIDE] __attribute__((aligned(64)));
+    struct extent there = slots_there(f, e);
     for (int64_t column = 0; column < f->d; column += at_once * DEEP)
         for (const struct wanted *w = wanted; w < wanted + many; w++) {
             const uint16_t *left = b + column / SIDE * tall;
+            there.rows = w->count;
             for (int64_t i = 0; i < at_once && column + i * DEEP < f->d; i++, left += 2 * tall)
-                product(&w->units, left, left + tall, deep, f->pieces, c[i], 0, soon);
+                product(&w->units, left, left + tall, deep, f->pieces, &there, c[i], 0, soon);
             for (int64_t u = 0; u < DEEP && u < w->count; u++)
                 for (int64_t i = 0; i < at_once; i++) {
                     int64_t first = column + i * DEEP;
@@ -168,7 +179,7 @@ KERNEL(tile_gradients)(const void *fields, int64_t begin, int64_t end) {
         blocks_back(f, e, (item - e->block) * DEEP, count, copy, room, &soon);
     }
     _mm_sfence();
-    _tile_release();
+    release_tiles();
     free(copy);
     free(room);
 }

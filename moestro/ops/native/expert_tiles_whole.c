@@ -1,7 +1,7 @@
 /* Experts that are one core's each: their packed rows, hidden numbers and dz never leave its cache, and no core waits
    for another until all experts are done. */
 
-#ifdef __AMX_BF16__
+#ifdef __AVX512F__
 
 #include "tiles.h"
 

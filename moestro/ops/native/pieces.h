@@ -1,9 +1,10 @@
-/* Products of matrices in tiles of AMX: 16 rows of 64 bytes of bfloat16, sums in float32. Numbers of float32 are taken
-   as sums of pieces in bfloat16.
+/* Products of matrices in tiles: 16 rows of 64 bytes, sums in float32. On tiles of AMX (`amx.h`), which multiply bfloat16
+   only, numbers of float32 are taken as sums of pieces in bfloat16; from registers (`registers.h`) as they are.
 
    C[m, n] += sum over k of A[m, k] * B[k, n]. A tile of A is 16 rows of 32 numbers along k; one of B is 16 pairs of k,
    each with 16 columns of two numbers ("paired"). Which k make a pair is free, as long as A and B agree. Tiles follow
-   each other along k; where a number has several pieces, so do its tiles: first pieces, second, third.
+   each other along k; where a number has several pieces, so do its tiles: first pieces, second, third. A number of
+   float32 that is taken as it is fills the place of two pieces: the first numbers of 16 pairs, then the second.
 
    x = x1 + x2 + x3, of 8 bits each, is exact. Of the nine products of pieces the six largest are summed; what is left
    out is below 2^-23 of |x||y|, and of either sign, because pieces are rounded and not cut off (Henry, Tang, Heinecke
@@ -22,22 +23,13 @@
 #define SIDE 16                 /* rows or columns of a tile of C */
 #define DEEP 32                 /* numbers along k of a tile */
 #define TILE (DEEP * SIDE)      /* numbers of a tile of A or B */
+#ifdef __AMX_BF16__
 #define MOST_PIECES 3
+#else
+#define MOST_PIECES 2
+#endif
 #define UP_TO(n, step) (((n) + (step) - 1) / (step) * (step))
 #define ALWAYS static inline __attribute__((always_inline))
-
-struct tile_config {
-    uint8_t palette, start, zero[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
-
-/* Eight tiles, all whole. A constant, because compilers think that only its first bytes are read. */
-static inline void use_tiles(void) {
-    static const struct tile_config config = {
-        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE}};
-    _tile_loadconfig(&config);
-}
 
 /* The next piece of 16 numbers, in the upper halves, and what is left of them. */
 ALWAYS __m512i next_piece(__m512 *x) {
@@ -60,14 +52,22 @@ ALWAYS __m512i paired_halves(__m512i low, __m512i high) {
 
 /* The pieces of 16 pairs, of which `low` has the first and `high` the second numbers. */
 ALWAYS void split(__m512 low, __m512 high, int64_t pieces, __m512i to[MOST_PIECES]) {
+#ifdef __AMX_BF16__
     for (int64_t i = 0; i + 1 < pieces; i++) {
         __m512i first = next_piece(&low);
         to[i] = paired_halves(first, next_piece(&high));
     }
-    if (pieces == MOST_PIECES) /* 8 bits are left */
+    if (pieces == MOST_PIECES) { /* 8 bits are left */
         to[2] = paired_halves(_mm512_castps_si512(low), _mm512_castps_si512(high));
-    else
-        to[pieces - 1] = paired_halves(last_piece(low), last_piece(high));
+        return;
+    }
+#else
+    if (pieces == 2) {
+        to[0] = _mm512_castps_si512(low), to[1] = _mm512_castps_si512(high);
+        return;
+    }
+#endif
+    to[pieces - 1] = paired_halves(last_piece(low), last_piece(high));
 }
 
 /* 32 rows of A: where the first and the last 16 begin, and numbers from row to row and from tile to tile along k. */
@@ -76,81 +76,13 @@ struct left {
     int64_t stride, step;
 };
 
-ALWAYS void load_left(const struct left *a, int64_t k, int64_t piece) {
-    _tile_loadd(4, a->top + k * a->step + piece * TILE, a->stride * 2);
-    _tile_loadd(5, a->bottom + k * a->step + piece * TILE, a->stride * 2);
-}
+/* What there is of a product: rows of A, columns of B, and of the last tile of k so many pairs of each piece. The rest of
+   A and B is zeros, of whose products none has to be computed. */
+struct extent {
+    int64_t rows, columns, pairs[MOST_PIECES];
+};
 
-ALWAYS void load_right(const uint16_t *b0, const uint16_t *b1, int64_t k, int64_t pieces, int64_t piece) {
-    _tile_loadd(6, b0 + (k * pieces + piece) * TILE, 64);
-    _tile_loadd(7, b1 + (k * pieces + piece) * TILE, 64);
-}
-
-ALWAYS void multiply_tiles(void) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-}
-
-/* A tile of k, the smallest products first, each tile loaded as seldom as four registers allow. */
-ALWAYS void multiply_pieces(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t k, int64_t pieces) {
-    load_left(a, k, 0);
-    load_right(b0, b1, k, pieces, pieces - 1);
-    multiply_tiles();
-    if (pieces == 3) {
-        load_right(b0, b1, k, pieces, 1);
-        multiply_tiles();
-        load_left(a, k, 1);
-        multiply_tiles();
-        load_right(b0, b1, k, pieces, 0);
-        multiply_tiles();
-    }
-    if (pieces > 1) {
-        load_left(a, k, pieces - 1);
-        if (pieces == 2)
-            load_right(b0, b1, k, pieces, 0);
-        multiply_tiles();
-        load_left(a, k, 0);
-        multiply_tiles();
-    }
-}
-
-ALWAYS void multiply_along(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t deep, int64_t pieces,
-                           struct soon *soon) {
-    for (int64_t k = 0; k < deep; k++) {
-        multiply_pieces(a, b0, b1, k, pieces);
-        if (soon)
-            ask(soon);
-    }
-}
-
-/* c = a times (b0, b1) over `deep` tiles of k: c[0] = top b0, c[1] = top b1, c[2] = bottom b0, c[3] = bottom b1;
-   `added` to what is there. */
-static inline void product(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t deep, int64_t pieces,
-                           float c[4][SIDE * SIDE], int added, struct soon *soon) {
-    if (added) {
-        _tile_loadd(0, c[0], 64);
-        _tile_loadd(1, c[1], 64);
-        _tile_loadd(2, c[2], 64);
-        _tile_loadd(3, c[3], 64);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    if (pieces == 3)
-        multiply_along(a, b0, b1, deep, 3, soon);
-    else if (pieces == 2)
-        multiply_along(a, b0, b1, deep, 2, soon);
-    else
-        multiply_along(a, b0, b1, deep, 1, soon);
-    _tile_stored(0, c[0], 64);
-    _tile_stored(1, c[1], 64);
-    _tile_stored(2, c[2], 64);
-    _tile_stored(3, c[3], 64);
-}
+#define WHOLE ((struct extent){2 * SIDE, 2 * SIDE, {SIDE, SIDE}})
 
 /* 16 x 16 numbers of 32 bits, rows and columns exchanged. */
 ALWAYS void exchange(__m512i v[SIDE]) {
@@ -175,5 +107,11 @@ ALWAYS void exchange(__m512i v[SIDE]) {
         v[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
     }
 }
+
+#ifdef __AMX_BF16__
+#include "amx.h"
+#else
+#include "registers.h"
+#endif
 
 #endif

@@ -76,14 +76,22 @@ EXPORT const char *moestro_variants(void) { return VARIANTS; }
 
 EXPORT const char *moestro_fingerprint(void) { return FINGERPRINT; }
 
-/* Whether there are tiles and products of bfloat16, and the system lets this process use them: it has to be asked. */
+/* Whether there are products of bfloat16: compilers that build the rest may not know how to ask. */
+static int multiplies_bfloat16(void) {
+#if defined(__linux__) && defined(__x86_64__)
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+#else
+    return 0;
+#endif
+}
+
+/* Whether there are tiles of bfloat16, and the system lets this process use them: it has to be asked. */
 static int tiles_allowed(void) {
 #if defined(__linux__) && defined(__x86_64__)
     const long ask = 0x1023, data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
-    unsigned a, b, c, d, narrow;
+    unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1))
-        return 0;
-    if (!__get_cpuid_count(7, 1, &narrow, &b, &c, &d) || !(narrow >> 5 & 1))
         return 0;
     return syscall(SYS_arch_prctl, ask, data) == 0;
 #else
@@ -92,15 +100,16 @@ static int tiles_allowed(void) {
 }
 
 EXPORT int moestro_supports(const char *variant) {
+    int found = !strcmp(variant, "baseline");
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (!strcmp(variant, "avx2"))
-        return avx2;
-    int amx = !strcmp(variant, "amx");
-    if (amx || !strcmp(variant, "avx512"))
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && (!amx || tiles_allowed());
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    found |= !strcmp(variant, "avx2") && avx2;
+    found |= !strcmp(variant, "avx512") && avx512;
+    found |= !strcmp(variant, "avx512bf16") && avx512 && multiplies_bfloat16();
+    found |= !strcmp(variant, "amx") && avx512 && multiplies_bfloat16() && tiles_allowed();
 #endif
-    return !strcmp(variant, "baseline");
+    return found;
 }

@@ -29,7 +29,13 @@ static inline struct both load_both(const struct tiles *f, const void *from, __m
 }
 
 static inline __m512i narrow_both(struct both b) {
+#ifdef __AVX512BF16__
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)b.half[1], (__m512)b.half[0]);
+#else
+    uint16_t bits[DEEP];
+    store_bfloat16(bits, b.half[0]), store_bfloat16(bits + SIDE, b.half[1]);
+    return _mm512_loadu_si512(bits);
+#endif
 }
 
 static inline void store_both(const struct tiles *f, void *to, __mmask32 mask, struct both b) {
@@ -81,8 +87,8 @@ static inline vec sigmoid(const struct tiles *f, vec z) { return f->narrow ? rou
 /* Runs a function with the number of pieces known when it is compiled, which keeps pieces in registers. */
 #define BY_PIECES(f, call)                                                                                             \
     do {                                                                                                               \
-        if ((f)->pieces == 3)                                                                                          \
-            call(3);                                                                                                   \
+        if ((f)->pieces == MOST_PIECES)                                                                                \
+            call(MOST_PIECES);                                                                                         \
         else if ((f)->pieces == 2)                                                                                     \
             call(2);                                                                                                   \
         else                                                                                                           \

@@ -105,16 +105,19 @@ static inline int kept(const struct tiles *f, const struct expert *e, int64_t ga
 /* How many of so many blocks of slots are taken together. */
 static inline int64_t together(const struct tiles *f, int64_t deep) { return f->narrow && deep > STEP ? WAITING : 1; }
 
-/* 32 rows of A times `count` blocks of 32 slots, whose tiles along k follow each other from b on. */
+/* 32 rows of A times `count` blocks of 32 slots, of which `slots` are there, whose tiles along k follow each other from b
+   on. */
 static inline void products(const struct tiles *f, struct left a, const uint16_t *b, int64_t deep, int64_t count,
-                            float c[WAITING][4][SIDE * SIDE], struct soon *soon) {
+                            int64_t slots, float c[WAITING][4][SIDE * SIDE], struct soon *soon) {
+    struct extent there = WHOLE;
     int64_t steps = f->narrow ? (deep + STEP - 1) / STEP : 1, step = steps ? (deep + steps - 1) / steps : 0;
     for (int64_t k = 0; k < deep; k += step) {
         struct left here = from_tile(a, k);
         for (int64_t i = 0; i < count; i++) {
             const uint16_t *left = b + (2 * i * deep + k) * tile_of(f);
-            product(&here, left, left + deep * tile_of(f), deep - k < step ? deep - k : step, f->pieces, c[i], k > 0,
-                    soon);
+            there.columns = slots - i * DEEP;
+            product(&here, left, left + deep * tile_of(f), deep - k < step ? deep - k : step, f->pieces, &there, c[i],
+                    k > 0, soon);
         }
     }
 }
