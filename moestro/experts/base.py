@@ -49,8 +49,9 @@ class ExpertBank(nn.Module):
         """The bank whose weights these are, and the number that this one's first expert has there."""
         return self, 0
 
-    def row_parameters(self) -> tuple[nn.Parameter, ...]:
-        """Parameters whose gradients are sparse: rows of experts, for an optimizer that updates rows."""
+    def row_parameters(self) -> tuple[Tensor, ...]:
+        """Tables whose gradients are sparse, rows of experts, for an optimizer that updates rows: parameters, or
+        buffers of codes."""
         return ()
 
     def n_parameters(self) -> int:

@@ -83,7 +83,7 @@ class MixedBank(ExpertBank):
                 bank.reindex(torch.where(own >= 0, own - first, own))
         self.banks = nn.ModuleList([bank for number, (bank, _, _) in enumerate(ranges) if number in want])
 
-    def row_parameters(self) -> tuple[nn.Parameter, ...]:
+    def row_parameters(self) -> tuple[Tensor, ...]:
         return tuple(parameter for bank in self._banks() for parameter in bank.row_parameters())
 
     def row_flops(self) -> Float[Tensor, "e"]:

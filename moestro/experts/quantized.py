@@ -1,4 +1,4 @@
-"""One-neuron experts in 8 bits a number: a quarter of the memory, for inference or as fixed parts of a model."""
+"""One-neuron experts in 8 bits a number: a quarter of the memory, trained so or after their training."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,16 +6,25 @@ from torch import Tensor, nn
 
 from moestro.experts.base import ExpertBank
 from moestro.experts.singleton import GLUSingletonBank, SingletonBank, one_neuron_each
+from moestro.experts.tables import output_rows_std
 from moestro.ops.activations import activation as find
 from moestro.ops.quantized import QuantizedTable, Storage, quantize_rows, quantized_singletons
+from moestro.ops.row_gradients import pending_factors
 from moestro.ops.tables import new_table
 from moestro.routing import Routing, SparseRouting
 
+# The standard deviation that outputs start with, as other banks have it.
+OUTPUT_STD = 0.6
+
 
 class QuantizedBank(ExpertBank):
-    """`SingletonBank`, or with `glu` `GLUSingletonBank`, whose tables are fixed and kept in 8 bits: `int8`, or `fp8`
-    (e4m3), each row with a float32 scale (`ops.quantized`). Made from a trained bank by `quantized`, or of zeros, to
-    load a checkpoint into. Its tables are buffers: nothing in it is trained, but gradients pass through.
+    """`SingletonBank`, or with `glu` `GLUSingletonBank`, whose tables are kept in 8 bits: `int8`, or `fp8` (e4m3), each
+    row with a float32 scale (`ops.quantized`). Rows start as those of the other banks do with softmax gates, rounded;
+    `quantized` makes one from a trained bank.
+
+    Its tables are buffers, and fixed, but with `sparse_gradients`: then `RowAdamW` replaces the rows that were met,
+    rounded stochastically, from factors of their gradients (`optim.fused_rows`), because numbers in 8 bits have none.
+    Tokens have to meet equally many, and ranks do not share them.
 
     fp8 is kept as its bits (uint8), which conversions of a whole model leave alone.
     """
@@ -23,15 +32,26 @@ class QuantizedBank(ExpertBank):
     storage: str
 
     def __init__(
-        self, d_model: int, n_experts: int, activation: str = "gelu", storage: Storage = "int8", glu: bool = False
+        self,
+        d_model: int,
+        n_experts: int,
+        activation: str = "gelu",
+        storage: Storage = "int8",
+        glu: bool = False,
+        heads: int | None = None,
+        top_k: int | None = None,
+        sparse_gradients: bool = False,
     ) -> None:
         super().__init__()
         if n_experts < 1:
             raise ValueError(f"n_experts={n_experts}, allowed: at least 1")
-        find(activation)
+        moment = find(activation).second_moment
         self.n_experts, self.activation, self.storage = n_experts, activation, storage
+        self.sparse_gradients = sparse_gradients
+        out_std = output_rows_std(d_model, n_experts, moment, heads, top_k, "softmax", OUTPUT_STD)
         for name in ("up", "down", *(("gate",) if glu else ())):
-            self._keep(name, quantize_rows(new_table(n_experts, d_model), storage))
+            table = nn.init.normal_(new_table(n_experts, d_model), std=out_std if name == "down" else d_model**-0.5)
+            self._keep(name, quantize_rows(table, storage))
 
     def _keep(self, name: str, table: QuantizedTable) -> None:
         codes = table.codes if self.storage == "int8" else table.codes.view(torch.uint8)
@@ -40,11 +60,24 @@ class QuantizedBank(ExpertBank):
 
     def table(self, name: str) -> QuantizedTable | None:
         """The table `up`, `down` or `gate`; None where there is no such table."""
-        codes = self._buffers.get(f"{name}_codes")
-        if codes is None:
+        if f"{name}_codes" not in self._buffers:
             return None
-        codes = codes if self.storage == "int8" else codes.view(torch.float8_e4m3fn)
-        return QuantizedTable(codes, getattr(self, f"{name}_scale").float())
+        codes, scale = self.get_buffer(f"{name}_codes"), self.get_buffer(f"{name}_scale")
+        return QuantizedTable(self._numbers(codes), scale.float(), pending_factors(codes))
+
+    def _numbers(self, codes: Tensor) -> Tensor:
+        return codes if self.storage == "int8" else codes.view(torch.float8_e4m3fn)
+
+    def row_parameters(self) -> tuple[Tensor, ...]:
+        return tuple(self.stored()) if self.sparse_gradients else ()
+
+    def stored(self) -> dict[Tensor, QuantizedTable]:
+        """Each buffer of codes, and its table, whose rows can be replaced."""
+        names = {name: self.get_buffer(f"{name}_codes") for name in self.tables()}
+        return {
+            codes: QuantizedTable(self._numbers(codes), self.get_buffer(f"{name}_scale"))
+            for name, codes in names.items()
+        }
 
     def tables(self) -> dict[str, QuantizedTable]:
         """All tables by name."""
@@ -58,6 +91,8 @@ class QuantizedBank(ExpertBank):
 
     def forward(self, x: Float[Tensor, "t d"], routing: Routing) -> Float[Tensor, "t d"]:
         if not isinstance(routing, SparseRouting) or routing.fixed is None:
+            if self.sparse_gradients and self.training:
+                raise ValueError("tables in 8 bits learn from tokens that meet equally many experts each, these do not")
             return super().forward(x, routing)
         ids, weight = routing.matrix()
         tables = self.tables()
@@ -65,14 +100,14 @@ class QuantizedBank(ExpertBank):
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """As in `SingletonBank`: a fresh expert (-1) gets normal rows of the table's standard deviation."""
-        for name, (codes, scale) in self.tables().items():
+        for name, (codes, scale, _) in self.tables().items():
             source = index.clamp(min=0)
             codes, scale = codes[source], scale[source]
             fresh = (index < 0).nonzero()[:, 0]
             if len(fresh):
                 std = torch.linalg.vector_norm(codes.float() * scale[:, None]) * codes.numel() ** -0.5
                 rows = quantize_rows(torch.randn(len(fresh), codes.shape[1], device=codes.device) * std, self.storage)
-                codes[fresh], scale[fresh] = rows
+                codes[fresh], scale[fresh] = rows.codes, rows.scale
             self._keep(name, QuantizedTable(codes, scale))
         self.n_experts = len(index)
 
@@ -88,7 +123,7 @@ class QuantizedBank(ExpertBank):
 
 
 def quantized(bank: SingletonBank, storage: str = "int8") -> QuantizedBank:
-    """A trained bank in 8 bits; the bank itself stays as it is.
+    """A trained bank in 8 bits, fixed; the bank itself stays as it is.
 
     Raises: ValueError for an unknown storage.
     """

@@ -1,6 +1,8 @@
-"""Tables in 8 bits a number, with a scale for every row: read as they are, widened row by row."""
+"""Tables in 8 bits a number, with a scale for every row: read as they are, widened and replaced row by row."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -9,24 +11,45 @@ from torch.autograd.function import once_differentiable
 
 from moestro.ops.activations import activation as find
 from moestro.ops.precision import compute_dtype, without_autocast
-from moestro.ops.row_gradients import spans
+from moestro.ops.rounding import stochastic_float8, stochastic_int8
+from moestro.ops.row_gradients import FactoredRows, factored, spans
 from moestro.ops.row_operations import RowOperations, row_operations
 from moestro.ops.tables import new_table
 
 Storage = Literal["int8", "fp8"]
 # The dtype of the codes and the largest of them.
 CODES = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+_LARGEST = dict(CODES.values())
+_ROUNDED = {torch.int8: stochastic_int8, torch.float8_e4m3fn: stochastic_float8}
 
 
 class QuantizedTable(NamedTuple):
-    """Row e is scale[e] * codes[e], codes in int8 or float8 (e4m3fn)."""
+    """Row e is scale[e] * codes[e], codes in int8 or float8 (e4m3fn). A table that learns has a list, `pending`, to
+    which backward passes add its gradients in factors."""
 
     codes: Tensor
     scale: Tensor
+    pending: list[FactoredRows] | None = None
 
     def rows(self, ids: Int[Tensor, "n"], dtype: torch.dtype) -> Float[Tensor, "n d"]:
         """Rows as numbers."""
         return self.codes.index_select(0, ids).to(dtype) * self.scale[ids, None].to(dtype)
+
+    def replace_rows(self, ids: Int[Tensor, "n"], rows: Float[Tensor, "n d"], key: int) -> None:
+        """Write rows, each number as one of the two codes beside it, at random, so that it is right on average
+        (`ops.rounding`). A row keeps its scale while its largest number has a code above a quarter of the largest: what
+        does not change is then not rounded again. Else its scale becomes a power of two. A row with what is not finite
+        becomes no number."""
+        largest, scale = _LARGEST[self.codes.dtype], self.scale[ids].float()
+        most = rows.abs().amax(1).float() if rows.shape[1] else torch.zeros_like(scale)
+        keeps = (most <= largest * scale) & (most > largest / 4 * scale) | (most == 0)
+        power = torch.ldexp(torch.ones_like(most), (most / largest).frexp().exponent.clamp(min=-126))
+        scale = torch.where(keeps, scale, torch.where(most.isfinite(), power, torch.nan))
+        self.scale.index_copy_(0, ids, scale.to(self.scale.dtype))
+        scaled = (rows.float() / scale[:, None]).clamp(-largest, largest)
+        codes = _ROUNDED[self.codes.dtype](scaled, ids, key)
+        # index_copy_ does not know float8
+        self.codes.view(torch.uint8).index_copy_(0, ids, codes.view(torch.uint8))
 
 
 @torch.no_grad()
@@ -60,57 +83,77 @@ def quantized_singletons(
     gate: QuantizedTable | None = None,
 ) -> Float[Tensor, "t d"]:
     """`singleton_experts` of tables in 8 bits: a row's scale is a factor of its dot product or of its weight, so codes
-    are all that is gathered, a quarter of the bytes of float32. Differentiable in x and weight; the tables are fixed.
+    are all that is gathered, a quarter of the bytes of float32. Differentiable in x and weight; tables with `pending`
+    get the factors of their gradients there, as if rows were the numbers that they stand for.
     Arithmetic in float32 at least; with native kernels where it is float32 and the tables are on the CPU."""
     outside = compute_dtype(x)
     inside = torch.promote_types(outside, torch.float32)
     x, weight, act = x.to(outside).to(inside), weight.to(inside), find(activation).forward
-    codes, scales = zip(*(table for table in (up, down, gate) if table is not None), strict=True)
+    codes, scales, _ = zip(*(table for table in (up, down, gate) if table is not None), strict=True)
     rows = row_operations(x, weight, *scales, codes=codes)
+    segments = cache(lambda: rows.segments(ids.flatten(), len(up.codes), True))
+    learns = torch.is_grad_enabled() and any(t.pending is not None for t in (up, down))
+    if learns and not (x.requires_grad or weight.requires_grad):
+        x = x.detach().requires_grad_()  # else there would be no backward pass
     with without_autocast(x):
-        along = _dots(up, ids, x, rows)  # type: ignore[call-arg]
-        opened = act(along) if gate is None else act(_dots(gate, ids, x, rows))  # type: ignore[call-arg]
+        along = _dots(up, ids, x, rows, segments)  # type: ignore[call-arg]
+        opened = act(along) if gate is None else act(_dots(gate, ids, x, rows, segments))  # type: ignore[call-arg]
         hidden = opened if gate is None else opened * along
-        return _sums(down, ids, hidden * weight, rows).to(outside)  # type: ignore[call-arg]
+        return _sums(down, ids, hidden * weight, rows, segments).to(outside)  # type: ignore[call-arg]
 
 
 @torch.compiler.disable
-def _dots(table: QuantizedTable, ids: Tensor, x: Tensor, rows: RowOperations) -> Tensor:
-    return _Dots.apply(*table, ids, x, rows)  # type: ignore
+def _dots(table: QuantizedTable, ids: Tensor, x: Tensor, rows: RowOperations, segments: Callable[[], Any]) -> Tensor:
+    return _Dots.apply(*table, ids, x, rows, segments)  # type: ignore
 
 
 @torch.compiler.disable
-def _sums(table: QuantizedTable, ids: Tensor, weight: Tensor, rows: RowOperations) -> Tensor:
-    return _Sums.apply(*table, ids, weight, rows)  # type: ignore
+def _sums(
+    table: QuantizedTable, ids: Tensor, weight: Tensor, rows: RowOperations, segments: Callable[[], Any]
+) -> Tensor:
+    return _Sums.apply(*table, ids, weight, rows, segments)  # type: ignore
 
 
 class _Dots(torch.autograd.Function):
     """out_tk = row ids_tk . x_t. It and `_Sums` are each other's adjoint."""
 
     @staticmethod
-    def forward(ctx, codes, scale, ids, x, rows):  # type: ignore[override]
-        ctx.save_for_backward(codes, scale, ids)
-        ctx.rows = rows
+    def forward(ctx, codes, scale, pending, ids, x, rows, segments):  # type: ignore[override]
+        ctx.save_for_backward(codes, scale, ids, None if pending is None else x)
+        ctx.rows, ctx.pending, ctx.segments = rows, pending, segments
         return rows.dots(codes, ids, x, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
-        codes, scale, ids = ctx.saved_tensors
-        return None, None, None, ctx.rows.weighted_rows(codes, ids, dout, scale), None
+        codes, scale, ids, x = ctx.saved_tensors
+        if ctx.pending is not None:
+            _leave(ctx, ids, x, dout)
+        dx = ctx.rows.weighted_rows(codes, ids, dout, scale) if ctx.needs_input_grad[4] else None
+        return None, None, None, None, dx, None, None
 
 
 class _Sums(torch.autograd.Function):
     """out_t = sum_k weight_tk * row ids_tk."""
 
     @staticmethod
-    def forward(ctx, codes, scale, ids, weight, rows):  # type: ignore[override]
-        ctx.save_for_backward(codes, scale, ids)
-        ctx.rows = rows
+    def forward(ctx, codes, scale, pending, ids, weight, rows, segments):  # type: ignore[override]
+        ctx.save_for_backward(codes, scale, ids, None if pending is None else weight)
+        ctx.rows, ctx.pending, ctx.segments = rows, pending, segments
         return rows.weighted_rows(codes, ids, weight, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
-        codes, scale, ids = ctx.saved_tensors
-        return None, None, None, ctx.rows.dots(codes, ids, dout.contiguous(), scale), None
+        codes, scale, ids, weight = ctx.saved_tensors
+        if ctx.pending is not None:
+            _leave(ctx, ids, dout, weight)
+        dweight = ctx.rows.dots(codes, ids, dout.contiguous(), scale) if ctx.needs_input_grad[4] else None
+        return None, None, None, None, dweight, None, None
+
+
+def _leave(ctx: Any, ids: Tensor, source: Tensor, coefficient: Tensor) -> None:
+    """The gradient of row e is the sum over the pairs (t, k) of expert e of coefficient_tk * source_t."""
+    segments = ctx.segments()
+    token = segments.order // max(1, ids.shape[1])
+    ctx.pending.append(factored(segments, source, token, coefficient.flatten()))

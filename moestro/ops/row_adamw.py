@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moestro.ops.backend import active, runs_native
 from moestro.ops.native import row_adamw
+from moestro.ops.quantized import QuantizedTable
 from moestro.ops.rounding import rounding_key, stochastic_bfloat16
 from moestro.ops.row_gradients import RowGradient, spans
 from moestro.ops.triton_ffn import interprets
@@ -70,14 +71,20 @@ class RowFactors:
         return RowFactors(self.decay[part], self.size[part], self.correction[part], mean, square)
 
 
-def adamw_rows(table: Float[Tensor, "e d"], state: RowState, gradient: RowGradient, step: RowStep) -> None:
+def adamw_rows(
+    table: Float[Tensor, "e d"] | QuantizedTable, state: RowState, gradient: RowGradient, step: RowStep
+) -> None:
     """Replace the rows of a gradient in a table and in what AdamW keeps of them (Loshchilov 2019, arXiv:1711.05101,
     Alg. 2).
 
-    In float32 at least; what is kept in bfloat16 is rounded stochastically. With native kernels each row is read and
-    written once, its gradient summed on the way where it is left in factors; so it is with Triton's.
+    In float32 at least; what is kept in bfloat16 or in 8 bits is rounded stochastically. With native kernels each row
+    of a table that is not in 8 bits is read and written once, its gradient summed on the way where it is left in
+    factors; so it is with Triton's.
     """
     moments, kept = (state.mean, state.square), [state.mean.dtype, state.square.dtype]
+    if isinstance(table, QuantizedTable):
+        _adamw_in_pieces(table, moments, gradient, _factors(gradient.ids, state, step), step)
+        return
     if runs_native(table, *moments, *gradient.tensors()) and kept == [table.dtype, torch.float32]:
         keys = rounding_key(step.key, 0), rounding_key(step.key, 1)
         reals = *step.betas, step.eps, step.lr, step.decay, step.log_decay, step.log_decay_after
@@ -90,9 +97,7 @@ def adamw_rows(table: Float[Tensor, "e d"], state: RowState, gradient: RowGradie
 
         in_one_kernel(table, moments, gradient, factors, step)
         return
-    for start, stop in spans(len(gradient.ids), table.shape[1], table.device):
-        ids, values = gradient.ids[start:stop], gradient.values(start, stop)
-        _adamw_piece(table, moments, ids, values, factors.rows(start, stop), step)
+    _adamw_in_pieces(table, moments, gradient, factors, step)
 
 
 def _runs_triton(table: Tensor, state: RowState) -> bool:
@@ -118,8 +123,20 @@ def _factors(ids: Tensor, state: RowState, step: RowStep) -> RowFactors:
     return RowFactors(*(numbers.to(state.square.dtype)[:, None] for numbers in each))
 
 
+def _adamw_in_pieces(
+    table: Tensor | QuantizedTable,
+    moments: tuple[Tensor, Tensor],
+    gradient: RowGradient,
+    factors: RowFactors,
+    step: RowStep,
+) -> None:
+    for start, stop in spans(len(gradient.ids), moments[0].shape[1], moments[0].device):
+        ids, values = gradient.ids[start:stop], gradient.values(start, stop)
+        _adamw_piece(table, moments, ids, values, factors.rows(start, stop), step)
+
+
 def _adamw_piece(
-    table: Tensor,
+    table: Tensor | QuantizedTable,
     moments: tuple[Tensor, Tensor],
     ids: Tensor,
     gradient: Tensor,
@@ -127,8 +144,10 @@ def _adamw_piece(
     step: RowStep,
 ) -> None:
     """The operations of `torch.optim.adam._single_tensor_adam`, in its order."""
-    (beta1, beta2), wide = step.betas, torch.promote_types(table.dtype, torch.float32)
-    rows, mean, square = (kept.index_select(0, ids).to(wide) for kept in (table, *moments))
+    (beta1, beta2), wide = step.betas, moments[1].dtype
+    mean, square = (kept.index_select(0, ids).to(wide) for kept in moments)
+    in_codes = isinstance(table, QuantizedTable)
+    rows = table.rows(ids, wide) if in_codes else table.index_select(0, ids).to(wide)
     gradient = gradient.to(wide)
     if factors.mean is not None and factors.square is not None:
         mean.mul_(factors.mean)
@@ -139,7 +158,11 @@ def _adamw_piece(
     denominator = square.sqrt().div_(factors.correction).add_(step.eps)
     rows.addcdiv_(factors.size * mean, denominator)
     for number, (kept, new) in enumerate(zip((table, *moments), (rows, mean, square), strict=True)):
-        kept.index_copy_(0, ids, rounded(new, ids, kept.dtype, rounding_key(step.key, number)))
+        key = rounding_key(step.key, number)
+        if isinstance(kept, QuantizedTable):
+            kept.replace_rows(ids, new, key)
+        else:
+            kept.index_copy_(0, ids, rounded(new, ids, kept.dtype, key))
 
 
 def rounded(x: Float[Tensor, "n d"], ids: Int[Tensor, "n"], dtype: torch.dtype, key: int) -> Float[Tensor, "n d"]:

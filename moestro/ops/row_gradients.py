@@ -166,10 +166,15 @@ class TableGradients:
         pending = self._pending[place]
         if pending is None or segments.rows is None:
             return segments.table_gradient(source, token, coefficient).to(self._dtypes[place])
-        starts = segments.starts[: len(segments.rows)]
-        starts = torch.cat([starts, starts.new_tensor([len(segments.order)])])
-        pending.append(FactoredRows(segments.rows, starts, segments.order, source, token, coefficient))
+        pending.append(factored(segments, source, token, coefficient))
         return None
+
+
+def factored(segments: Any, source: Tensor, token: Tensor, coefficient: Tensor) -> FactoredRows:
+    """A gradient in factors, from the places of its rows (`Segments` with `sparse`)."""
+    starts = segments.starts[: len(segments.rows)]
+    starts = torch.cat([starts, starts.new_tensor([len(segments.order)])])
+    return FactoredRows(segments.rows, starts, segments.order, source, token, coefficient)
 
 
 def merged(parts: Sequence[FactoredRows]) -> FactoredRows:

@@ -46,9 +46,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def common_norm(
-    parameters: Sequence[nn.Parameter], rows: Sequence[tuple[nn.Parameter, Tensor]], ranks: Ranks
-) -> Tensor:
+def common_norm(parameters: Sequence[Tensor], rows: Sequence[tuple[Tensor, Tensor]], ranks: Ranks) -> Tensor:
     """The 2-norm of all gradients of all ranks together, each counted once however many ranks hold it: of the `grad` of
     `parameters`, and of `rows`, tables with the norms of their gradients on this rank. Every rank must call it."""
     squares = torch.zeros((), dtype=torch.float32, device=ranks.device)

@@ -85,7 +85,7 @@ class SpreadBank(ExpertBank):
         named = {id(parameter): name for name, parameter in self.whole.named_parameters()}
         return tuple((self.get_parameter(named[id(p)]), rows) for p, rows in self.whole.weights_of(expert))
 
-    def row_parameters(self) -> tuple[nn.Parameter, ...]:
+    def row_parameters(self) -> tuple[Tensor, ...]:
         return self.own.row_parameters()
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:

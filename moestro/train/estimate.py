@@ -9,7 +9,7 @@ from torch import nn
 
 from moestro.cost import Kept
 from moestro.train.settings import TrainSettings
-from moestro.train.tables import row_tables
+from moestro.train.tables import quantized_tables, row_tables
 
 FLOAT32 = 4
 # Bytes of a number that matrices multiply.
@@ -116,13 +116,16 @@ def activation_bytes(blocks: list[Kept], tokens: int, d_model: int, settings: Tr
 
 
 def table_bytes(model: nn.Module, settings: TrainSettings) -> float:
-    """Tables of row-sparse gradients with both moments, the second in float32, and two clocks a row; none where they
-    lie in files."""
+    """Tables of row-sparse gradients with both moments, the second in float32, and two clocks a row; those in 8 bits
+    with their scales and the first moment in bfloat16. None where they lie in files."""
     if settings.table_folder is not None:
         return 0.0
     narrow = ITEMSIZE[settings.table_precision]
-    tables = row_tables(model)
-    return float(sum(t.numel() * (2 * narrow + FLOAT32) + len(t) * ROW_CLOCKS for t in tables))
+    tables, codes = row_tables(model), quantized_tables(model)
+    whole = [t for t in tables if t not in codes]
+    numbers = sum(t.numel() * (2 * narrow + FLOAT32) for t in whole)
+    numbers += sum(t.numel() * (1 + ITEMSIZE["bf16"] + FLOAT32) + len(t) * FLOAT32 for t in codes)
+    return float(numbers + sum(len(t) * ROW_CLOCKS for t in tables))
 
 
 def row_gradient_bytes(model: Any, tokens: int, settings: TrainSettings) -> float:

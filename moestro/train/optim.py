@@ -12,7 +12,7 @@ from moestro.parallel.layout import is_sharded, local, own_layout, write_rows
 from moestro.parallel.ranks import Ranks
 from moestro.train.row_adamw import RowAdamW
 from moestro.train.settings import OptimSettings, ParameterGroup
-from moestro.train.tables import row_tables
+from moestro.train.tables import named_tensors, quantized_tables, row_tables
 
 # Where torch.optim.AdamW has one fused kernel for all parameters.
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
@@ -62,10 +62,13 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizers:
     """AdamW over `parameter_groups`, fused where the device has it, and `RowAdamW` for the parameters that banks of
     experts name as having sparse gradients.
 
-    Raises: ValueError where `settings.fused_rows` is asked for and there are no such parameters.
+    Raises: ValueError where `settings.fused_rows` is asked for and there are no such parameters, or is not and some are
+    in 8 bits.
     """
     groups = parameter_groups(model, settings)
-    tables = row_tables(model)
+    tables, codes = row_tables(model), quantized_tables(model)
+    if codes and not settings.fused_rows:
+        raise ValueError("optim fused_rows=False: tables in 8 bits have no gradients but in factors, allowed: True")
     rows = {id(parameter) for parameter in tables}
     shared = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     parts: list[torch.optim.Optimizer] = []
@@ -73,7 +76,7 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizers:
         devices = {parameter.device.type for group in dense for parameter in group["params"]}
         parts.append(torch.optim.AdamW(dense, **shared, fused=devices <= FUSED_DEVICES))
     if sparse := [group for group in (part_of(g, rows, True) for g in groups) if group["params"]]:
-        parts.append(RowAdamW(sparse, **shared, skipped=settings.skipped_rows))
+        parts.append(RowAdamW(sparse, **shared, skipped=settings.skipped_rows, quantized=codes))
     if settings.fused_rows:
         if not tables:
             raise ValueError("optim fused_rows=True: no bank trains by rows (sparse_gradients: true)")
@@ -102,10 +105,10 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
     Raises: ValueError where a pattern matches nothing, or nothing is trainable.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     unused = {group.pattern for group in settings.groups}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+    for name, parameter in named_tensors(model).items():
+        if isinstance(parameter, nn.Parameter) and not parameter.requires_grad:
             continue
         spared = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in embeddings
         decay = 0.0 if spared else settings.weight_decay
@@ -138,7 +141,7 @@ def set_learning_rate(optimizer: Optimizers, lr: float) -> None:
 def clip_gradients(model: nn.Module, clip: float | None, ranks: Ranks | None = None) -> Tensor:
     """Scale all gradients, rows of sparse ones and factors included, so that their joint 2-norm, over all ranks, is at
     most `clip`; returns the norm before, on the device."""
-    parameters = list(model.parameters())
+    parameters = list(named_tensors(model).values())
     sparse = [p for p in parameters if pending_factors(p) or (p.grad is not None and p.grad.is_sparse)]
     tables = [(p, gradient) for p in sparse if (gradient := row_gradient(p)) is not None]
     dense = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]

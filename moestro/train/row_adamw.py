@@ -1,10 +1,12 @@
 """AdamW on the rows that a step touched: its cost does not know how many rows the table has."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moestro.ops.quantized import QuantizedTable
 from moestro.ops.rounding import rounding_key
 from moestro.ops.row_adamw import RowState, RowStep, adamw_rows
 from moestro.ops.row_gradients import RowGradient, forget_factors, row_gradient
@@ -31,12 +33,13 @@ class RowAdamW(torch.optim.Optimizer):
       and bias corrections count all steps: the moments are those of dense AdamW given zero gradients.
 
     Arithmetic is in float32 at least. Tables in bfloat16 are rounded stochastically (`ops.rounding`) by a hash of step,
-    table, row and column: changes far below the table's precision still count, and a resumed run rounds alike.
+    table, row and column: changes far below the table's precision still count, and a resumed run rounds alike. So are
+    tables in 8 bits: `quantized` says of codes among the parameters which table they are of.
 
     State, beside the parameter, and in files where tables are (`ops.tables`): `exp_avg` [N, d], in bfloat16 where the
-    table is, else in float32 at least; `exp_avg_sq` [N, d], in float32 at least; `clock` [N], the steps that touched a
-    row (keep) or the last step that did (decay); `charged` [N], the logarithm of the decay that a row has had; `step`
-    and `log_decay` of the table. A parameter without a gradient skips the step, as in torch.
+    table is or is narrower, else in float32 at least; `exp_avg_sq` [N, d], in float32 at least; `clock` [N], the steps
+    that touched a row (keep) or the last step that did (decay); `charged` [N], the logarithm of the decay that a row
+    has had; `step` and `log_decay` of the table. A parameter without a gradient skips the step, as in torch.
 
     Raises: ValueError for impossible values, for a gradient that is not sparse over rows, and for
     lr * weight_decay >= 1.
@@ -50,13 +53,14 @@ class RowAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         skipped: Literal["keep", "decay"] = "keep",
+        quantized: Mapping[Tensor, QuantizedTable] | None = None,
     ) -> None:
         if skipped not in SKIPPED:
             raise ValueError(f"skipped={skipped!r}, allowed: {', '.join(SKIPPED)}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={list(betas)}, allowed: two numbers in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.skipped = skipped
+        self.skipped, self.quantized = skipped, dict(quantized or {})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -101,7 +105,8 @@ class RowAdamW(torch.optim.Optimizer):
         if not state:
             (n_rows, width), dtype, device = parameter.shape, parameter.dtype, parameter.device
             wide = torch.promote_types(dtype, torch.float32)
-            state["exp_avg"] = new_table(n_rows, width, dtype if dtype == torch.bfloat16 else wide, device)
+            narrow = dtype == torch.bfloat16 or parameter in self.quantized
+            state["exp_avg"] = new_table(n_rows, width, torch.bfloat16 if narrow else wide, device)
             state["exp_avg_sq"] = new_table(n_rows, width, wide, device)
             state["clock"] = torch.zeros(n_rows, dtype=torch.int32, device=device)
             state["charged"] = torch.zeros(n_rows, dtype=torch.float64, device=device)
@@ -109,7 +114,7 @@ class RowAdamW(torch.optim.Optimizer):
             state["log_decay"] = torch.zeros((), dtype=torch.float64)
         return state
 
-    def _update(self, parameter: nn.Parameter, gradient: RowGradient, group: dict[str, Any], table: int) -> None:
+    def _update(self, parameter: Tensor, gradient: RowGradient, group: dict[str, Any], table: int) -> None:
         state = self._state_of(parameter)
         state["step"] += 1
         step = RowStep(
@@ -120,5 +125,5 @@ class RowAdamW(torch.optim.Optimizer):
             key=rounding_key(number, table),
         )
         kept = RowState(state["exp_avg"], state["exp_avg_sq"], state["clock"], state["charged"])
-        adamw_rows(parameter, kept, gradient, step)
+        adamw_rows(self.quantized.get(parameter, parameter), kept, gradient, step)
         state["log_decay"].fill_(step.log_decay_after)

@@ -27,6 +27,7 @@ from moestro.train.optim import Optimizers
 from moestro.train.parts import model_parts, optimizer_parts
 from moestro.train.rules import Rule
 from moestro.train.settings import TrainSettings
+from moestro.train.tables import named_tensors
 from moestro.train.tensors import (
     join,
     load_model,
@@ -128,7 +129,8 @@ class TrainState:
             "tokens": counters.tokens,
             "flops": counters.flops,
             "flops_computed": counters.flops_computed,
-            "params_total": sum(p.numel() for p in self.model.parameters()) + n_elsewhere(self.model.parameters()),
+            "params_total": sum(p.numel() for p in named_tensors(self.model).values())
+            + n_elsewhere(self.model.parameters()),
             "params_active": counters.active_params_sum / counters.step,
             "skipped": counters.skipped,
             "eval": counters.last_eval,

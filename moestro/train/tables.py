@@ -1,17 +1,30 @@
 """The tables of rows in a model: which they are, how precise, and where they lie."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moestro.experts import ExpertBank
+from moestro.experts import ExpertBank, QuantizedBank
+from moestro.ops.quantized import QuantizedTable
 from moestro.ops.tables import new_table
 from moestro.train.settings import TrainSettings
 
 
-def row_tables(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that banks of experts name as having gradients that are sparse over rows, each once."""
+def row_tables(model: nn.Module) -> list[Tensor]:
+    """The tables that banks of experts name as having gradients that are sparse over rows, each once."""
     banks = [module for module in model.modules() if isinstance(module, ExpertBank)]
     return list({id(parameter): parameter for bank in banks for parameter in bank.row_parameters()}.values())
+
+
+def quantized_tables(model: nn.Module) -> dict[Tensor, QuantizedTable]:
+    """Those of them that are codes in 8 bits, each with what it stands for."""
+    banks = [module for module in model.modules() if isinstance(module, QuantizedBank) and module.row_parameters()]
+    return {codes: table for bank in banks for codes, table in bank.stored().items()}
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Whatever an optimizer may have: parameters, and tables of rows that are none."""
+    rows = {id(table) for table in row_tables(model)}
+    return {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if id(b) in rows}}
 
 
 def prepare_tables(model: nn.Module, settings: TrainSettings) -> None:
@@ -28,7 +41,8 @@ def prepare_tables(model: nn.Module, settings: TrainSettings) -> None:
         raise ValueError(f"train table_folder={settings.table_folder}: only tables on the CPU, these are on {device}")
     if settings.table_precision == "bf16":
         for table in tables:
-            narrow(table)
+            if isinstance(table, nn.Parameter):
+                narrow(table)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from moestro.parallel.layout import lay_out, own_layout
 from moestro.train.checkpoint import CheckpointError
 from moestro.train.optim import Optimizers
 from moestro.train.row_adamw import RowAdamW
+from moestro.train.tables import named_tensors
 from moestro.upgrades import Shapes
 
 
@@ -65,7 +66,7 @@ def shape_of(shapes: Shapes, name: str) -> str:
 def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     """The optimizer's state under `<parameter>/<entry>`, for example `head.weight/exp_avg`; what is of a parameter that
     is one rank's own lies as that does."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_tensors(model).items()}
     tensors: dict[str, Tensor] = {}
     for parameter, entries in optimizer.state.items():
         layout = own_layout(parameter)
@@ -81,7 +82,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizers, tensors: dict[str, T
 
     Raises: CheckpointError for state of parameters that the optimizer does not have, or of another kind of optimizer.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_tensors(model).items()}
     trained = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
     entries: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
