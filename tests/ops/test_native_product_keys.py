@@ -20,7 +20,6 @@ SIZES = {
     "many keys": (4, 1, 400, 16, 12),
     "no tokens": (0, 2, 8, 2, 4),
 }
-each_variant = pytest.mark.parametrize("variant", native.variants())
 
 
 def draw(case: str, shared: bool, whole: bool):
@@ -33,10 +32,10 @@ def draw(case: str, shared: bool, whole: bool):
     return *(torch.randn(shape, generator=generator) for shape in shapes), k
 
 
-def topk(name: str, query, keys, k: int, variant: str | None = None):
+def topk(name: str, query, keys, k: int):
     """Scores, ids, and the gradients of query and keys."""
     leaves = [v.detach().clone().requires_grad_() for v in (query, keys)]
-    with native.variant(variant or native.variants()[-1]), backend.force(name):
+    with backend.force(name):
         scores, ids = ops.product_key_topk(*leaves, k)
         # by what was chosen, not by its rank: rounding may exchange neighbours
         factor = 0.5 + (ids % 101).to(scores.dtype) / 100
@@ -44,11 +43,10 @@ def topk(name: str, query, keys, k: int, variant: str | None = None):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@each_variant
 @pytest.mark.parametrize("case", SIZES)
 def test_equal_scores_are_in_the_order_of_the_definition(case, variant, shared):
     query, keys, k = draw(case, shared, whole=True)
-    have = topk("native", query, keys, k, variant)
+    have = topk("native", query, keys, k)
     want = topk("reference", query.double(), keys.double(), k)
     assert torch.equal(have[0].double(), want[0]) and torch.equal(have[1], want[1])
     if case == "blocks and tails":
@@ -58,11 +56,10 @@ def test_equal_scores_are_in_the_order_of_the_definition(case, variant, shared):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@each_variant
 @pytest.mark.parametrize("case", SIZES)
 def test_equals_the_definition_on_any_numbers(case, variant, shared):
     query, keys, k = draw(case, shared, whole=False)
-    have = topk("native", query, keys, k, variant)
+    have = topk("native", query, keys, k)
     want = topk("reference", query.double(), keys.double(), k)
     torch.testing.assert_close(have[0].double(), want[0], **FLOAT32)
     assert torch.equal(have[1].sort(-1).values, want[1].sort(-1).values)
@@ -70,26 +67,24 @@ def test_equals_the_definition_on_any_numbers(case, variant, shared):
         torch.testing.assert_close(mine.double(), true, **FLOAT32)
 
 
-@each_variant
 def test_a_query_of_zeros_chooses_the_first_keys(variant):
     keys = torch.randn(2, 1, 100, 6)
     keys[:, :, ::2] *= -1.0
-    scores, ids, *_ = topk("native", torch.zeros(3, 2, 12), keys, 10, variant)
+    scores, ids, *_ = topk("native", torch.zeros(3, 2, 12), keys, 10)
     assert not scores.any()
     assert torch.equal(ids, torch.arange(10).expand(3, 2, 10))
 
 
 @pytest.mark.parametrize("n", [100, 400])
-@each_variant
 def test_a_key_that_is_nan_is_chosen_and_infinities_are_in_order(variant, n):
     keys = torch.randn(2, 1, n, 4)
     keys[0, 0, 37] = torch.nan
     keys[0, 0, 51, 0], keys[0, 0, 8, 0] = torch.inf, -torch.inf
     query = torch.ones(2, 1, 8)
-    scores, ids, *_ = topk("native", query, keys, 3, variant)
+    scores, ids, *_ = topk("native", query, keys, 3)
     assert scores[..., 0].isnan().all() and bool((ids[..., 0] // n == 37).all())
     keys[0, 0, 37] = 0.0
-    scores, ids, *_ = topk("native", query, keys, 3, variant)
+    scores, ids, *_ = topk("native", query, keys, 3)
     assert bool((ids // n == 51).all()) and bool(scores.isposinf().all())
 
 
@@ -131,24 +126,22 @@ def test_scores_of_all_keys_are_never_in_memory():
     assert largest("native") < t * h * 2 * n * 4 <= largest("fused")
 
 
-@each_variant
 def test_sums_of_infinities_of_both_signs_come_first(variant):
     """They are not numbers; a bound on the k-th best sum must not be one."""
     keys = torch.randint(-2, 3, (2, 2, 70, 4), generator=torch.Generator().manual_seed(0)).float()
     keys[0, :, 5, 0], keys[1, :, 3:60, 0] = torch.inf, -torch.inf
     query = torch.ones(3, 2, 8)
-    scores, *_ = topk("native", query, keys, 50, variant)
+    scores, *_ = topk("native", query, keys, 50)
     want, *_ = topk("fused", query, keys, 50)
     assert scores.isnan().any() and scores.isposinf().any()
     torch.testing.assert_close(scores, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("half", "scale", "n"), [(128, 1.0, 64), (128, 1e-12, 64), (33, 1e12, 64), (128, 1.0, 400)])
-@each_variant
 def test_scores_are_as_exact_as_torch_s_products(variant, half, scale, n):
     generator = torch.Generator().manual_seed(half)
     query, keys = torch.randn(300, 1, 2 * half, generator=generator) * scale, torch.randn(2, 1, n, half)
-    scores, ids, *_ = topk("native", query, keys, 8, variant)
+    scores, ids, *_ = topk("native", query, keys, 8)
     left, right = ids // n, ids % n
 
     def chosen(dtype: torch.dtype):
@@ -160,15 +153,14 @@ def test_scores_are_as_exact_as_torch_s_products(variant, half, scale, n):
     assert 0 < mine <= 1.1 * theirs
 
 
-@each_variant
 def test_great_numbers_are_multiplied_as_others_are(variant):
     """Their pieces would overflow; tokens beside them have the scores that they have alone."""
     generator = torch.Generator().manual_seed(3)
     query, keys = torch.randn(40, 2, 14, generator=generator), torch.randn(2, 2, 50, 7, generator=generator) / 10
     great = 3.4e38
-    plain = topk("native", query, keys, 5, variant)
+    plain = topk("native", query, keys, 5)
     query[17, 1, 3], query[23, 0, 9] = great, torch.inf
-    scores, ids, *_ = topk("native", query, keys, 5, variant)
+    scores, ids, *_ = topk("native", query, keys, 5)
     want = topk("reference", query[17:18], keys, 5)
     assert torch.equal(ids[17, 1], want[1][0, 1]) and bool(scores[23, 0].isposinf().all())
     torch.testing.assert_close(scores[17, 1], want[0][0, 1], **FLOAT32)
@@ -177,7 +169,7 @@ def test_great_numbers_are_multiplied_as_others_are(variant):
     others[17, 1] = others[23, 0] = False
     assert torch.equal(scores[others], plain[0][others]) and torch.equal(ids[others], plain[1][others])
     query, keys[0, 1, 4, 2] = query[:17] / 10, -great
-    scores, ids, *_ = topk("native", query, keys, 5, variant)
+    scores, ids, *_ = topk("native", query, keys, 5)
     want = topk("reference", query, keys, 5)
     assert torch.equal(ids, want[1])
     torch.testing.assert_close(scores, want[0], **FLOAT32)
@@ -195,7 +187,6 @@ def test_the_same_to_the_bit_however_tokens_are_divided(tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [383, 384, 1000])
-@each_variant
 def test_what_is_rounded_to_find_the_best_keys_loses_none(n, variant):
     """Keys that differ by less than bfloat16 can tell, and of lengths far apart; queries of every size."""
     generator = torch.Generator().manual_seed(n)
@@ -205,7 +196,7 @@ def test_what_is_rounded_to_find_the_best_keys_loses_none(n, variant):
     keys[:, :, 1::9] *= -100.0
     query = torch.randn(60, 1, 80, generator=generator) * torch.logspace(-24, 18, 60)[:, None, None]
     query[7] = 0.0
-    scores, ids, *_ = topk("native", query, keys, 16, variant)
+    scores, ids, *_ = topk("native", query, keys, 16)
     sides = torch.einsum("tsc,snc->tsn", query.view(60, 2, 40).double(), keys[:, 0].double())
     best = sides.topk(16).values
     true = (best[:, 0, :, None] + best[:, 1, None]).flatten(1).topk(16).values

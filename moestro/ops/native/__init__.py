@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -63,11 +64,17 @@ def variant(name: str) -> Iterator[None]:
 
     Raises: ValueError for one that this processor cannot run.
     """
-    global _forced
     if name not in variants():
         raise ValueError(f"variant={name!r} of the native kernels, allowed: {', '.join(variants()) or 'none'}")
-    before = _forced
-    _forced = replace(_load(), variant=name)
+    with using(replace(_load(), variant=name)):
+        yield
+
+
+@contextmanager
+def using(library: Library) -> Iterator[None]:
+    """Run the body with the kernels of another library."""
+    global _forced
+    before, _forced = _forced, library
     try:
         yield
     finally:
@@ -121,15 +128,24 @@ def _load() -> Library:
     if not LIBRARY.exists():
         return Library(None, reason=f"not built ({HOW_TO_BUILD})")
     try:
-        handle = ctypes.CDLL(str(LIBRARY))
-        handle.moestro_fingerprint.restype = handle.moestro_variants.restype = ctypes.c_char_p
+        handle = opened(LIBRARY)
         current = handle.moestro_fingerprint().decode() == fingerprint()
     except (OSError, AttributeError) as error:
         return Library(None, reason=f"{LIBRARY.name} cannot be loaded: {error} ({HOW_TO_BUILD})")
     if not current:
         return Library(None, reason=f"built from other sources ({HOW_TO_BUILD})")
+    names = handle.moestro_variants().decode().split()
+    return Library(handle, [name for name in names if handle.moestro_supports(name.encode())][-1])
+
+
+def opened(library: Path) -> ctypes.CDLL:
+    """A library of kernels, its functions declared.
+
+    Raises: OSError where it cannot be loaded, AttributeError where it is none of ours.
+    """
+    handle = ctypes.CDLL(str(library))
+    handle.moestro_fingerprint.restype = handle.moestro_variants.restype = ctypes.c_char_p
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     handle.moestro_run.argtypes = [pointer, ctypes.c_char_p, ctypes.POINTER(number), number, number]
     handle.moestro_run.restype = None
-    names = handle.moestro_variants().decode().split()
-    return Library(handle, [name for name in names if handle.moestro_supports(name.encode())][-1])
+    return handle

@@ -79,14 +79,15 @@ def compiler() -> str:
     return found
 
 
-def build() -> Path:
-    """Compile and link the library; the old one stays until the new one is whole.
+def build(library: Path = LIBRARY, known: dict[str, list[str]] | None = None) -> Path:
+    """Compile and link the library; the old one stays until the new one is whole. `known` are the variants with their
+    flags, those of this machine's kind where it is None.
 
     Raises: BuildError where there is no compiler or it fails.
     """
     cc = compiler()
+    known = variants(cc) if known is None else known
     with tempfile.TemporaryDirectory() as folder:
-        known = variants(cc)
         define = [f'-DFINGERPRINT="{fingerprint()}"', f'-DVARIANTS="{" ".join(known)}"']
         objects = [_compile(cc, FOLDER / RUNTIME, Path(folder, "runtime.o"), define)]
         for source in sorted(FOLDER.glob("*.c")):
@@ -95,13 +96,13 @@ def build() -> Path:
                     target = Path(folder, f"{source.stem}_{name}.o")
                     objects.append(_compile(cc, source, target, [*flags, f"-DVARIANT={name}"]))
         # on the same file system, so that replacing is atomic
-        whole = LIBRARY.with_name(f"{LIBRARY.name}.{os.getpid()}")
+        whole = library.with_name(f"{library.name}.{os.getpid()}")
         try:
             _run([cc, "-shared", "-o", str(whole), *objects, "-lpthread", "-lm", *_dynamic_loader()])
-            whole.replace(LIBRARY)
+            whole.replace(library)
         finally:
             whole.unlink(missing_ok=True)
-    return LIBRARY
+    return library
 
 
 def _dynamic_loader() -> list[str]:
