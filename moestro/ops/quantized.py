@@ -92,9 +92,8 @@ def quantized_singletons(
     codes, scales, _ = zip(*(table for table in (up, down, gate) if table is not None), strict=True)
     rows = row_operations(x, weight, *scales, codes=codes)
     segments = cache(lambda: rows.segments(ids.flatten(), len(up.codes), True))
-    learns = torch.is_grad_enabled() and any(t.pending is not None for t in (up, down))
-    if learns and not (x.requires_grad or weight.requires_grad):
-        x = x.detach().requires_grad_()  # else there would be no backward pass
+    if up.pending is not None and torch.is_grad_enabled() and not x.requires_grad:
+        x = x.detach().requires_grad_()  # else the tables that meet it would see no backward pass
     with without_autocast(x):
         along = _dots(up, ids, x, rows, segments)  # type: ignore[call-arg]
         opened = act(along) if gate is None else act(_dots(gate, ids, x, rows, segments))  # type: ignore[call-arg]

@@ -78,26 +78,33 @@ def adamw_rows(
     Alg. 2).
 
     In float32 at least; what is kept in bfloat16 or in 8 bits is rounded stochastically. With native kernels each row
-    of a table that is not in 8 bits is read and written once, its gradient summed on the way where it is left in
-    factors; so it is with Triton's.
+    is read and written once, its gradient summed on the way where it is left in factors; so it is with Triton's, which
+    do not know 8 bits.
     """
-    moments, kept = (state.mean, state.square), [state.mean.dtype, state.square.dtype]
-    if isinstance(table, QuantizedTable):
-        _adamw_in_pieces(table, moments, gradient, _factors(gradient.ids, state, step), step)
-        return
-    if runs_native(table, *moments, *gradient.tensors()) and kept == [table.dtype, torch.float32]:
+    moments = state.mean, state.square
+    if _runs_native(table, moments, gradient):
+        codes, scale = (table.codes, table.scale) if isinstance(table, QuantizedTable) else (table, None)
         keys = rounding_key(step.key, 0), rounding_key(step.key, 1)
         reals = *step.betas, step.eps, step.lr, step.decay, step.log_decay, step.log_decay_after
         numbers = (*keys, step.number, int(step.moments_wait), *map(float, reals))
-        row_adamw.adamw_rows(table, tuple(state), gradient.ids, gradient.native(), numbers)
+        row_adamw.adamw_rows(codes, scale, tuple(state), gradient.ids, gradient.native(), numbers)
         return
     factors = _factors(gradient.ids, state, step)
-    if _runs_triton(table, state):
+    if isinstance(table, Tensor) and _runs_triton(table, state):
         from moestro.ops.triton_peer_adamw import adamw_rows as in_one_kernel
 
         in_one_kernel(table, moments, gradient, factors, step)
         return
     _adamw_in_pieces(table, moments, gradient, factors, step)
+
+
+def _runs_native(table: Tensor | QuantizedTable, moments: tuple[Tensor, Tensor], gradient: RowGradient) -> bool:
+    """The first moment is in the dtype of the table, or beside codes in bfloat16; scales are in float32."""
+    in_codes = isinstance(table, QuantizedTable)
+    numbers = table.scale if in_codes else table
+    kept = [torch.float32, torch.bfloat16] if in_codes else [table.dtype, table.dtype]
+    found = [each.dtype for each in (numbers, *moments)]
+    return found == [*kept, torch.float32] and runs_native(numbers, *moments, *gradient.tensors())
 
 
 def _runs_triton(table: Tensor, state: RowState) -> bool:

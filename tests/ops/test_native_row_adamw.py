@@ -149,7 +149,7 @@ def test_no_rows_are_no_work_and_wrong_rows_are_refused():
         assert torch.equal(table, draw(N, 4))
         for ids in ([0, N], [-1, 3], [3, 3], [4, 2]):
             with pytest.raises(ValueError, match="row ids must ascend within 0 to 49, each once"):
-                row_adamw.adamw_rows(table, tuple(state), torch.tensor(ids), (), ())
+                row_adamw.adamw_rows(table, None, tuple(state), torch.tensor(ids), (), ())
 
 
 @built

@@ -7,9 +7,13 @@
 
 #define LINE 64
 
+/* Formats of tables, as in table_rows.c. */
+enum { FLOAT32, BFLOAT16, INT8, FLOAT8 };
+
 struct row_adamw {
-    void *table;   /* [e, d] float32, or bfloat16 where narrow */
-    void *mean;    /* [e, d] likewise */
+    void *table;   /* [e, d] in a format */
+    float *row_scale; /* [e] of codes */
+    void *mean;    /* [e, d] float32 where the table is, else bfloat16 */
     float *square; /* [e, d] */
     int32_t *clock;  /* [e] the steps that touched a row; the last step that did where moments do not wait */
     double *charged; /* [e] the logarithm of the decay that a row has had */
@@ -17,9 +21,11 @@ struct row_adamw {
     const float *values; /* [n, d]; NULL: row i is the sum of scale * in over the places from starts[i] */
     const int64_t *order, *starts, *token; /* as in table_rows.c */
     const float *in, *scale;
-    int64_t d, narrow, table_key, mean_key, number, moments_wait;
+    int64_t d, format, table_key, mean_key, number, moments_wait;
     double beta1, beta2, eps, lr, decay, log_decay, log_decay_after;
 };
+
+#define INLINE static inline __attribute__((always_inline))
 
 typedef uint32_t uvec __attribute__((vector_size(WIDTH * 4)));
 
@@ -121,18 +127,23 @@ static inline vec load_numbers(const void *from, int64_t at, int64_t n, int64_t 
 
 static const uint32_t FIRST_COLUMNS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
+/* Random bits of numbers from a column of a row on. */
+static inline uvec noise_from(uint32_t bits, int64_t column) {
+    uvec columns;
+    memcpy(&columns, FIRST_COLUMNS, sizeof columns);
+    return mixed_each(bits + (columns + (uint32_t)column) * 0x9e3779b9u);
+}
+
 /* Into float32 as they are, into bfloat16 rounded stochastically. */
 static inline void store_numbers(void *to, int64_t at, vec v, int64_t n, int64_t narrow, uint32_t bits, int64_t column) {
     if (!narrow) {
         memcpy((float *)to + at, &v, n * sizeof(float));
         return;
     }
-    uvec number, columns;
+    uvec number;
     ivec wrong = v != v;
     memcpy(&number, &v, sizeof v);
-    memcpy(&columns, FIRST_COLUMNS, sizeof columns);
-    columns += (uint32_t)column;
-    number = (number + (mixed_each(bits + columns * 0x9e3779b9u) & 0xffff)) >> 16;
+    number = (number + (noise_from(bits, column) & 0xffff)) >> 16;
     number = (number & ~(uvec)wrong) | (0x7fc0 & (uvec)wrong); /* a sum could carry into the sign */
     half_vec half = __builtin_convertvector(number, half_vec);
     memcpy((uint16_t *)to + at, &half, n * sizeof(uint16_t));
@@ -195,8 +206,8 @@ PREFETCHING prefetch(const struct row_adamw *f, const float *source, int64_t at,
     __builtin_prefetch((char *)f->mean + at * wide);
 }
 
-static inline __attribute__((always_inline)) void update_numbers(const struct row_adamw *f, const struct step *s,
-                                                                 int64_t at, int64_t j, int64_t n, int64_t narrow) {
+INLINE void update_numbers(const struct row_adamw *f, const struct step *s, int64_t at, int64_t j, int64_t n,
+                           int64_t narrow) {
     vec g = load_numbers(s->in, j, n, 0), p = load_numbers(f->table, at + j, n, narrow);
     vec m = load_numbers(f->mean, at + j, n, narrow), v = load_numbers(f->square, at + j, n, 0);
     update(s, rounded(g * s->scale), &p, &m, &v);
@@ -205,8 +216,7 @@ static inline __attribute__((always_inline)) void update_numbers(const struct ro
     store_numbers(f->mean, at + j, m, n, narrow, s->mean_bits, j);
 }
 
-static inline __attribute__((always_inline)) void update_rows(const struct row_adamw *f, int64_t begin, int64_t end,
-                                                              int64_t narrow, float *sum) {
+INLINE void update_rows(const struct row_adamw *f, int64_t begin, int64_t end, int64_t narrow, float *sum) {
     struct powers known[POWERS] = {0};
     for (int64_t i = begin; i < end; i++) {
         struct step s = step_of(f, i, sum, known);
@@ -222,15 +232,126 @@ static inline __attribute__((always_inline)) void update_rows(const struct row_a
     }
 }
 
+/* n codes of a row, the rest 0. */
+INLINE vec load_codes(const void *from, int64_t at, int64_t n, int64_t format) {
+    int8_t codes[WIDTH] = {0};
+    memcpy(codes, (const int8_t *)from + at, n);
+    return format == INT8 ? load_int8(codes) : load_float8((const uint8_t *)codes);
+}
+
+/* The greatest whole numbers that are not above these, of at most 2^16. */
+static inline ivec floors(vec x) {
+    ivec whole = __builtin_convertvector(x, ivec);
+    return whole + (__builtin_convertvector(whole, vec) > x);
+}
+
+static inline vec sizes(vec x) {
+    ivec bits;
+    memcpy(&bits, &x, sizeof x);
+    bits &= INT32_MAX;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Numbers that codes reach, as one of the two codes beside each: `stochastic_int8` and `stochastic_float8` of
+   ops/rounding.py. */
+INLINE ivec code_of(vec x, uvec noise, int64_t format) {
+    ivec wrong = x != x;
+    vec part = __builtin_convertvector((ivec)(noise & 0xffff), vec) * 0x1p-16f, size = sizes(x);
+    if (format == INT8)
+        return floors(choose(wrong, (vec){0}, x + part)) & ~wrong;
+    ivec number, bits, small = floors(choose(size < 0x1p-6f, size, (vec){0}) * 512 + part);
+    memcpy(&number, &size, sizeof size), memcpy(&bits, &x, sizeof x);
+    number = ((number + (ivec)(noise & 0xfffff)) >> 20) - (120 << 3);
+    ivec is_small = size < 0x1p-6f;
+    return ((small & is_small) | (number & ~is_small & ~wrong) | (wrong & 0x7f)) | (bits >> 24 & 0x80);
+}
+
+/* The scale under which numbers up to `most` have codes: the one there is while it is not four times too great. */
+static inline float fitting_scale(float most, float scale, float largest) {
+    int exponent;
+    if ((most <= largest * scale && most > largest / 4 * scale) || most == 0)
+        return scale;
+    frexpf(most / largest, &exponent);
+    return most < __builtin_inff() ? ldexpf(1, exponent < -126 ? -126 : exponent) : __builtin_nanf("");
+}
+
+/* Numbers j..j+n-1 of a row of codes, updated, to numbers[d], which wait for their scale; their sizes. */
+INLINE vec updated_numbers(const struct row_adamw *f, const struct step *s, int64_t at, float scale, int64_t j, int64_t n,
+                           int64_t format, float *numbers) {
+    vec g = load_numbers(s->in, j, n, 0), p = rounded(load_codes(f->table, at + j, n, format) * scale);
+    vec m = load_numbers(f->mean, at + j, n, 1), v = load_numbers(f->square, at + j, n, 0);
+    update(s, rounded(g * s->scale), &p, &m, &v);
+    store_numbers(f->square, at + j, v, n, 0, 0, 0);
+    store_numbers(f->mean, at + j, m, n, 1, s->mean_bits, j);
+    store(numbers + j, (vec){0});
+    store_numbers(numbers, j, p, n, 0, 0, 0);
+    return sizes(load(numbers + j));
+}
+
+INLINE void store_codes(const struct row_adamw *f, int64_t at, vec x, float largest, int64_t j, int64_t n,
+                        uint32_t bits, int64_t format) {
+    x = choose(x > largest, every(largest), choose(x < -largest, every(-largest), x));
+    sbyte_vec codes = __builtin_convertvector(code_of(x, noise_from(bits, j), format), sbyte_vec);
+    memcpy((int8_t *)f->table + at + j, &codes, n);
+}
+
+/* The greater of each; what is no number stays. */
+static inline vec more(vec most, vec size) { return choose(most >= size, most, choose(most != most, most, size)); }
+
+static inline float most_of(vec most) {
+    float each[WIDTH], greatest = 0;
+    store(each, most);
+    for (int i = 0; i < WIDTH; i++)
+        greatest = greatest >= each[i] || greatest != greatest ? greatest : each[i];
+    return greatest;
+}
+
+/* A row of codes. */
+INLINE void update_codes(const struct row_adamw *f, const struct step *s, int64_t id, float *numbers, int64_t format) {
+    int64_t at = id * f->d, j = 0;
+    float scale = f->row_scale[id], largest = format == INT8 ? 127 : 448;
+    vec most = {0};
+    for (; j + WIDTH <= f->d; j += WIDTH)
+        most = more(most, updated_numbers(f, s, at, scale, j, WIDTH, format, numbers));
+    if (j < f->d)
+        most = more(most, updated_numbers(f, s, at, scale, j, f->d - j, format, numbers));
+    scale = f->row_scale[id] = fitting_scale(most_of(most), scale, largest);
+    for (j = 0; j + WIDTH <= f->d; j += WIDTH)
+        store_codes(f, at, load(numbers + j) / scale, largest, j, WIDTH, s->table_bits, format);
+    if (j < f->d)
+        store_codes(f, at, load(numbers + j) / scale, largest, j, f->d - j, s->table_bits, format);
+}
+
+INLINE void update_coded_rows(const struct row_adamw *f, int64_t begin, int64_t end, int64_t format, float *sum) {
+    struct powers known[POWERS] = {0};
+    float *numbers = sum + f->d + 1;
+    for (int64_t i = begin; i < end; i++) {
+        struct step s = step_of(f, i, sum, known);
+        int64_t next = i + 1 < end ? i + 1 : i, later = f->ids[next] * f->d;
+        for (int64_t j = 0; j < f->d; j += LINE / 4) {
+            if (j % LINE == 0)
+                __builtin_prefetch((char *)f->table + later + j);
+            __builtin_prefetch((char *)f->mean + 2 * (later + j));
+            __builtin_prefetch(f->square + later + j);
+        }
+        update_codes(f, &s, f->ids[i], numbers, format);
+    }
+}
+
 /* Rows ids[begin]..ids[end - 1]. */
 KERNEL(row_adamw)(const void *fields, int64_t begin, int64_t end) {
     const struct row_adamw *f = fields;
-    float *sum = malloc((f->d + 1) * sizeof *sum);
+    float *sum = malloc((2 * f->d + 1 + WIDTH) * sizeof *sum);
     if (!sum)
         abort();
-    if (f->narrow)
-        update_rows(f, begin, end, 1, sum);
-    else
+    if (f->format == FLOAT32)
         update_rows(f, begin, end, 0, sum);
+    else if (f->format == BFLOAT16)
+        update_rows(f, begin, end, 1, sum);
+    else if (f->format == INT8)
+        update_coded_rows(f, begin, end, INT8, sum);
+    else
+        update_coded_rows(f, begin, end, FLOAT8, sum);
     free(sum);
 }
