@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moestro.compress import LayerPlan, Plan
 from moestro.compress.fingerprint import fingerprint
 from moestro.formats import Checkpoint
-from tests.hf.families import MOE, tiny
+from tests.hf.families import MOE, in_own_memory, tiny
 
 # both layers have experts, and enough of them
 LARGER: dict[str, dict[str, Any]] = {
@@ -56,7 +56,8 @@ def some_of(family: str) -> tuple[int, ...]:
 
 
 def loaded(folder: Path, trust: bool = False) -> PreTrainedModel:
-    """The model of a folder as plain transformers loads it; nothing may be missing, left over or of another shape."""
+    """The model of a folder as plain transformers loads it, in memory as `saved` gives it; nothing may be missing, left
+    over or of another shape."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         output_loading_info=True,
@@ -65,7 +66,7 @@ def loaded(folder: Path, trust: bool = False) -> PreTrainedModel:
         trust_remote_code=trust,
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
-    return model.eval()
+    return in_own_memory(model.eval())
 
 
 def blocks(model: PreTrainedModel) -> dict[int, Any]:

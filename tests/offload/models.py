@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from moestro.formats import Checkpoint
 from moestro.offload.folders import experts_in
 from moestro.offload.session import Plan, Session
-from tests.hf.families import tiny
+from tests.hf.families import in_own_memory, tiny
 
 
 def tiny_folder(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
@@ -21,15 +21,9 @@ def tiny_folder(folder: Path, family: str = "mixtral", dtype: torch.dtype = torc
 
 @cache
 def in_memory(folder: Path) -> Any:
-    """The same model in memory, its experts computed by transformers' own loop.
-
-    In memory of torch's own, which begins at multiples of 64 bytes: tensors mapped from a file begin anywhere, and on
-    some processors the last bit of a product with one row depends on it.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager", dtype="auto").eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
+    """The same model in memory, its experts computed by transformers' own loop."""
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager", dtype="auto")
+    return in_own_memory(model.eval())
 
 
 def memory_for(folder: Path, experts: float, **plan: Any) -> int:
