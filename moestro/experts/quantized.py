@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moestro.cost import Kept
 from moestro.experts.base import ExpertBank
 from moestro.experts.singleton import GLUSingletonBank, SingletonBank, one_neuron_each
 from moestro.experts.tables import output_rows_std
@@ -97,6 +98,10 @@ class QuantizedBank(ExpertBank):
         ids, weight = routing.matrix()
         tables = self.tables()
         return quantized_singletons(x, ids, weight, tables["up"], tables["down"], self.activation, tables.get("gate"))
+
+    def kept_per_token(self, rows_per_token: float, d_model: int) -> Kept:
+        """Products with the rows of `up` (and `gate`), each activation and product after them; no row is kept."""
+        return Kept(bytes=4.0 * rows_per_token * (2 * len(self.tables()) - 1))
 
     def reindex(self, index: Int[Tensor, "m"]) -> None:
         """As in `SingletonBank`: a fresh expert (-1) gets normal rows of the table's standard deviation."""
