@@ -50,10 +50,10 @@ def remote_code(construction: Mapping[str, Any]) -> dict[str, str]:
             (Imported("typing", "Any", "Any"),),
         ),
         Symbol("moestro.ops.tables", "new_table"): Replacement(
-            "def new_table(rows: int, width: int) -> Tensor:\n"
+            "def new_table(rows: int, width: int, dtype: Any = None, device: Any = None) -> Tensor:\n"
             '    """Zeros [rows, width] for a table of rows."""\n'
-            "    return torch.zeros(rows, width)\n",
-            (Imported("torch", None, "torch"), Imported("torch", "Tensor", "Tensor")),
+            "    return torch.zeros(rows, width, dtype=dtype, device=device)\n",
+            (Imported("torch", None, "torch"), Imported("torch", "Tensor", "Tensor"), Imported("typing", "Any", "Any")),
         ),
     }
     modeling = bundled(
