@@ -24,13 +24,14 @@ from moestro.train import CheckpointError
 from moestro.train.folder_job import FolderInUse, FolderJob
 from tests.conftest import ROOT
 from tests.export.conftest import some_tokens
+from tests.hf.families import in_own_memory
 
 Runs = Callable[..., Path]
 
 
 @torch.no_grad()
 def logits(folder: Path, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return open_model(folder, dtype=dtype).model(some_tokens(2, 24)).logits
+    return in_own_memory(open_model(folder, dtype=dtype).model)(some_tokens(2, 24)).logits
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -95,7 +95,7 @@ def tiny(family: str, experts: str = "eager", dtype: torch.dtype = torch.float32
     return model.eval().to(dtype)
 
 
-def in_own_memory(model: PreTrainedModel) -> PreTrainedModel:
+def in_own_memory(model: Any) -> Any:
     """The model with its parameters copied to memory of torch's own, which begins at multiples of 64 bytes, as that of
     models that were not loaded does: tensors mapped from a file begin anywhere, and on some processors the last bit of
     a product with one row depends on it."""
