@@ -12,13 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#undef _tile_loadconfig
-#undef _tile_release
-#undef _tile_zero
-#undef _tile_loadd
-#undef _tile_stored
-#undef _tile_dpbf16ps
-
 #define EMULATED_TILES 8
 
 static __thread struct {
@@ -32,7 +25,7 @@ static inline void *emulated_tile(int number) {
     return emulated.rows[number];
 }
 
-static inline void _tile_loadconfig(const void *config) {
+static inline void emulated_loadconfig(const void *config) {
     const uint8_t *bytes = config; /* palette, start, 14 zeros, 16 widths of 2 bytes, 16 heights */
     if (bytes[0] != 1 || bytes[1] != 0)
         abort();
@@ -43,17 +36,17 @@ static inline void _tile_loadconfig(const void *config) {
     emulated.configured = 1;
 }
 
-static inline void _tile_release(void) { emulated.configured = 0; }
+static inline void emulated_release(void) { emulated.configured = 0; }
 
-static inline void _tile_zero(int number) { memset(emulated_tile(number), 0, 16 * 64); }
+static inline void emulated_zero(int number) { memset(emulated_tile(number), 0, 16 * 64); }
 
-static inline void _tile_loadd(int number, const void *from, int64_t stride) {
+static inline void emulated_loadd(int number, const void *from, int64_t stride) {
     uint8_t *tile = emulated_tile(number);
     for (int i = 0; i < 16; i++)
         memcpy(tile + i * 64, (const uint8_t *)from + i * stride, 64);
 }
 
-static inline void _tile_stored(int number, void *to, int64_t stride) {
+static inline void emulated_stored(int number, void *to, int64_t stride) {
     const uint8_t *tile = emulated_tile(number);
     for (int i = 0; i < 16; i++)
         memcpy((uint8_t *)to + i * stride, tile + i * 64, 64);
@@ -67,7 +60,7 @@ static inline float emulated_number(uint16_t bits) {
 }
 
 /* Of every pair the sums of the first and of the second numbers by themselves, then both to the tile. */
-static inline void _tile_dpbf16ps(int sums, int left, int right) {
+static inline void emulated_dpbf16ps(int sums, int left, int right) {
     float(*c)[16] = emulated_tile(sums);
     const uint16_t(*a)[32] = emulated_tile(left), (*b)[32] = emulated_tile(right);
     float wide[16][2][16];
@@ -89,5 +82,19 @@ static inline void _tile_dpbf16ps(int sums, int left, int right) {
         }
     }
 }
+
+/* By other names, because some compilers have functions of these ones, and some have macros. */
+#undef _tile_loadconfig
+#define _tile_loadconfig emulated_loadconfig
+#undef _tile_release
+#define _tile_release emulated_release
+#undef _tile_zero
+#define _tile_zero emulated_zero
+#undef _tile_loadd
+#define _tile_loadd emulated_loadd
+#undef _tile_stored
+#define _tile_stored emulated_stored
+#undef _tile_dpbf16ps
+#define _tile_dpbf16ps emulated_dpbf16ps
 
 #endif
