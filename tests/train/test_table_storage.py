@@ -1,6 +1,5 @@
 """Tables and their optimizer state in mapped files: the same training to the bit, in less memory than they take."""
 
-import signal
 import subprocess
 import sys
 
@@ -99,9 +98,8 @@ def test_tables_larger_than_memory_train_in_files(tmp_path):
         subprocess.run([sys.executable, "-c", LARGER_THAN_MEMORY, *where], capture_output=True, text=True, cwd=ROOT)
         for where in ([], [str(tmp_path)])
     )
-    # oneDNN, too, fails without memory, in its own words, and compiled kernels, which cannot raise, abort
+    # oneDNN, too, fails without memory, in its own words
     assert in_memory.returncode != 0
-    words = "memory", "could not create a primitive"
-    assert in_memory.returncode == -signal.SIGABRT or any(said in in_memory.stderr for said in words)
+    assert any(words in in_memory.stderr for words in ("memory", "could not create a primitive"))
     assert in_files.returncode == 0, in_files.stderr
     assert (tmp_path / "checkpoint").stat().st_size > 2**27

@@ -6,6 +6,9 @@
 #define MOESTRO_KEY_PRODUCTS_H
 
 #include "ranked.h"
+#if defined(__AVX512F__)
+#include "pieces.h"
+#endif
 
 #if defined(__AVX512F__)
 #define VECS 4
@@ -31,17 +34,34 @@ static inline struct packed room_for_keys(int64_t n, int64_t half) {
 
 static inline void free_keys(struct packed *packed) { free(packed->keys); }
 
+#if defined(__AVX512F__)
+/* BLOCK keys, of which `count` are there, 16 by 16 numbers at a time. */
+static inline void pack_block(const float *keys, int64_t count, int64_t half, float *packed) {
+    for (int64_t first = 0; first < BLOCK; first += SIDE)
+        for (int64_t c = 0; c < half; c += SIDE) {
+            int64_t columns = half - c < SIDE ? half - c : SIDE;
+            __mmask16 in = (__mmask16)((1u << columns) - 1);
+            __m512i v[SIDE];
+            for (int64_t i = 0; i < SIDE; i++)
+                v[i] = first + i < count ? _mm512_maskz_loadu_epi32(in, keys + (first + i) * half + c)
+                                         : _mm512_setzero_si512();
+            exchange(v);
+            for (int64_t i = 0; i < columns; i++)
+                _mm512_storeu_si512(packed + (c + i) * BLOCK + first, v[i]);
+        }
+}
+#else
+static inline void pack_block(const float *keys, int64_t count, int64_t half, float *packed) {
+    for (int64_t c = 0; c < half; c++)
+        for (int64_t i = 0; i < BLOCK; i++)
+            packed[c * BLOCK + i] = i < count ? keys[i * half + c] : 0;
+}
+#endif
+
 static inline void pack_keys(const float *keys, struct packed *to) {
-    int64_t half = to->half;
     for (int64_t first = 0; first < to->n; first += BLOCK) {
         int64_t count = to->n - first < BLOCK ? to->n - first : BLOCK;
-        float *packed = to->keys + first * half;
-        for (int64_t c = 0; c < half; c++) {
-            for (int64_t i = 0; i < count; i++)
-                packed[c * BLOCK + i] = keys[(first + i) * half + c];
-            for (int64_t i = count; i < BLOCK; i++)
-                packed[c * BLOCK + i] = 0;
-        }
+        pack_block(keys + first * to->half, count, to->half, to->keys + first * to->half);
     }
 }
 

@@ -60,9 +60,8 @@ static struct room room_for(const struct search *f) {
     room.some = malloc(most * sizeof *room.some);
     room.p = calloc(2 * padded + k, sizeof *room.p);
     room.sums = malloc((padded + 2 * k) * sizeof *room.sums);
-    if (!room.packed.keys || !room.scores || !room.best || !room.maxima || !room.places || !room.values || !room.some ||
-        !room.p || !room.sums)
-        abort();
+    require_memory(room.packed.keys && room.scores && room.best && room.maxima && room.places && room.values &&
+                   room.some && room.p && room.sums);
     room.r = room.p + padded, room.reach = room.r + padded, room.sides = room.sums + padded;
     memset(room.sides, 0, 2 * k * sizeof *room.sides);
     staircase(f->k, &room);

@@ -86,7 +86,7 @@ ALWAYS void multiply(const struct left *a, const uint16_t *b0, const uint16_t *b
 
 /* c = a times (b0, b1) over `deep` tiles of k: c[0] = top b0, c[1] = top b1, c[2] = bottom b0, c[3] = bottom b1;
    `added` to what is there. What is not `there` is not computed: rows stay as they are, columns are 0. */
-static void product(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t deep, int64_t pieces,
+static inline void product(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t deep, int64_t pieces,
                     const struct extent *there, float c[4][SIDE * SIDE], int added, struct soon *soon) {
     if (pieces == 2 && there->columns > SIDE)
         multiply(a, b0, b1, deep, 2, 2, there, c, added, soon);

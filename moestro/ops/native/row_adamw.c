@@ -343,8 +343,7 @@ INLINE void update_coded_rows(const struct row_adamw *f, int64_t begin, int64_t 
 KERNEL(row_adamw)(const void *fields, int64_t begin, int64_t end) {
     const struct row_adamw *f = fields;
     float *sum = malloc((2 * f->d + 1 + WIDTH) * sizeof *sum);
-    if (!sum)
-        abort();
+    require_memory(sum != NULL);
     if (f->format == FLOAT32)
         update_rows(f, begin, end, 0, sum);
     else if (f->format == BFLOAT16)

@@ -139,8 +139,7 @@ struct squares {
 KERNEL(segment_squares)(const void *fields, int64_t begin, int64_t end) {
     const struct squares *f = fields;
     float *y = malloc((f->d + 1) * sizeof *y);
-    if (!y)
-        abort();
+    require_memory(y != NULL);
     for (int64_t s = begin; s < end; s++) {
         int64_t first = f->starts[s], last = f->starts[s + 1];
         double scale = f->scale[f->order[first]];

@@ -124,8 +124,7 @@ static inline void products(const struct tiles *f, struct left a, const uint16_t
 
 static inline void *scratch(int64_t bytes) {
     void *room = aligned_alloc(64, UP_TO(bytes + 64, 64));
-    if (!room)
-        abort();
+    require_memory(room != NULL);
     return room;
 }
 

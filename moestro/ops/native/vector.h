@@ -4,6 +4,8 @@
 #define MOESTRO_VECTOR_H
 
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -21,6 +23,14 @@
 #else
 #define WIDTH 4
 #endif
+
+/* Kernels cannot raise: where there is no memory they say so, and the process ends. */
+static inline void require_memory(int found) {
+    if (!found) {
+        fputs("moestro: no memory for a compiled kernel\n", stderr);
+        abort();
+    }
+}
 
 /* Where memory is asked for ahead. GCC takes a function that does nothing else for one without an effect, and drops the
    calls that it has not inlined by then. */
