@@ -67,6 +67,13 @@ ALWAYS void multiply_along(const struct left *a, const uint16_t *b0, const uint1
 
 static inline void release_tiles(void) { _tile_release(); }
 
+ALWAYS void no_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
 /* c = a times (b0, b1) over `deep` tiles of k: c[0] = top b0, c[1] = top b1, c[2] = bottom b0, c[3] = bottom b1;
    `added` to what is there. All of it, whatever is `there`. */
 static inline void product(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t deep, int64_t pieces,
@@ -77,12 +84,8 @@ static inline void product(const struct left *a, const uint16_t *b0, const uint1
         _tile_loadd(1, c[1], 64);
         _tile_loadd(2, c[2], 64);
         _tile_loadd(3, c[3], 64);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    } else
+        no_sums();
     if (pieces == 3)
         multiply_along(a, b0, b1, deep, 3, soon);
     else if (pieces == 2)
@@ -93,6 +96,18 @@ static inline void product(const struct left *a, const uint16_t *b0, const uint1
     _tile_stored(1, c[1], 64);
     _tile_stored(2, c[2], 64);
     _tile_stored(3, c[3], 64);
+}
+
+/* The same into rows of 32 numbers, `apart`: all of them, however many are there. */
+ALWAYS void product_in_rows(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t deep, int64_t pieces,
+                            int64_t rows, float *to, int64_t apart) {
+    (void)rows;
+    no_sums();
+    multiply_along(a, b0, b1, deep, pieces, NULL);
+    _tile_stored(0, to, apart * 4);
+    _tile_stored(1, to + SIDE, apart * 4);
+    _tile_stored(2, to + SIDE * apart, apart * 4);
+    _tile_stored(3, to + SIDE * apart + SIDE, apart * 4);
 }
 
 #endif

@@ -1,11 +1,12 @@
-/* Scores of a block of queries with all keys of one side, on tiles of AMX.
+/* Scores of a block of queries with all keys of one side, where the processor multiplies bfloat16: on tiles of AMX or
+   from registers.
 
    Many keys: of numbers rounded to bfloat16, with a bound on what that changes, |q.k - q1.k1| <= |q - q1| |k| + |q1| |k - k1|
    and rounding of sums. Only the few keys that could be among the best by it have their true scores computed. Few keys:
-   of numbers in three pieces, as exact as products of float32 (pieces.h). Either way scores with numbers so great, or so
-   small, that this does not hold are computed in the ordinary way.
+   of numbers in all their pieces (pieces.h), as exact as products of float32. Where pieces are rounded, scores with
+   numbers so great, or so small, that this does not hold are computed in the ordinary way.
 
-   `key_products.h` has the same names for processors without tiles. */
+   `key_products.h` has the same names for processors that know float32 only. */
 
 #ifndef MOESTRO_KEY_TILES_H
 #define MOESTRO_KEY_TILES_H
@@ -17,7 +18,10 @@
 
 #define BLOCK 32  /* keys whose products stand in tiles at a time */
 #define TOKENS 32 /* at a time, in two tiles */
-#define MANY 384  /* keys from which on they are rounded first */
+/* Keys from which on they are rounded first: three pieces are six products, numbers as they are two. */
+#define MANY (MOST_PIECES == 3 ? 384 : 192)
+/* Whether products are those of float32. */
+#define AS_THEY_ARE(pieces) (MOST_PIECES == 2 && (pieces) == 2)
 
 /* Squares of lengths; squares of what was rounded off. */
 struct lengths {
@@ -65,7 +69,8 @@ ALWAYS void add_squares(__m512 x, __m512 *whole, __m512 *rest) {
 /* A row of a tile of every piece. */
 ALWAYS void store_pieces(__m512 low, __m512 high, int64_t pieces, uint16_t *row, __m512 *whole, __m512 *rest) {
     __m512i piece[MOST_PIECES];
-    add_squares(low, whole, rest), add_squares(high, whole, rest);
+    if (!AS_THEY_ARE(pieces))
+        add_squares(low, whole, rest), add_squares(high, whole, rest);
     split(low, high, pieces, piece);
     for (int p = 0; p < pieces; p++)
         _mm512_store_si512(row + p * TILE, piece[p]);
@@ -145,6 +150,8 @@ static inline int is_usual(struct lengths of) { return of.whole > 0x1p-60f && of
 /* Twice as much as a score may be wrong by; where that cannot be said, more than any. */
 static inline float doubt(const struct packed *packed, int64_t t) {
     struct lengths query = packed->query[t], keys = packed->most;
+    if (AS_THEY_ARE(packed->pieces))
+        return 0;
     if (!is_usual(query) || !is_usual(keys))
         return __builtin_inff();
     if (packed->pieces == MOST_PIECES)
@@ -153,19 +160,12 @@ static inline float doubt(const struct packed *packed, int64_t t) {
     return 2.002f * (q_off * k + (q + q_off) * k_off) + (packed->half + 32) * 0x1p-21f * q * k;
 }
 
-/* TOKENS queries with BLOCK keys. */
-ALWAYS void multiply(const uint16_t *queries, const uint16_t *keys, int64_t deep, int64_t pieces, float *out,
-                     int64_t stride) {
-    const struct left a = {queries, queries + deep * pieces * TILE, DEEP, pieces * TILE};
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    multiply_along(&a, keys, keys + deep * pieces * TILE, deep, pieces, NULL);
-    _tile_stored(0, out, stride * 4);
-    _tile_stored(1, out + SIDE, stride * 4);
-    _tile_stored(2, out + SIDE * stride, stride * 4);
-    _tile_stored(3, out + SIDE * stride + SIDE, stride * 4);
+/* TOKENS queries, of which `count` are there, with BLOCK keys. */
+ALWAYS void multiply_keys(const struct packed *packed, const uint16_t *keys, int64_t pieces, int64_t count, float *out,
+                          int64_t stride) {
+    int64_t tall = packed->deep * pieces * TILE;
+    const struct left queries = {packed->queries, packed->queries + tall, DEEP, pieces * TILE};
+    product_in_rows(&queries, keys, keys + tall, packed->deep, pieces, count, out, stride);
 }
 
 /* scores[TOKENS, stride] of `count` queries, `row` apart; past n and past `count` anything. */
@@ -176,9 +176,9 @@ static inline void score(const float *query, int64_t row, int64_t count, struct 
     for (int64_t first = 0; first < packed->n; first += BLOCK) {
         const uint16_t *keys = packed->keys + first * packed->deep * packed->pieces * DEEP;
         if (packed->pieces == 1)
-            multiply(packed->queries, keys, packed->deep, 1, scores + first, stride);
+            multiply_keys(packed, keys, 1, count, scores + first, stride);
         else
-            multiply(packed->queries, keys, packed->deep, MOST_PIECES, scores + first, stride);
+            multiply_keys(packed, keys, MOST_PIECES, count, scores + first, stride);
     }
 }
 

@@ -2,7 +2,7 @@
    stay in the cache, and the k best of them by a threshold; then the k best sums. The [t, h, 2, n] scores are never
    written. */
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 #include "key_tiles.h"
 #else
 #include "key_products.h"

@@ -23,10 +23,10 @@ ALWAYS __m512 with_product(__m512 sum, __m512i a, __m512i b, int64_t pieces) {
 }
 
 /* ROWS rows of A times 16 columns of each of `halves` tiles of B, over `deep` tiles of k, of the last of which `pairs` are
-   there, of each piece. */
+   there, of each piece; rows of C are `apart`. */
 ALWAYS void multiply_rows(const uint16_t *a, int64_t stride, int64_t step, const uint16_t *b0, const uint16_t *b1,
                           int64_t deep, int64_t pieces, int64_t halves, const int64_t *pairs, float *c0, float *c1,
-                          int added, struct soon *soon) {
+                          int64_t apart, int added, struct soon *soon) {
     __m512 sums[ROWS][2];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < ROWS; r++)
@@ -56,11 +56,11 @@ ALWAYS void multiply_rows(const uint16_t *a, int64_t stride, int64_t step, const
 #pragma GCC unroll 8
     for (int64_t r = 0; r < ROWS; r++) {
         if (added) {
-            sums[r][0] = _mm512_add_ps(sums[r][0], _mm512_load_ps(c0 + r * SIDE));
-            sums[r][1] = _mm512_add_ps(sums[r][1], _mm512_load_ps(c1 + r * SIDE));
+            sums[r][0] = _mm512_add_ps(sums[r][0], _mm512_loadu_ps(c0 + r * apart));
+            sums[r][1] = _mm512_add_ps(sums[r][1], _mm512_loadu_ps(c1 + r * apart));
         }
-        _mm512_store_ps(c0 + r * SIDE, sums[r][0]);
-        _mm512_store_ps(c1 + r * SIDE, sums[r][1]);
+        _mm512_storeu_ps(c0 + r * apart, sums[r][0]);
+        _mm512_storeu_ps(c1 + r * apart, sums[r][1]);
     }
 }
 
@@ -69,7 +69,7 @@ ALWAYS void multiply_rows(const uint16_t *a, int64_t stride, int64_t step, const
 #define AT_ONCE 8
 
 ALWAYS void multiply(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t deep, int64_t pieces,
-                     int64_t halves, const struct extent *there, float c[4][SIDE * SIDE], int added,
+                     int64_t halves, const struct extent *there, float *const c[4], int64_t apart, int added,
                      struct soon *soon) {
     const int64_t all[2] = {SIDE, SIDE}, most = AT_ONCE / pieces;
     for (int64_t k = 0; !k || k < deep; k += most) {
@@ -77,9 +77,9 @@ ALWAYS void multiply(const struct left *a, const uint16_t *b0, const uint16_t *b
         for (int64_t row = 0; row < 2 * SIDE && row < there->rows; row += ROWS) {
             int64_t half = row / SIDE, within = row % SIDE;
             const uint16_t *left = (half ? a->bottom : a->top) + within * a->stride + k * a->step;
-            float *c0 = c[2 * half] + within * SIDE, *c1 = c[2 * half + 1] + within * SIDE;
+            float *c0 = c[2 * half] + within * apart, *c1 = c[2 * half + 1] + within * apart;
             multiply_rows(left, a->stride, a->step, b0 + right, b1 + right, count, pieces, halves,
-                          last ? there->pairs : all, c0, c1, added || k, row ? NULL : soon);
+                          last ? there->pairs : all, c0, c1, apart, added || k, row ? NULL : soon);
         }
     }
 }
@@ -88,14 +88,23 @@ ALWAYS void multiply(const struct left *a, const uint16_t *b0, const uint16_t *b
    `added` to what is there. What is not `there` is not computed: rows stay as they are, columns are 0. */
 static inline void product(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t deep, int64_t pieces,
                     const struct extent *there, float c[4][SIDE * SIDE], int added, struct soon *soon) {
+    float *const to[4] = {c[0], c[1], c[2], c[3]};
     if (pieces == 2 && there->columns > SIDE)
-        multiply(a, b0, b1, deep, 2, 2, there, c, added, soon);
+        multiply(a, b0, b1, deep, 2, 2, there, to, SIDE, added, soon);
     else if (pieces == 2)
-        multiply(a, b0, b1, deep, 2, 1, there, c, added, soon);
+        multiply(a, b0, b1, deep, 2, 1, there, to, SIDE, added, soon);
     else if (there->columns > SIDE)
-        multiply(a, b0, b1, deep, 1, 2, there, c, added, soon);
+        multiply(a, b0, b1, deep, 1, 2, there, to, SIDE, added, soon);
     else
-        multiply(a, b0, b1, deep, 1, 1, there, c, added, soon);
+        multiply(a, b0, b1, deep, 1, 1, there, to, SIDE, added, soon);
+}
+
+/* The same into rows of 32 numbers, `apart`, of which so many are there. */
+ALWAYS void product_in_rows(const struct left *a, const uint16_t *b0, const uint16_t *b1, int64_t deep, int64_t pieces,
+                            int64_t rows, float *to, int64_t apart) {
+    const struct extent there = {rows, 2 * SIDE, {SIDE, SIDE}};
+    float *const parts[4] = {to, to + SIDE, to + SIDE * apart, to + SIDE * apart + SIDE};
+    multiply(a, b0, b1, deep, pieces, 2, &there, parts, apart, 0, NULL);
 }
 
 #endif
