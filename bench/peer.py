@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ from moestro import ops
 from moestro.experts import SingletonBank
 from moestro.layers import MoELayer
 from moestro.ops import backend, native
+from moestro.ops.machine_memory import free_machine_memory
 from moestro.routers import ProductKeyRouter
 from moestro.train import OptimSettings
 from moestro.train.optim import build_optimizer, clip_gradients
@@ -68,18 +68,11 @@ class Shape:
         tried."""
         table = 2 * self.side**2 * self.d * 4
         gathered = 6 * self.tokens * self.heads * self.top_k * self.d * 4
-        free = available_memory()
+        free = free_machine_memory()
         if free is None or copies * table + gathered < 0.8 * free:
             return True
         print(f"{self.case}: {copies} copies of the tables do not fit in memory, left out", file=sys.stderr)
         return False
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that can be used without swapping, where the system says."""
-    facts = Path("/proc/meminfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def layer(shape: Shape, sparse_gradients: bool) -> MoELayer:
@@ -230,17 +223,14 @@ def parts(shape: Shape, rounds: int) -> list[Row]:
     halves = query.view(shape.tokens, shape.heads, 2, shape.half)
     with torch.no_grad():
         scores = torch.einsum("thsc,shnc->thsn", halves, keys)
-        routing = peer.router(x)
-        ids = routing.matrix()[0]
         retrieve = partial(ops.product_key_topk, query, keys, shape.top_k)
-        experts = partial(peer.bank, x, routing)
-        gather = under("reference", experts)
         # the definition sorts all pairs of keys: a few tokens are enough
         best = under("reference", lambda: ops.product_key_topk(query[:4], keys, shape.top_k))()[0]
         for name in OURS:
             agree(f"{shape.case}, {name}, retrieval", under(name, retrieve)()[0][:4], best, 1e-5)
-            agree(f"{shape.case}, {name}, experts", under(name, experts)(), gather(), 1e-5)
-        rows = duel(shape.case, "experts alone, forward", experts, "gather and einsum", gather, rounds)
+        rows = experts_alone(shape, peer, x, "experts alone, forward", rounds)
+        routing = peer.router(x)
+        experts, ids = partial(peer.bank, x, routing), routing.matrix()[0]
         read = partial(read_once, peer.bank, ids)
         rows += duel(shape.case, "experts alone, forward", experts, READ_ONCE, read, rounds)
         if "native" in OURS:
@@ -249,6 +239,15 @@ def parts(shape: Shape, rounds: int) -> list[Row]:
             times = clock({"ours": under("native", retrieve), **plain, **alone}, rounds)
             rows += compare(shape.case, "retrieval, scores included", times)
     return rows
+
+
+def experts_alone(shape: Shape, peer: MoELayer, x: Tensor, what: str, rounds: int) -> list[Row]:
+    """A forward pass of the experts, routing given, beside gather and einsum; without gradients."""
+    experts = partial(peer.bank, x, peer.router(x))
+    gather = under("reference", experts)
+    for name in OURS:
+        agree(f"{shape.case}, {name}, experts", under(name, experts)(), gather(), 1e-5)
+    return duel(shape.case, what, experts, "gather and einsum", gather, rounds)
 
 
 def read_once(bank: SingletonBank, ids: Tensor) -> None:

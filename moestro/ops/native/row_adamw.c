@@ -201,9 +201,9 @@ static inline struct step step_of(const struct row_adamw *f, int64_t i, float *s
 PREFETCHING prefetch(const struct row_adamw *f, const float *source, int64_t at, int64_t narrow) {
     int64_t wide = narrow ? 2 : 4;
     __builtin_prefetch(source);
-    __builtin_prefetch(f->square + at);
-    __builtin_prefetch((char *)f->table + at * wide);
-    __builtin_prefetch((char *)f->mean + at * wide);
+    __builtin_prefetch(f->square + at, 0, 1);
+    __builtin_prefetch((char *)f->table + at * wide, 0, 1);
+    __builtin_prefetch((char *)f->mean + at * wide, 0, 1);
 }
 
 INLINE void update_numbers(const struct row_adamw *f, const struct step *s, int64_t at, int64_t j, int64_t n,
@@ -331,9 +331,9 @@ INLINE void update_coded_rows(const struct row_adamw *f, int64_t begin, int64_t 
         int64_t next = i + 1 < end ? i + 1 : i, later = f->ids[next] * f->d;
         for (int64_t j = 0; j < f->d; j += LINE / 4) {
             if (j % LINE == 0)
-                __builtin_prefetch((char *)f->table + later + j);
-            __builtin_prefetch((char *)f->mean + 2 * (later + j));
-            __builtin_prefetch(f->square + later + j);
+                __builtin_prefetch((char *)f->table + later + j, 0, 1);
+            __builtin_prefetch((char *)f->mean + 2 * (later + j), 0, 1);
+            __builtin_prefetch(f->square + later + j, 0, 1);
         }
         update_codes(f, &s, f->ids[i], numbers, format);
     }
