@@ -11,7 +11,6 @@ from moestro.ops import backend, reference, triton_ffn
 from moestro.ops.activations import activation as find
 from moestro.ops.ffn_plan import Expert, Job, Plan
 from moestro.ops.glu import compiled_experts, gates_of, hidden, hidden_backward
-from moestro.ops.huge_pages import in_huge_pages
 from moestro.ops.native.few_rows import few_rows
 from moestro.ops.precision import compute_dtype
 from moestro.ops.tiled_ffn import multiplies, tiled_ffn
@@ -169,7 +168,7 @@ def _of(z_all: Tensor, job: Job, gates: int) -> Tensor:
 
 def _gradient(parameter: Tensor, plan: Plan, gates: int = 1) -> Tensor:
     """Memory for a gradient; units that no row meets get zeros."""
-    gradient = in_huge_pages(torch.empty_like(parameter, memory_format=torch.contiguous_format))
+    gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
     for idle in plan.idle:
         _own(gradient, idle, gates).zero_()
     return gradient

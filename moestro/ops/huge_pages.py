@@ -1,5 +1,4 @@
-"""Huge pages on the CPU: random rows of large tables then miss the address cache far less often, and large gradients,
-new memory in every step of most programs, are cleared by the system in far fewer pieces."""
+"""Huge pages for large tables on the CPU: random rows then miss the address cache far less often."""
 
 import ctypes
 import platform
@@ -37,9 +36,3 @@ def request_huge_pages(tensor: Tensor) -> bool:
     if length <= 0:
         return False
     return ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE) == 0
-
-
-def in_huge_pages(tensor: Tensor) -> Tensor:
-    """A tensor that was not yet written, whether it gets them or not (`request_huge_pages`)."""
-    request_huge_pages(tensor)
-    return tensor

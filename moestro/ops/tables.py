@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moestro.ops.huge_pages import in_huge_pages
+from moestro.ops.huge_pages import request_huge_pages
 
 _FOLDER: ContextVar[Path | None] = ContextVar("folder of mapped tables", default=None)
 
@@ -43,8 +43,10 @@ def new_table(
     folder = _FOLDER.get()
     if folder is not None and device.type == "cpu" and rows * width:
         return _mapped(rows, width, dtype, folder)
+    table = torch.empty(rows, width, dtype=dtype, device=device)
     # first asked for, then written: pages are made when they are
-    return in_huge_pages(torch.empty(rows, width, dtype=dtype, device=device)).zero_()
+    request_huge_pages(table)
+    return table.zero_()
 
 
 def _mapped(rows: int, width: int, dtype: torch.dtype, folder: Path) -> Tensor:

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moestro.experts import FFNBank, SingletonBank
-from moestro.ops import backend, huge_pages, native, tables
+from moestro.experts import SingletonBank
+from moestro.ops import huge_pages, tables
 from moestro.ops.huge_pages import request_huge_pages
-from moestro.routing import SparseRouting
 from moestro.train.row_adamw import RowAdamW
 
 offered = pytest.mark.skipif(
@@ -81,20 +80,6 @@ def test_tables_are_asked_for_before_they_are_written(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # noqa: E731
     grown, before = [], resident()
-    monkeypatch.setattr(huge_pages, "request_huge_pages", lambda table: grown.append(resident() - before))
+    monkeypatch.setattr(tables, "request_huge_pages", lambda table: grown.append(resident() - before))
     table = tables.new_table(2**16, 2**8)
     assert grown[0] < table.nbytes / 4 and not table.any()
-
-
-@pytest.mark.parametrize("name", ["fused", "native"])
-def test_gradients_of_experts_are_asked_for_huge_pages(monkeypatch, name):
-    """Most programs give their memory back after every step."""
-    if name == "native" and native.library().handle is None:
-        pytest.skip(f"native kernels {native.status()}")
-    asked = []
-    monkeypatch.setattr(huge_pages, "request_huge_pages", asked.append)
-    bank, ids = FFNBank(32, [24, 40]), torch.tensor([[0], [1], [1]])
-    with backend.force(name):
-        y = bank(torch.randn(3, 32), SparseRouting.from_topk(ids, torch.rand(3, 1), 2))
-        gradients = torch.autograd.grad(y.sum(), list(bank.parameters()))
-    assert {gradient.data_ptr() for gradient in gradients} <= {tensor.data_ptr() for tensor in asked}

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moestro.ops import native
-from moestro.ops.huge_pages import in_huge_pages
 
 # As in `tiles.h`: numbers of a tile along what is summed over, and columns of an expert's rows that are one item.
 DEEP, COLUMNS = 32, 128
@@ -192,8 +191,7 @@ def backward(
     """Gradients of x, weight, w_in and w_out from those that the forward pass saved: these and z. `needs` are x, w_in
     and w_out."""
     x, weight, w_in, w_out, z = saved
-    wanted = zip((x, w_in, w_out), needs, strict=True)
-    dx, dw_in, dw_out = (in_huge_pages(torch.empty_like(v)) if need else None for v, need in wanted)
+    dx, dw_in, dw_out = (torch.empty_like(v) if need else None for v, need in zip((x, w_in, w_out), needs, strict=True))
     kernels = _Kernels(
         layout,
         x,

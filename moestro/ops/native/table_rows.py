@@ -9,7 +9,6 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from moestro.ops import native
-from moestro.ops.huge_pages import in_huge_pages
 
 # As in table_rows.c.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
@@ -125,7 +124,7 @@ class Segments:
         have zeros, or with `sparse` are absent (`torch.sparse_coo`, coalesced). `token` is in the order of the ids
         (`token_of[order]`), `coefficient` is not."""
         shape = (self.n_rows, source.shape[1])
-        out = in_huge_pages(torch.empty(len(self.rows), shape[1])) if self.sparse else torch.zeros(shape)
+        out = torch.empty(len(self.rows), shape[1]) if self.sparse else torch.zeros(shape)
         where = torch.arange(len(self.rows)) if self.sparse else self.rows
         factors = source.contiguous().float(), token.contiguous(), coefficient.contiguous().float()
         bounds = native.even_parts(len(self.rows))
