@@ -15,7 +15,9 @@ RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 EFFECTS = [path for path in RESULTS if path.name.startswith("effects-")]
 RELIABILITY = sorted((ROOT / "bench" / "results" / "reliability").glob("*.json"))
 FIGURE = {"case", "what", "unit", "value", "wanted", "holds"}
-PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("performance", "effects")}
+PAGES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("performance", "avx512", "effects")
+}
 TIMING = {"case", "what", "unit", "ours", "peer", "theirs", "ratio", "spread"}
 STUDY = {"script", "commit", "machine", "seeds", "corpora", "study", "rows", "runs"}
 EFFECT = {
@@ -62,7 +64,7 @@ def test_reliability_has_the_one_format_and_its_page_quotes_it(path):
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_every_result_is_quoted_exactly_by_its_page(path):
-    page = PAGES["effects" if path in EFFECTS else "performance"]
+    page = PAGES["effects" if path in EFFECTS else "avx512" if path.stem.endswith("-avx512") else "performance"]
     assert f"bench/results/{path.name}" in page
     assert summary(path) in page, f"the table of {path.name} is not what python -m bench.summary prints"
 
