@@ -197,7 +197,8 @@ static inline struct step step_of(const struct row_adamw *f, int64_t i, float *s
     return s;
 }
 
-/* A line of each at a time, between vectors of arithmetic: asked for all at once, they would wait for each other. */
+/* A line of each at a time, between vectors of arithmetic: asked for all at once, they would wait for each other. Into the
+   second cache: the nearest has few places for lines that are under way. */
 PREFETCHING prefetch(const struct row_adamw *f, const float *source, int64_t at, int64_t narrow) {
     int64_t wide = narrow ? 2 : 4;
     __builtin_prefetch(source);
