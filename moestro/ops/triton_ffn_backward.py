@@ -190,14 +190,16 @@ def _weight_gradients_kernel(left, source, token, plan, out, work, d: tl.constex
             gate = tl.dot(tl.load(a_at, mask=a_ok, other=0.0), b, gate, input_precision=PRECISION)
             if GATES == 2:
                 value = tl.dot(tl.load(a_at + w8, mask=a_ok, other=0.0), b, value, input_precision=PRECISION)
-        ok = (u < w)[:, None] & (c < d)[None, :]
+        whole = w
         if SPLITS:
+            # zero rows instead of `& (parts > 1)`: triton 3.9's interpreter takes no mask made with a lone comparison
+            in_parts = tl.where(parts > 1, w, 0)
+            whole = w - in_parts
             before = tl.load(plan + _PARTS * stride + e) + part.to(tl.int64) * w
             at = work + ((before * GATES + u) * d)[:, None] + c[None, :]
-            _store_gradients(at, gate, value, w, d, ok & (parts > 1), GATES)
-            ok = ok & (parts == 1)
+            _store_gradients(at, gate, value, w, d, (u < in_parts)[:, None] & (c < d)[None, :], GATES)
         at = out + ((unit * GATES + u) * d)[:, None] + c[None, :]
-        _store_gradients(at, gate, value, w, d, ok, GATES)
+        _store_gradients(at, gate, value, w, d, (u < whole)[:, None] & (c < d)[None, :], GATES)
 
 
 @triton.jit
