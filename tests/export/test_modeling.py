@@ -135,9 +135,11 @@ def test_saving_and_loading_keeps_every_bit(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "once", max_shard_size="1MB")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
     assert type(again) is MoestroForCausalLM and not again.training
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
-    for (name, own), (_, back) in zip(model.named_buffers(), again.named_buffers(), strict=True):
-        assert own.dtype == back.dtype and torch.equal(own, back), name
+    for of in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
+        for (name, own), (_, back) in zip(of(model), of(again), strict=True):
+            assert own.dtype == back.dtype and torch.equal(own, back), name
+    # not to the bit: torch's products of few rows round by where in memory a matrix lies
+    close(again(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
     ties = [
         {n for n, v in m.state_dict(keep_vars=True).items() if v is not dict(m.named_parameters()).get(n, v)}
         for m in (model, again)
