@@ -17,20 +17,27 @@ struct search {
     int64_t part; /* tokens of one item */
 };
 
+/* The k best of some rows, in order. */
+struct best {
+    float *scores;   /* [rows, wide], -infinity past k */
+    int32_t *places; /* likewise */
+};
+
 /* What one thread needs. */
 struct room {
     struct packed packed;
+    struct best sides[2]; /* keys, of each token of a part */
+    struct best pairs;    /* of one token */
     float *scores;   /* [TOKENS, stride] */
-    int64_t *best;   /* [2, part, k] */
-    float *maxima;   /* [groups], a multiple of WIDTH */
+    float *maxima;   /* [WIDTH, groups], a multiple of WIDTH */
+    vec *columns;    /* [groups] */
     int32_t *places; /* as `survivors` wants it */
     float *values;   /* likewise */
-    int64_t *some;   /* likewise */
+    int64_t *items;  /* as `in_order` wants it */
     int32_t *p, *r;  /* [padded pairs] the pairs that can be among the k best sums */
     int32_t *reach;  /* [padded k] the least r such that k pairs or more are as good as (p, r) */
     float *sums;     /* [padded pairs] */
-    float *sides;    /* [2, padded k] */
-    int64_t n_pairs, stride, groups;
+    int64_t n_pairs, stride, groups, wide;
 };
 
 /* The pairs (p, r) with (p + 1)(r + 1) <= k, and their reach where there is room for them; their number. */
@@ -46,31 +53,45 @@ static int64_t staircase(int64_t k, struct room *room) {
     return count;
 }
 
+static struct best best_rows(int64_t rows, int64_t wide) {
+    int64_t count = rows * wide;
+    struct best best = {malloc(count * sizeof *best.scores), malloc(count * sizeof *best.places)};
+    require_memory(best.scores && best.places);
+    for (int64_t i = 0; i < count; i++)
+        best.scores[i] = -__builtin_inff();
+    return best;
+}
+
+static void free_best(const struct best *best) { free(best->scores), free(best->places); }
+
 static struct room room_for(const struct search *f) {
     int64_t pairs = staircase(f->k, NULL), padded = UP(pairs, WIDTH), k = UP(f->k, WIDTH);
     int64_t most = (whole_blocks(f->n) > padded ? whole_blocks(f->n) : padded) + WIDTH;
     struct room room = {
         .packed = room_for_keys(f->n, f->half), .groups = UP(2 * f->k, WIDTH), .n_pairs = pairs,
-        .stride = whole_blocks(f->n) + WIDTH /* rows a page apart would push each other out of the cache */};
+        .stride = whole_blocks(f->n) + WIDTH /* rows a page apart would push each other out of the cache */,
+        .wide = UP(f->k + 1, WIDTH)};
     room.scores = malloc(TOKENS * room.stride * sizeof *room.scores);
-    room.best = malloc(2 * f->part * f->k * sizeof *room.best);
-    room.maxima = malloc(room.groups * sizeof *room.maxima);
+    room.maxima = calloc(WIDTH * room.groups, sizeof *room.maxima);
+    room.columns = aligned_alloc(64, room.groups * sizeof *room.columns);
     room.places = malloc(most * sizeof *room.places);
     room.values = malloc(most * sizeof *room.values);
-    room.some = malloc(most * sizeof *room.some);
+    room.items = malloc(most * sizeof *room.items);
     room.p = calloc(2 * padded + k, sizeof *room.p);
-    room.sums = malloc((padded + 2 * k) * sizeof *room.sums);
-    require_memory(room.packed.keys && room.scores && room.best && room.maxima && room.places && room.values &&
-                   room.some && room.p && room.sums);
-    room.r = room.p + padded, room.reach = room.r + padded, room.sides = room.sums + padded;
-    memset(room.sides, 0, 2 * k * sizeof *room.sides);
+    room.sums = malloc(padded * sizeof *room.sums);
+    require_memory(room.packed.keys && room.scores && room.maxima && room.columns && room.places && room.values && room.items &&
+                   room.p && room.sums);
+    room.r = room.p + padded, room.reach = room.r + padded;
     staircase(f->k, &room);
+    room.sides[0] = best_rows(f->part, room.wide), room.sides[1] = best_rows(f->part, room.wide);
+    room.pairs = best_rows(1, room.wide);
     return room;
 }
 
 static void free_room(struct room *room) {
-    free_keys(&room->packed), free(room->scores), free(room->best), free(room->maxima), free(room->places);
-    free(room->values), free(room->some), free(room->p), free(room->sums);
+    free_keys(&room->packed), free(room->scores), free(room->maxima), free(room->columns), free(room->places), free(room->values);
+    free(room->items), free(room->p), free(room->sums);
+    free_best(&room->sides[0]), free_best(&room->sides[1]), free_best(&room->pairs);
 }
 
 /* Where scores that are not the true ones left many: those that the true ones leave, and how many. */
@@ -80,7 +101,9 @@ static int64_t still_there(const struct room *room, int64_t found, int64_t k) {
     for (int64_t i = found; i < count; i++)
         values[i] = -__builtin_inff();
     maxima_of(values, count, room->groups, room->maxima);
-    float least = kth_greatest(room->maxima, room->groups, k);
+    for (int64_t g = 0; g < room->groups; g++)
+        room->columns[g] = (vec){0} + room->maxima[g];
+    float least = kth_greatest(room->columns, room->groups, k)[0];
     for (int64_t i = 0; i < found; i++) {
         values[kept] = values[i], room->places[kept] = room->places[i];
         kept += !(values[i] < least);
@@ -90,24 +113,34 @@ static int64_t still_there(const struct room *room, int64_t found, int64_t k) {
 
 /* The k greatest of scores[0..n) with their places, in order; there is room behind them for a whole block. The k-th
    greatest of the maxima of at least k groups is at most the k-th greatest of all. */
-static void best_of(float *scores, const struct search *f, int64_t t, const float *query, const struct room *room,
-                    int64_t *best) {
+/* bounds[0..WIDTH): of each row of scores a number that at least k are not less than: the k-th greatest of the maxima of
+   at least k groups. */
+static void bounds_of(float *scores, int64_t rows, const struct search *f, const struct room *room, float *bounds) {
     int64_t n = f->n, count = UP(n, WIDTH);
-    for (int64_t i = n; i < count; i++)
-        scores[i] = -__builtin_inff();
-    maxima_of(scores, count, room->groups, room->maxima);
-    float off = doubt(&room->packed, t);
-    int64_t found = survivors(scores, count, kth_greatest(room->maxima, room->groups, f->k) - off, room->places);
+    for (int64_t t = 0; t < rows; t++) {
+        float *row = scores + t * room->stride;
+        for (int64_t i = n; i < count; i++)
+            row[i] = -__builtin_inff();
+        maxima_of(row, count, room->groups, room->maxima + t * room->groups);
+    }
+    for (int64_t g = 0; g < room->groups; g += WIDTH)
+        to_columns(room->maxima + g, room->groups, room->columns + g);
+    store(bounds, kth_greatest(room->columns, room->groups, f->k));
+}
+
+static void best_of(float *scores, float bound, const struct search *f, int64_t t, const float *query, const struct room *room,
+                    float *best, int32_t *places) {
+    int64_t n = f->n, count = UP(n, WIDTH);
+    float off = doubt(&room->packed, t), least = bound - off;
+    int64_t found = survivors(scores, count, least, room->places, off == 0 ? room->values : NULL);
     while (room->places[found - 1] >= n)
         found--;
-    if (off == 0)
-        at_places(scores, room->places, found, room->values);
-    else
+    if (off != 0) {
         true_scores(&room->packed, query, room->places, found, room->values);
-    if (off != 0 && found > 2 * room->groups)
-        found = still_there(room, found, f->k);
-    in_order(room->values, room->places, found, room->some);
-    memcpy(best, room->some, f->k * sizeof *best);
+        if (found > 2 * room->groups)
+            found = still_there(room, found, f->k);
+    }
+    in_order(room->values, room->places, found, f->k, room->items, best, places);
 }
 
 static void search_side(const struct search *f, struct room *room, int64_t head, int64_t first, int64_t count,
@@ -118,9 +151,14 @@ static void search_side(const struct search *f, struct room *room, int64_t head,
     for (int64_t t = 0; t < count; t += TOKENS) {
         int64_t now = count - t < TOKENS ? count - t : TOKENS;
         score(query + t * row, row, now, &room->packed, room->scores, room->stride);
-        for (int64_t i = 0; i < now; i++)
-            best_of(room->scores + i * room->stride, f, i, query + (t + i) * row, room,
-                    room->best + (side * f->part + t + i) * f->k);
+        float bounds[TOKENS];
+        for (int64_t i = 0; i < now; i += WIDTH)
+            bounds_of(room->scores + i * room->stride, now - i < WIDTH ? now - i : WIDTH, f, room, bounds + i);
+        for (int64_t i = 0; i < now; i++) {
+            int64_t at = (t + i) * room->wide;
+            best_of(room->scores + i * room->stride, bounds[i], f, i, query + (t + i) * row, room, room->sides[side].scores + at,
+                    room->sides[side].places + at);
+        }
     }
 }
 
@@ -144,33 +182,26 @@ static inline vec looked_up(const float *values, int64_t count, const int32_t *i
    up to what is not a number, and pairs before it may be worse. */
 static float least_sum(const struct room *room, const float *a, const float *b, int64_t k) {
     vec least = (vec){0} - __builtin_inff();
-    for (int64_t p = 0; p < k; p += WIDTH) {
-        vec sum = load(a + p) + looked_up(b, k, room->reach + p);
-        ivec in;
-        for (int i = 0; i < WIDTH; i++)
-            in[i] = p + i < k ? -1 : 0;
-        least = choose(in, greater(sum, least), least);
-    }
+    for (int64_t p = 0; p < k; p += WIDTH)
+        least = greater(load(a + p) + looked_up(b, k, room->reach + p), least);
     return greatest_of(least);
 }
 
-static void best_sums(const struct search *f, struct room *room, const int64_t *left, const int64_t *right,
-                      float *scores, int64_t *ids) {
-    float *a = room->sides, *b = a + UP(f->k, WIDTH);
-    int64_t padded = UP(room->n_pairs, WIDTH);
-    for (int64_t j = 0; j < f->k; j++)
-        a[j] = score_of(left[j]), b[j] = score_of(right[j]);
+/* The k best sums of token t of a part. */
+static void best_sums(const struct search *f, const struct room *room, int64_t t, float *scores, int64_t *ids) {
+    int64_t first = t * room->wide, padded = UP(room->n_pairs, WIDTH);
+    const float *a = room->sides[0].scores + first, *b = room->sides[1].scores + first;
+    const int32_t *left = room->sides[0].places + first, *right = room->sides[1].places + first;
     for (int64_t c = 0; c < padded; c += WIDTH)
         store(room->sums + c, looked_up(a, f->k, room->p + c) + looked_up(b, f->k, room->r + c));
     for (int64_t c = room->n_pairs; c < padded; c++)
         room->sums[c] = -__builtin_inff();
-    int64_t found = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->places);
-    at_places(room->sums, room->places, found, room->values);
-    in_order(room->values, room->places, found, room->some);
+    int64_t found = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->places, room->values);
+    in_order(room->values, room->places, found, f->k, room->items, room->pairs.scores, room->pairs.places);
     for (int64_t j = 0; j < f->k; j++) {
-        int64_t pair = place_of(room->some[j]);
-        scores[j] = score_of(room->some[j]);
-        ids[j] = place_of(left[room->p[pair]]) * f->n + place_of(right[room->r[pair]]);
+        int32_t pair = room->pairs.places[j];
+        scores[j] = room->pairs.scores[j];
+        ids[j] = left[room->p[pair]] * f->n + right[room->r[pair]];
     }
 }
 
@@ -186,8 +217,7 @@ KERNEL(product_key_topk)(const void *fields, int64_t begin, int64_t end) {
             search_side(f, &room, head, first, count, side);
         for (int64_t t = 0; t < count; t++) {
             int64_t at = ((first + t) * f->h + head) * f->k;
-            const int64_t *left = room.best + t * f->k;
-            best_sums(f, &room, left, left + f->part * f->k, f->scores + at, f->ids + at);
+            best_sums(f, &room, t, f->scores + at, f->ids + at);
         }
     }
     free_room(&room);

@@ -2,7 +2,7 @@
 
    Only what a threshold leaves has to be sorted. Its scores become int32 that compare as they do, NaN above all; counting
    how many come before each gives its place in the result. Of equal scores the one with the lower place comes first
-   (reference.py), so that the order is defined: a score and its place are one int64 without equals. */
+   (reference.py), so that the order is defined. */
 
 #ifndef MOESTRO_RANKED_H
 #define MOESTRO_RANKED_H
@@ -10,8 +10,13 @@
 #include <stdlib.h>
 
 #include "vector.h"
+#if defined(__AVX512F__)
+#include "pieces.h"
+#endif
 
-#define FEW 256 /* that are counted instead of sorted */
+#define FEW 256                         /* that are counted instead of sorted */
+#define HALVINGS 8
+#define NOT_A_NUMBER (INT32_MAX - 1) /* as int32: above every number, and one more is still one */
 #define UP(value, multiple) (((value) + (multiple) - 1) / (multiple) * (multiple))
 
 static inline ivec sortable(vec score) {
@@ -20,27 +25,44 @@ static inline ivec sortable(vec score) {
     memcpy(&bits, &score, sizeof bits);
     ivec key = bits ^ (bits >> 31 & INT32_MAX);
     ivec nan = score != score;
-    return (key & ~nan) | (nan & INT32_MAX);
+    return (key & ~nan) | (nan & NOT_A_NUMBER);
+}
+
+static inline void sortable_keys(const float *scores, int64_t count, int32_t *keys) {
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        ivec key = sortable(load(scores + i));
+        memcpy(keys + i, &key, sizeof key);
+    }
 }
 
 static inline int32_t sortable_one(float score) {
     score += 0.0f;
     int32_t bits;
     memcpy(&bits, &score, sizeof bits);
-    return score != score ? INT32_MAX : bits ^ (bits >> 31 & INT32_MAX);
+    return score != score ? NOT_A_NUMBER : bits ^ (bits >> 31 & INT32_MAX);
 }
 
-static inline int64_t placed(int32_t key, int64_t place) {
-    return (int64_t)((uint64_t)(uint32_t)key << 32 | (uint32_t)~(uint32_t)place);
+/* count, and one more where a is less than b. */
+static inline ivec and_less(ivec count, ivec a, int32_t b) {
+#if defined(__AVX512F__)
+    __mmask16 less = _mm512_cmplt_epi32_mask((__m512i)a, _mm512_set1_epi32(b));
+    return (ivec)_mm512_mask_add_epi32((__m512i)count, less, (__m512i)count, _mm512_set1_epi32(1));
+#else
+    return count - (a < b);
+#endif
 }
 
-static inline int64_t place_of(int64_t item) { return (uint32_t)~(uint32_t)item; }
-
-static inline float score_of(int64_t item) {
-    int32_t key = (int32_t)(item >> 32), bits = key ^ (key >> 31 & INT32_MAX);
-    float score;
-    memcpy(&score, &bits, sizeof score);
-    return score;
+/* above[i] = how many of keys[0..count) are greater than keys[i]; both have room for two vectors more. */
+static inline void count_greater(const int32_t *keys, int64_t count, int32_t *above) {
+    for (int64_t i = 0; i < count; i += 2 * WIDTH) {
+        ivec mine[2], found[2] = {0};
+        memcpy(mine, keys + i, sizeof mine);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < count; j++)
+            for (int v = 0; v < 2; v++)
+                found[v] = and_less(found[v], mine[v], keys[j]);
+        memcpy(above + i, found, sizeof found);
+    }
 }
 
 /* The greater; `other` where `score` is not a number. */
@@ -64,19 +86,36 @@ static inline float greatest_of(vec v) {
 #endif
 }
 
-/* The k-th greatest of values[0..count), or less; none is NaN, and count is a multiple of WIDTH. */
-static inline float kth_greatest(const float *values, int64_t count, int64_t k) {
-    const vec most = (vec){0} + __builtin_inff();
-    vec least = most;
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        vec mine = load(values + i);
-        ivec above = {0};
-        for (int64_t j = 0; j < count; j++)
-            above -= values[j] > mine;
-        vec value = choose(above < (int32_t)k, mine, most);
-        least = choose(value < least, value, least);
+/* In each lane the k-th greatest of values[0..count), or a little less, by halving what lies between the least and the
+   greatest; none is NaN. */
+static inline vec kth_greatest(const vec *values, int64_t count, int64_t k) {
+    vec least = values[0], most = least;
+    for (int64_t i = 1; i < count; i++)
+        least = -greater(-values[i], -least), most = greater(values[i], most);
+    for (int step = 0; step < HALVINGS; step++) {
+        vec middle = least * 0.5f + most * 0.5f; /* NaN between infinities: too much */
+        ivec found = {0};
+        for (int64_t i = 0; i < count; i++)
+            found -= values[i] >= middle;
+        ivec enough = found >= (int32_t)k;
+        least = choose(enough, middle, least), most = choose(enough, most, middle);
     }
-    return -greatest_of(-least);
+    return least;
+}
+
+/* WIDTH rows of as many numbers, `row` apart, as columns. */
+static inline void to_columns(const float *from, int64_t row, vec *to) {
+#if defined(__AVX512F__)
+    __m512i v[SIDE];
+    for (int i = 0; i < SIDE; i++)
+        v[i] = _mm512_loadu_si512(from + i * row);
+    exchange(v);
+    memcpy(to, v, sizeof v);
+#else
+    for (int i = 0; i < WIDTH; i++)
+        for (int j = 0; j < WIDTH; j++)
+            to[j][i] = from[i * row + j];
+#endif
 }
 
 /* The greatest of each of `groups` groups of scores[0..count): i is in group i % groups. Both are multiples of WIDTH.
@@ -90,48 +129,58 @@ static inline void maxima_of(const float *scores, int64_t count, int64_t groups,
     }
 }
 
-/* Places of those of scores[0..count) that are not less than `least`; returns how many. Without a branch on what is
-   found: it cannot be foreseen. `places` has room for WIDTH more. */
-static inline int64_t survivors(const float *scores, int64_t count, float least, int32_t *places) {
+/* Places of those of scores[0..count) that are not less than `least`, and their scores if `values` is not NULL; returns
+   how many. Without a branch on what is found: it cannot be foreseen. Both have room for WIDTH more. */
+static inline int64_t survivors(const float *scores, int64_t count, float least, int32_t *places, float *values) {
     int64_t found = 0;
 #if defined(__AVX512F__)
     const __m512i step = _mm512_set1_epi32(16);
     const __m512 bound = _mm512_set1_ps(least);
     __m512i here = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t i = 0; i < count; i += 16) {
-        __mmask16 in = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + i), bound, _CMP_NLT_UQ);
+        __m512 some = _mm512_loadu_ps(scores + i);
+        __mmask16 in = _mm512_cmp_ps_mask(some, bound, _CMP_NLT_UQ);
         _mm512_storeu_si512(places + found, _mm512_maskz_compress_epi32(in, here));
+        if (values)
+            _mm512_storeu_ps(values + found, _mm512_maskz_compress_ps(in, some));
         found += __builtin_popcount(in);
         here = _mm512_add_epi32(here, step);
     }
 #else
     for (int64_t i = 0; i < count; i++) {
         places[found] = (int32_t)i;
+        if (values)
+            values[found] = scores[i];
         found += !(scores[i] < least);
     }
 #endif
     return found;
 }
 
-static inline void at_places(const float *scores, const int32_t *places, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i++)
-        to[i] = scores[places[i]];
+/* The sum of numbers[0..count); count is a multiple of WIDTH. */
+static inline int64_t total_of(const int32_t *numbers, int64_t count) {
+    ivec total = {0};
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        ivec some;
+        memcpy(&some, numbers + i, sizeof some);
+        total += some;
+    }
+    int64_t all = 0;
+    for (int i = 0; i < WIDTH; i++)
+        all += total[i];
+    return all;
 }
 
-/* How many of keys[0..count) come before each of the WIDTH from `first` on: greater ones, and equal ones before it. */
-static inline ivec ranks(const int32_t *keys, int64_t count, int64_t first) {
-    ivec mine, rank = {0}, lane;
-    memcpy(&mine, keys + first, sizeof mine);
-    for (int i = 0; i < WIDTH; i++)
-        lane[i] = i;
-    int64_t j = 0;
-    for (; j < first; j++)
-        rank -= keys[j] >= mine;
-    for (; j < first + WIDTH && j < count; j++)
-        rank -= (keys[j] > mine) | ((keys[j] == mine) & (lane > (int32_t)(j - first)));
-    for (; j < count; j++)
-        rank -= keys[j] > mine;
-    return rank;
+/* Of equal keys the later ones are counted as less. */
+static inline void count_equal(const int32_t *keys, int64_t count, int32_t *before) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < i; j++)
+            before[i] += keys[j] == keys[i];
+}
+
+/* A sortable score and where it stands, as one number: without equals, and the greater comes first. */
+static inline int64_t item_of(int32_t key, int64_t at) {
+    return (int64_t)((uint64_t)(uint32_t)key << 32 | (uint32_t)~(uint32_t)at);
 }
 
 static int descending(const void *a, const void *b) {
@@ -139,25 +188,34 @@ static int descending(const void *a, const void *b) {
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
-/* All of scores[0..count), which have ascending places, in order with them. There is room for WIDTH more scores. */
-static inline void in_order(const float *scores, const int32_t *places, int64_t count, int64_t *items) {
-    int32_t keys[FEW], rank[FEW];
+/* The k first of scores[0..count), which have ascending places, in order, with their places, and -infinity behind them.
+   There is room for one more there, for WIDTH more scores, and for `count` items. */
+static inline void in_order(const float *scores, const int32_t *places, int64_t count, int64_t k, int64_t *items,
+                            float *first, int32_t *where) {
+    int32_t keys[FEW + 2 * WIDTH], before[FEW + 2 * WIDTH];
     if (count > FEW) {
         for (int64_t i = 0; i < count; i++)
-            items[i] = placed(sortable_one(scores[i]), places[i]);
+            items[i] = item_of(sortable_one(scores[i]), i);
         qsort(items, count, sizeof *items, descending);
-        return;
+        for (int64_t j = 0; j < k; j++) {
+            uint32_t at = ~(uint32_t)items[j];
+            first[j] = scores[at], where[j] = places[at];
+        }
+    } else {
+        /* loops whose ends can be foreseen: what follows the scores comes after all of them */
+        int64_t rows = UP(count, WIDTH), some = UP(count, WIDTH / 2);
+        sortable_keys(scores, rows, keys);
+        for (int64_t i = 0; i < WIDTH; i++)
+            keys[count + i] = INT32_MIN;
+        count_greater(keys, some, before);
+        if (total_of(before, rows) < count * (count - 1) / 2 + (rows - count) * count)
+            count_equal(keys, count, before);
+        for (int64_t i = 0; i < some; i++) {
+            int64_t at = before[i] < k ? before[i] : k;
+            first[at] = scores[i], where[at] = places[i];
+        }
     }
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        ivec key = sortable(load(scores + i));
-        memcpy(keys + i, &key, sizeof key);
-    }
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        ivec before = ranks(keys, count, i);
-        memcpy(rank + i, &before, sizeof before);
-    }
-    for (int64_t i = 0; i < count; i++)
-        items[rank[i]] = placed(keys[i], places[i]);
+    first[k] = -__builtin_inff();
 }
 
 #endif
