@@ -86,8 +86,8 @@ static inline float greatest(__m512 squares) {
 
 /* DEEP numbers, wherever they are: also past the end. */
 PREFETCHING ask_for(const float *numbers) {
-    _mm_prefetch((const char *)numbers, _MM_HINT_T0);
-    _mm_prefetch((const char *)(numbers + SIDE), _MM_HINT_T0);
+    _mm_prefetch((const char *)numbers, _MM_HINT_T1);
+    _mm_prefetch((const char *)(numbers + SIDE), _MM_HINT_T1);
 }
 
 ALWAYS void pack_keys_as(const float *keys, int64_t pieces, struct packed *to) {

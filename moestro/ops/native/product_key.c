@@ -27,17 +27,18 @@ struct best {
 struct room {
     struct packed packed;
     struct best sides[2]; /* keys, of each token of a part */
-    struct best pairs;    /* of one token */
+    struct best pairs;    /* of TOKENS tokens */
     float *scores;   /* [TOKENS, stride] */
     float *maxima;   /* [WIDTH, groups], a multiple of WIDTH */
     vec *columns;    /* [groups] */
-    int32_t *places; /* as `survivors` wants it */
+    int32_t *places; /* [TOKENS, most] what is left for `in_order` */
     float *values;   /* likewise */
     int64_t *items;  /* as `in_order` wants it */
     int32_t *p, *r;  /* [padded pairs] the pairs that can be among the k best sums */
     int32_t *reach;  /* [padded k] the least r such that k pairs or more are as good as (p, r) */
     float *sums;     /* [padded pairs] */
-    int64_t n_pairs, stride, groups, wide;
+    int64_t left[TOKENS]; /* how many that is */
+    int64_t n_pairs, stride, groups, wide, most;
 };
 
 /* The pairs (p, r) with (p + 1)(r + 1) <= k, and their reach where there is room for them; their number. */
@@ -70,12 +71,12 @@ static struct room room_for(const struct search *f) {
     struct room room = {
         .packed = room_for_keys(f->n, f->half), .groups = UP(2 * f->k, WIDTH), .n_pairs = pairs,
         .stride = whole_blocks(f->n) + WIDTH /* rows a page apart would push each other out of the cache */,
-        .wide = UP(f->k + 1, WIDTH)};
+        .wide = UP(f->k + 1, WIDTH), .most = most};
     room.scores = malloc(TOKENS * room.stride * sizeof *room.scores);
     room.maxima = calloc(WIDTH * room.groups, sizeof *room.maxima);
     room.columns = aligned_alloc(64, room.groups * sizeof *room.columns);
-    room.places = malloc(most * sizeof *room.places);
-    room.values = malloc(most * sizeof *room.values);
+    room.places = malloc(TOKENS * most * sizeof *room.places);
+    room.values = malloc(TOKENS * most * sizeof *room.values);
     room.items = malloc(most * sizeof *room.items);
     room.p = calloc(2 * padded + k, sizeof *room.p);
     room.sums = malloc(padded * sizeof *room.sums);
@@ -84,7 +85,7 @@ static struct room room_for(const struct search *f) {
     room.r = room.p + padded, room.reach = room.r + padded;
     staircase(f->k, &room);
     room.sides[0] = best_rows(f->part, room.wide), room.sides[1] = best_rows(f->part, room.wide);
-    room.pairs = best_rows(1, room.wide);
+    room.pairs = best_rows(TOKENS, room.wide);
     return room;
 }
 
@@ -95,8 +96,7 @@ static void free_room(struct room *room) {
 }
 
 /* Where scores that are not the true ones left many: those that the true ones leave, and how many. */
-static int64_t still_there(const struct room *room, int64_t found, int64_t k) {
-    float *values = room->values;
+static int64_t still_there(const struct room *room, float *values, int32_t *places, int64_t found, int64_t k) {
     int64_t count = UP(found, WIDTH), kept = 0;
     for (int64_t i = found; i < count; i++)
         values[i] = -__builtin_inff();
@@ -105,7 +105,7 @@ static int64_t still_there(const struct room *room, int64_t found, int64_t k) {
         room->columns[g] = (vec){0} + room->maxima[g];
     float least = kth_greatest(room->columns, room->groups, k)[0];
     for (int64_t i = 0; i < found; i++) {
-        values[kept] = values[i], room->places[kept] = room->places[i];
+        values[kept] = values[i], places[kept] = places[i];
         kept += !(values[i] < least);
     }
     return kept;
@@ -128,19 +128,27 @@ static void bounds_of(float *scores, int64_t rows, const struct search *f, const
     store(bounds, kth_greatest(room->columns, room->groups, f->k));
 }
 
-static void best_of(float *scores, float bound, const struct search *f, int64_t t, const float *query, const struct room *room,
-                    float *best, int32_t *places) {
-    int64_t n = f->n, count = UP(n, WIDTH);
-    float off = doubt(&room->packed, t), least = bound - off;
-    int64_t found = survivors(scores, count, least, room->places, off == 0 ? room->values : NULL);
-    while (room->places[found - 1] >= n)
+/* Leaves of scores[0..n) of token t those that may be among the k greatest. */
+static void reduce(const float *scores, float bound, const struct search *f, int64_t t, const float *query,
+                   struct room *room) {
+    int32_t *places = room->places + t * room->most;
+    float *values = room->values + t * room->most, off = doubt(&room->packed, t);
+    int64_t found = survivors(scores, UP(f->n, WIDTH), bound - off, places, off == 0 ? values : NULL);
+    while (places[found - 1] >= f->n)
         found--;
     if (off != 0) {
-        true_scores(&room->packed, query, room->places, found, room->values);
+        true_scores(&room->packed, query, places, found, values);
         if (found > 2 * room->groups)
-            found = still_there(room, found, f->k);
+            found = still_there(room, values, places, found, f->k);
     }
-    in_order(room->values, room->places, found, f->k, room->items, best, places);
+    room->left[t] = found;
+}
+
+/* Row `row` of `best` is what is left of token t, in order. */
+static void settle(const struct search *f, const struct room *room, int64_t t, const struct best *best, int64_t row) {
+    int64_t first = t * room->most, to = row * room->wide;
+    in_order(room->values + first, room->places + first, room->left[t], f->k, room->items, best->scores + to,
+             best->places + to);
 }
 
 static void search_side(const struct search *f, struct room *room, int64_t head, int64_t first, int64_t count,
@@ -154,11 +162,10 @@ static void search_side(const struct search *f, struct room *room, int64_t head,
         float bounds[TOKENS];
         for (int64_t i = 0; i < now; i += WIDTH)
             bounds_of(room->scores + i * room->stride, now - i < WIDTH ? now - i : WIDTH, f, room, bounds + i);
-        for (int64_t i = 0; i < now; i++) {
-            int64_t at = (t + i) * room->wide;
-            best_of(room->scores + i * room->stride, bounds[i], f, i, query + (t + i) * row, room, room->sides[side].scores + at,
-                    room->sides[side].places + at);
-        }
+        for (int64_t i = 0; i < now; i++)
+            reduce(room->scores + i * room->stride, bounds[i], f, i, query + (t + i) * row, room);
+        for (int64_t i = 0; i < now; i++)
+            settle(f, room, i, &room->sides[side], t + i);
     }
 }
 
@@ -187,21 +194,37 @@ static float least_sum(const struct room *room, const float *a, const float *b, 
     return greatest_of(least);
 }
 
-/* The k best sums of token t of a part. */
-static void best_sums(const struct search *f, const struct room *room, int64_t t, float *scores, int64_t *ids) {
+/* Leaves of the sums of a token, which is token t of a part, those that may be among the k greatest, as token `as`. */
+static void reduce_sums(const struct search *f, struct room *room, int64_t t, int64_t as) {
     int64_t first = t * room->wide, padded = UP(room->n_pairs, WIDTH);
     const float *a = room->sides[0].scores + first, *b = room->sides[1].scores + first;
-    const int32_t *left = room->sides[0].places + first, *right = room->sides[1].places + first;
     for (int64_t c = 0; c < padded; c += WIDTH)
         store(room->sums + c, looked_up(a, f->k, room->p + c) + looked_up(b, f->k, room->r + c));
     for (int64_t c = room->n_pairs; c < padded; c++)
         room->sums[c] = -__builtin_inff();
-    int64_t found = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->places, room->values);
-    in_order(room->values, room->places, found, f->k, room->items, room->pairs.scores, room->pairs.places);
-    for (int64_t j = 0; j < f->k; j++) {
-        int32_t pair = room->pairs.places[j];
-        scores[j] = room->pairs.scores[j];
-        ids[j] = left[room->p[pair]] * f->n + right[room->r[pair]];
+    room->left[as] = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->places + as * room->most,
+                               room->values + as * room->most);
+}
+
+/* The k best sums of each of `count` tokens, of which `first` is the first. */
+static void best_sums(const struct search *f, struct room *room, int64_t first, int64_t count, int64_t head) {
+    for (int64_t t = 0; t < count; t += TOKENS) {
+        int64_t now = count - t < TOKENS ? count - t : TOKENS;
+        for (int64_t i = 0; i < now; i++)
+            reduce_sums(f, room, t + i, i);
+        for (int64_t i = 0; i < now; i++)
+            settle(f, room, i, &room->pairs, i);
+        for (int64_t i = 0; i < now; i++) {
+            const float *scores = room->pairs.scores + i * room->wide;
+            const int32_t *pairs = room->pairs.places + i * room->wide;
+            const int32_t *left = room->sides[0].places + (t + i) * room->wide;
+            const int32_t *right = room->sides[1].places + (t + i) * room->wide;
+            int64_t at = ((first + t + i) * f->h + head) * f->k;
+            for (int64_t j = 0; j < f->k; j++) {
+                f->scores[at + j] = scores[j];
+                f->ids[at + j] = left[room->p[pairs[j]]] * f->n + right[room->r[pairs[j]]];
+            }
+        }
     }
 }
 
@@ -215,10 +238,7 @@ KERNEL(product_key_topk)(const void *fields, int64_t begin, int64_t end) {
         int64_t count = f->t - first < f->part ? f->t - first : f->part;
         for (int side = 0; side < 2; side++)
             search_side(f, &room, head, first, count, side);
-        for (int64_t t = 0; t < count; t++) {
-            int64_t at = ((first + t) * f->h + head) * f->k;
-            best_sums(f, &room, t, f->scores + at, f->ids + at);
-        }
+        best_sums(f, &room, first, count, head);
     }
     free_room(&room);
 }
