@@ -26,18 +26,18 @@ struct best {
 /* What one thread needs. */
 struct room {
     struct packed packed;
-    struct best sides[2]; /* keys, of each token of a part */
-    struct best pairs;    /* of TOKENS tokens */
-    float *scores;   /* [TOKENS, stride] */
-    float *maxima;   /* [WIDTH, groups], a multiple of WIDTH */
-    vec *columns;    /* [groups] */
-    int32_t *places; /* [TOKENS, most] what is left for `in_order` */
-    float *values;   /* likewise */
-    int64_t *items;  /* as `in_order` wants it */
-    int32_t *p, *r;  /* [padded pairs] the pairs that can be among the k best sums */
-    int32_t *reach;  /* [padded k] the least r such that k pairs or more are as good as (p, r) */
-    float *sums;     /* [padded pairs] */
-    int64_t left[TOKENS]; /* how many that is */
+    struct best sides[2];  /* keys, of each token of a part */
+    struct best pairs;     /* of TOKENS tokens */
+    float *scores;         /* [TOKENS, stride] */
+    float *maxima;         /* [WIDTH, groups], a multiple of WIDTH */
+    vec *columns;          /* [groups] */
+    float *values;         /* [TOKENS, most] what may be among the k best */
+    int32_t *places;       /* likewise */
+    int64_t found[TOKENS]; /* how many that is */
+    int64_t *items;        /* as `in_order` wants it */
+    int32_t *p, *r;        /* [padded pairs] the pairs that can be among the k best sums */
+    int32_t *reach;        /* [padded k] the least r such that k pairs or more are as good as (p, r) */
+    float *sums;           /* [padded pairs] */
     int64_t n_pairs, stride, groups, wide, most;
 };
 
@@ -80,8 +80,8 @@ static struct room room_for(const struct search *f) {
     room.items = malloc(most * sizeof *room.items);
     room.p = calloc(2 * padded + k, sizeof *room.p);
     room.sums = malloc(padded * sizeof *room.sums);
-    require_memory(room.packed.keys && room.scores && room.maxima && room.columns && room.places && room.values && room.items &&
-                   room.p && room.sums);
+    require_memory(room.packed.keys && room.scores && room.maxima && room.columns && room.places && room.values &&
+                   room.items && room.p && room.sums);
     room.r = room.p + padded, room.reach = room.r + padded;
     staircase(f->k, &room);
     room.sides[0] = best_rows(f->part, room.wide), room.sides[1] = best_rows(f->part, room.wide);
@@ -90,12 +90,12 @@ static struct room room_for(const struct search *f) {
 }
 
 static void free_room(struct room *room) {
-    free_keys(&room->packed), free(room->scores), free(room->maxima), free(room->columns), free(room->places), free(room->values);
-    free(room->items), free(room->p), free(room->sums);
+    free_keys(&room->packed), free(room->scores), free(room->maxima), free(room->columns), free(room->places);
+    free(room->values), free(room->items), free(room->p), free(room->sums);
     free_best(&room->sides[0]), free_best(&room->sides[1]), free_best(&room->pairs);
 }
 
-/* Where scores that are not the true ones left many: those that the true ones leave, and how many. */
+/* Where a bound that is not the best one left many: those that the best one leaves, and how many. */
 static int64_t still_there(const struct room *room, float *values, int32_t *places, int64_t found, int64_t k) {
     int64_t count = UP(found, WIDTH), kept = 0;
     for (int64_t i = found; i < count; i++)
@@ -111,10 +111,8 @@ static int64_t still_there(const struct room *room, float *values, int32_t *plac
     return kept;
 }
 
-/* The k greatest of scores[0..n) with their places, in order; there is room behind them for a whole block. The k-th
-   greatest of the maxima of at least k groups is at most the k-th greatest of all. */
-/* bounds[0..WIDTH): of each row of scores a number that at least k are not less than: the k-th greatest of the maxima of
-   at least k groups. */
+/* bounds[0..WIDTH): of each row of scores a number that at least k are not less than: at most the k-th greatest of the
+   maxima of at least k groups. */
 static void bounds_of(float *scores, int64_t rows, const struct search *f, const struct room *room, float *bounds) {
     int64_t n = f->n, count = UP(n, WIDTH);
     for (int64_t t = 0; t < rows; t++) {
@@ -128,26 +126,25 @@ static void bounds_of(float *scores, int64_t rows, const struct search *f, const
     store(bounds, kth_greatest(room->columns, room->groups, f->k));
 }
 
-/* Leaves of scores[0..n) of token t those that may be among the k greatest. */
-static void reduce(const float *scores, float bound, const struct search *f, int64_t t, const float *query,
-                   struct room *room) {
+/* Finds those of scores[0..n) of token t that may be among the k greatest. */
+static void keep_best(const float *scores, float bound, const struct search *f, int64_t t, const float *query,
+                      struct room *room) {
     int32_t *places = room->places + t * room->most;
     float *values = room->values + t * room->most, off = doubt(&room->packed, t);
     int64_t found = survivors(scores, UP(f->n, WIDTH), bound - off, places, off == 0 ? values : NULL);
     while (places[found - 1] >= f->n)
         found--;
-    if (off != 0) {
+    if (off != 0)
         true_scores(&room->packed, query, places, found, values);
-        if (found > 2 * room->groups)
-            found = still_there(room, values, places, found, f->k);
-    }
-    room->left[t] = found;
+    if (found > 2 * room->groups)
+        found = still_there(room, values, places, found, f->k);
+    room->found[t] = found;
 }
 
-/* Row `row` of `best` is what is left of token t, in order. */
+/* Row `row` of `best`: the k best of what was found for token t, in order. */
 static void settle(const struct search *f, const struct room *room, int64_t t, const struct best *best, int64_t row) {
     int64_t first = t * room->most, to = row * room->wide;
-    in_order(room->values + first, room->places + first, room->left[t], f->k, room->items, best->scores + to,
+    in_order(room->values + first, room->places + first, room->found[t], f->k, room->items, best->scores + to,
              best->places + to);
 }
 
@@ -163,7 +160,7 @@ static void search_side(const struct search *f, struct room *room, int64_t head,
         for (int64_t i = 0; i < now; i += WIDTH)
             bounds_of(room->scores + i * room->stride, now - i < WIDTH ? now - i : WIDTH, f, room, bounds + i);
         for (int64_t i = 0; i < now; i++)
-            reduce(room->scores + i * room->stride, bounds[i], f, i, query + (t + i) * row, room);
+            keep_best(room->scores + i * room->stride, bounds[i], f, i, query + (t + i) * row, room);
         for (int64_t i = 0; i < now; i++)
             settle(f, room, i, &room->sides[side], t + i);
     }
@@ -194,24 +191,24 @@ static float least_sum(const struct room *room, const float *a, const float *b, 
     return greatest_of(least);
 }
 
-/* Leaves of the sums of a token, which is token t of a part, those that may be among the k greatest, as token `as`. */
-static void reduce_sums(const struct search *f, struct room *room, int64_t t, int64_t as) {
-    int64_t first = t * room->wide, padded = UP(room->n_pairs, WIDTH);
+/* Finds for token t of a block, which is token `of_part` of its part, the sums that may be among the k greatest. */
+static void keep_best_sums(const struct search *f, struct room *room, int64_t t, int64_t of_part) {
+    int64_t first = of_part * room->wide, to = t * room->most, padded = UP(room->n_pairs, WIDTH);
     const float *a = room->sides[0].scores + first, *b = room->sides[1].scores + first;
     for (int64_t c = 0; c < padded; c += WIDTH)
         store(room->sums + c, looked_up(a, f->k, room->p + c) + looked_up(b, f->k, room->r + c));
     for (int64_t c = room->n_pairs; c < padded; c++)
         room->sums[c] = -__builtin_inff();
-    room->left[as] = survivors(room->sums, padded, least_sum(room, a, b, f->k), room->places + as * room->most,
-                               room->values + as * room->most);
+    float least = least_sum(room, a, b, f->k);
+    room->found[t] = survivors(room->sums, padded, least, room->places + to, room->values + to);
 }
 
-/* The k best sums of each of `count` tokens, of which `first` is the first. */
-static void best_sums(const struct search *f, struct room *room, int64_t first, int64_t count, int64_t head) {
+/* The result for `count` tokens of a head: the k best sums of the two sides' best keys. */
+static void best_sums(const struct search *f, struct room *room, int64_t head, int64_t first, int64_t count) {
     for (int64_t t = 0; t < count; t += TOKENS) {
         int64_t now = count - t < TOKENS ? count - t : TOKENS;
         for (int64_t i = 0; i < now; i++)
-            reduce_sums(f, room, t + i, i);
+            keep_best_sums(f, room, i, t + i);
         for (int64_t i = 0; i < now; i++)
             settle(f, room, i, &room->pairs, i);
         for (int64_t i = 0; i < now; i++) {
@@ -238,7 +235,7 @@ KERNEL(product_key_topk)(const void *fields, int64_t begin, int64_t end) {
         int64_t count = f->t - first < f->part ? f->t - first : f->part;
         for (int side = 0; side < 2; side++)
             search_side(f, &room, head, first, count, side);
-        best_sums(f, &room, first, count, head);
+        best_sums(f, &room, head, first, count);
     }
     free_room(&room);
 }

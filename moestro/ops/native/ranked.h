@@ -14,9 +14,8 @@
 #include "pieces.h"
 #endif
 
-#define FEW 256                         /* that are counted instead of sorted */
-#define HALVINGS 6
-#define NOT_A_NUMBER (INT32_MAX - 1) /* as int32: above every number, and one more is still one */
+#define FEW 256    /* that are counted instead of sorted */
+#define HALVINGS 24 /* where equals, or numbers far above the others, are among them */
 #define UP(value, multiple) (((value) + (multiple) - 1) / (multiple) * (multiple))
 
 static inline ivec sortable(vec score) {
@@ -25,7 +24,7 @@ static inline ivec sortable(vec score) {
     memcpy(&bits, &score, sizeof bits);
     ivec key = bits ^ (bits >> 31 & INT32_MAX);
     ivec nan = score != score;
-    return (key & ~nan) | (nan & NOT_A_NUMBER);
+    return (key & ~nan) | (nan & INT32_MAX);
 }
 
 static inline void sortable_keys(const float *scores, int64_t count, int32_t *keys) {
@@ -39,7 +38,7 @@ static inline int32_t sortable_one(float score) {
     score += 0.0f;
     int32_t bits;
     memcpy(&bits, &score, sizeof bits);
-    return score != score ? NOT_A_NUMBER : bits ^ (bits >> 31 & INT32_MAX);
+    return score != score ? INT32_MAX : bits ^ (bits >> 31 & INT32_MAX);
 }
 
 /* count, and one more where a is less than b. */
@@ -55,13 +54,11 @@ static inline ivec and_less(ivec count, ivec a, int32_t b) {
 /* above[i] = how many of keys[0..count) are greater than keys[i]; both have room for two vectors more. */
 static inline void count_greater(const int32_t *keys, int64_t count, int32_t *above) {
     for (int64_t i = 0; i < count; i += 2 * WIDTH) {
-        ivec mine[2], found[2] = {0};
-        memcpy(mine, keys + i, sizeof mine);
-#pragma GCC unroll 4
+        ivec low, high, under_low = {0}, under_high = {0};
+        memcpy(&low, keys + i, sizeof low), memcpy(&high, keys + i + WIDTH, sizeof high);
         for (int64_t j = 0; j < count; j++)
-            for (int v = 0; v < 2; v++)
-                found[v] = and_less(found[v], mine[v], keys[j]);
-        memcpy(above + i, found, sizeof found);
+            under_low = and_less(under_low, low, keys[j]), under_high = and_less(under_high, high, keys[j]);
+        memcpy(above + i, &under_low, sizeof low), memcpy(above + i + WIDTH, &under_high, sizeof high);
     }
 }
 
@@ -86,19 +83,32 @@ static inline float greatest_of(vec v) {
 #endif
 }
 
-/* In each lane the k-th greatest of values[0..count), or a little less, by halving what lies between the least and the
-   greatest; none is NaN. */
+static inline int32_t greatest_count(ivec counts) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)counts);
+#else
+    int32_t most = counts[0];
+    for (int i = 1; i < WIDTH; i++)
+        most = counts[i] > most ? counts[i] : most;
+    return most;
+#endif
+}
+
+/* In each lane the k-th greatest of values[0..count), or less, by halving what lies between the least and the greatest
+   until few others are left above; none is NaN. */
 static inline vec kth_greatest(const vec *values, int64_t count, int64_t k) {
     vec least = values[0], most = least;
     for (int64_t i = 1; i < count; i++)
         least = -greater(-values[i], -least), most = greater(values[i], most);
-    for (int step = 0; step < HALVINGS; step++) {
+    ivec left = (ivec){0} + (int32_t)count;
+    for (int step = 0; step < HALVINGS && greatest_count(left) > k + k / 8 + 1; step++) {
         vec middle = least * 0.5f + most * 0.5f; /* NaN between infinities: too much */
         ivec found = {0};
         for (int64_t i = 0; i < count; i++)
             found -= values[i] >= middle;
         ivec enough = found >= (int32_t)k;
         least = choose(enough, middle, least), most = choose(enough, most, middle);
+        left = (found & enough) | (left & ~enough);
     }
     return least;
 }
@@ -175,16 +185,11 @@ static inline int64_t total_of(const int32_t *numbers, int64_t count) {
 #endif
 }
 
-/* Of equal keys the later ones are counted as less. */
+/* before[i], how many are greater, is also how many come before: of equal keys the first comes first. */
 static inline void count_equal(const int32_t *keys, int64_t count, int32_t *before) {
     for (int64_t i = 0; i < count; i++)
         for (int64_t j = 0; j < i; j++)
             before[i] += keys[j] == keys[i];
-}
-
-/* A sortable score and where it stands, as one number: without equals, and the greater comes first. */
-static inline int64_t item_of(int32_t key, int64_t at) {
-    return (int64_t)((uint64_t)(uint32_t)key << 32 | (uint32_t)~(uint32_t)at);
 }
 
 static int descending(const void *a, const void *b) {
@@ -192,27 +197,32 @@ static int descending(const void *a, const void *b) {
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
+/* items[0..count): sortable scores, each with where it stands, as one number, without equals, the first first. */
+static inline void sorted(const float *scores, int64_t count, int64_t *items) {
+    for (int64_t i = 0; i < count; i++)
+        items[i] = (int64_t)((uint64_t)(uint32_t)sortable_one(scores[i]) << 32 | (uint32_t)~(uint32_t)i);
+    qsort(items, count, sizeof *items, descending);
+}
+
+static inline uint32_t stands_at(int64_t item) { return ~(uint32_t)item; }
+
 /* The k first of scores[0..count), which have ascending places, in order, with their places, and -infinity behind them.
    There is room for one more there, for WIDTH more scores, and for `count` items. */
 static inline void in_order(const float *scores, const int32_t *places, int64_t count, int64_t k, int64_t *items,
                             float *first, int32_t *where) {
     int32_t keys[FEW + 2 * WIDTH], before[FEW + 2 * WIDTH];
     if (count > FEW) {
-        for (int64_t i = 0; i < count; i++)
-            items[i] = item_of(sortable_one(scores[i]), i);
-        qsort(items, count, sizeof *items, descending);
-        for (int64_t j = 0; j < k; j++) {
-            uint32_t at = ~(uint32_t)items[j];
-            first[j] = scores[at], where[j] = places[at];
-        }
+        sorted(scores, count, items);
+        for (int64_t j = 0; j < k; j++)
+            first[j] = scores[stands_at(items[j])], where[j] = places[stands_at(items[j])];
     } else {
-        /* loops whose ends can be foreseen: what follows the scores comes after all of them */
-        int64_t rows = UP(count, WIDTH), some = UP(count, WIDTH / 2);
-        sortable_keys(scores, rows, keys);
+        /* what follows the scores comes after all of them: loops whose ends can be foreseen */
+        int64_t whole = UP(count, WIDTH), some = UP(count, WIDTH / 2);
+        sortable_keys(scores, whole, keys);
         for (int64_t i = 0; i < WIDTH; i++)
             keys[count + i] = INT32_MIN;
         count_greater(keys, some, before);
-        if (total_of(before, rows) < count * (count - 1) / 2 + (rows - count) * count)
+        if (total_of(before, whole) < count * (count - 1) / 2 + (whole - count) * count)
             count_equal(keys, count, before);
         for (int64_t i = 0; i < some; i++) {
             int64_t at = before[i] < k ? before[i] : k;
