@@ -6,9 +6,6 @@
 #define MOESTRO_KEY_PRODUCTS_H
 
 #include "ranked.h"
-#if defined(__AVX512F__)
-#include "pieces.h"
-#endif
 
 #if defined(__AVX512F__)
 #define VECS 4
@@ -29,7 +26,9 @@ struct packed {
 static inline int64_t whole_blocks(int64_t n) { return UP(n, BLOCK); }
 
 static inline struct packed room_for_keys(int64_t n, int64_t half) {
-    return (struct packed){malloc(whole_blocks(n) * half * sizeof(float)), n, half};
+    struct packed room = {malloc(whole_blocks(n) * half * sizeof(float)), n, half};
+    require_memory(room.keys != NULL);
+    return room;
 }
 
 static inline void free_keys(struct packed *packed) { free(packed->keys); }

@@ -13,7 +13,6 @@
 
 #include <math.h>
 
-#include "pieces.h"
 #include "ranked.h"
 
 #define BLOCK 32  /* keys whose products stand in tiles at a time */
@@ -42,9 +41,11 @@ static inline int64_t whole_blocks(int64_t n) { return UP(n, BLOCK); }
 static inline struct packed room_for_keys(int64_t n, int64_t half) {
     int64_t deep = UP(half, DEEP) / DEEP, pieces = n < MANY ? MOST_PIECES : 1;
     int64_t bytes = pieces * DEEP * deep * sizeof(uint16_t);
-    return (struct packed){.keys = aligned_alloc(64, whole_blocks(n) * bytes),
-                           .queries = aligned_alloc(64, TOKENS * bytes), .n = n, .half = half, .deep = deep,
-                           .pieces = pieces};
+    struct packed room = {.keys = aligned_alloc(64, whole_blocks(n) * bytes),
+                          .queries = aligned_alloc(64, TOKENS * bytes), .n = n, .half = half, .deep = deep,
+                          .pieces = pieces};
+    require_memory(room.keys && room.queries);
+    return room;
 }
 
 static inline void free_keys(struct packed *packed) { free(packed->keys), free(packed->queries); }

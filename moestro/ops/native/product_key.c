@@ -20,7 +20,7 @@ struct search {
 /* The k best of some rows, in order. */
 struct best {
     float *scores;   /* [rows, wide], -infinity past k */
-    int32_t *places; /* likewise */
+    int32_t *places; /* [rows, wide], anything past k */
 };
 
 /* What one thread needs. */
@@ -29,7 +29,7 @@ struct room {
     struct best sides[2];  /* keys, of each token of a part */
     struct best pairs;     /* of TOKENS tokens */
     float *scores;         /* [TOKENS, stride] */
-    float *maxima;         /* [WIDTH, groups], a multiple of WIDTH */
+    float *maxima;         /* [WIDTH, groups]; groups are a multiple of WIDTH */
     vec *columns;          /* [groups] */
     float *values;         /* [TOKENS, most] what may be among the k best */
     int32_t *places;       /* likewise */
@@ -80,8 +80,8 @@ static struct room room_for(const struct search *f) {
     room.items = malloc(most * sizeof *room.items);
     room.p = calloc(2 * padded + k, sizeof *room.p);
     room.sums = malloc(padded * sizeof *room.sums);
-    require_memory(room.packed.keys && room.scores && room.maxima && room.columns && room.places && room.values &&
-                   room.items && room.p && room.sums);
+    require_memory(room.scores && room.maxima && room.columns && room.places && room.values && room.items && room.p &&
+                   room.sums);
     room.r = room.p + padded, room.reach = room.r + padded;
     staircase(f->k, &room);
     room.sides[0] = best_rows(f->part, room.wide), room.sides[1] = best_rows(f->part, room.wide);
@@ -95,7 +95,7 @@ static void free_room(struct room *room) {
     free_best(&room->sides[0]), free_best(&room->sides[1]), free_best(&room->pairs);
 }
 
-/* Where a bound that is not the best one left many: those that the best one leaves, and how many. */
+/* Where a bound left many: those that a better one leaves, and how many. */
 static int64_t still_there(const struct room *room, float *values, int32_t *places, int64_t found, int64_t k) {
     int64_t count = UP(found, WIDTH), kept = 0;
     for (int64_t i = found; i < count; i++)
@@ -121,6 +121,8 @@ static void bounds_of(float *scores, int64_t rows, const struct search *f, const
             row[i] = -__builtin_inff();
         maxima_of(row, count, room->groups, room->maxima + t * room->groups);
     }
+    for (int64_t t = rows; t < WIDTH; t++) /* what is not there must not be searched for longer than what is */
+        memcpy(room->maxima + t * room->groups, room->maxima, room->groups * sizeof *room->maxima);
     for (int64_t g = 0; g < room->groups; g += WIDTH)
         to_columns(room->maxima + g, room->groups, room->columns + g);
     store(bounds, kth_greatest(room->columns, room->groups, f->k));

@@ -1,8 +1,8 @@
 /* The k greatest of a row of scores, in order.
 
    Only what a threshold leaves has to be sorted. Its scores become int32 that compare as they do, NaN above all; counting
-   how many come before each gives its place in the result. Of equal scores the one with the lower place comes first
-   (reference.py), so that the order is defined. */
+   how many come before each gives its place in the result, unless there are so many that sorting is faster. Of equal
+   scores the one with the lower place comes first (reference.py), so that the order is defined. */
 
 #ifndef MOESTRO_RANKED_H
 #define MOESTRO_RANKED_H
@@ -15,7 +15,7 @@
 #endif
 
 #define FEW 256    /* that are counted instead of sorted */
-#define HALVINGS 24 /* where equals, or numbers far above the others, are among them */
+#define HALVINGS 24 /* at most: equals, and numbers far above the others, cannot be told apart so */
 #define UP(value, multiple) (((value) + (multiple) - 1) / (multiple) * (multiple))
 
 static inline ivec sortable(vec score) {
@@ -42,7 +42,7 @@ static inline int32_t sortable_one(float score) {
 }
 
 /* count, and one more where a is less than b. */
-static inline ivec and_less(ivec count, ivec a, int32_t b) {
+static inline ivec add_where_less(ivec count, ivec a, int32_t b) {
 #if defined(__AVX512F__)
     __mmask16 less = _mm512_cmplt_epi32_mask((__m512i)a, _mm512_set1_epi32(b));
     return (ivec)_mm512_mask_add_epi32((__m512i)count, less, (__m512i)count, _mm512_set1_epi32(1));
@@ -57,7 +57,7 @@ static inline void count_greater(const int32_t *keys, int64_t count, int32_t *ab
         ivec low, high, under_low = {0}, under_high = {0};
         memcpy(&low, keys + i, sizeof low), memcpy(&high, keys + i + WIDTH, sizeof high);
         for (int64_t j = 0; j < count; j++)
-            under_low = and_less(under_low, low, keys[j]), under_high = and_less(under_high, high, keys[j]);
+            under_low = add_where_less(under_low, low, keys[j]), under_high = add_where_less(under_high, high, keys[j]);
         memcpy(above + i, &under_low, sizeof low), memcpy(above + i + WIDTH, &under_high, sizeof high);
     }
 }
@@ -102,7 +102,7 @@ static inline vec kth_greatest(const vec *values, int64_t count, int64_t k) {
         least = -greater(-values[i], -least), most = greater(values[i], most);
     ivec left = (ivec){0} + (int32_t)count;
     for (int step = 0; step < HALVINGS && greatest_count(left) > k + k / 8 + 1; step++) {
-        vec middle = least * 0.5f + most * 0.5f; /* NaN between infinities: too much */
+        vec middle = least * 0.5f + most * 0.5f; /* NaN between infinities: none is enough, and it ends there */
         ivec found = {0};
         for (int64_t i = 0; i < count; i++)
             found -= values[i] >= middle;
@@ -206,8 +206,8 @@ static inline void sorted(const float *scores, int64_t count, int64_t *items) {
 
 static inline uint32_t stands_at(int64_t item) { return ~(uint32_t)item; }
 
-/* The k first of scores[0..count), which have ascending places, in order, with their places, and -infinity behind them.
-   There is room for one more there, for WIDTH more scores, and for `count` items. */
+/* The k first of scores[0..count), count >= k, which have ascending places, in order, with their places, and -infinity
+   behind them. There is room for one more there, for WIDTH more scores and places, and for `count` items. */
 static inline void in_order(const float *scores, const int32_t *places, int64_t count, int64_t k, int64_t *items,
                             float *first, int32_t *where) {
     int32_t keys[FEW + 2 * WIDTH], before[FEW + 2 * WIDTH];
