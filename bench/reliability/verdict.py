@@ -114,8 +114,9 @@ def lacking(case: Case, message: str, n_errors: int, code: int) -> str:
 
 
 def shown(value: str, message: str) -> bool:
-    """Whether a message holds a value, as it was given or as it was read: one of its words, or its number."""
-    words = [value, *re.findall(r"\w+", value)] if value else []
+    """Whether a message holds a value, as it was given or as it was read: one of its words, or its number; of nothing
+    that it is empty."""
+    words = [value, *re.findall(r"\w+", value)] if value else ["empty", "''"]
     for number in (float, int):
         with suppress(ValueError, OverflowError):
             words.append(str(number(value)))

@@ -47,6 +47,7 @@ def test_what_a_refusal_lacks_is_said() -> None:
     assert lacking(case, "moestro: error: d_model=-3 wrong", 1, 2) == "does not say what is allowed"
     nothing = Case("train", "override, no value", (), ("d_model",), ("", "null"))
     assert lacking(nothing, "moestro: error: d_model=3, allowed: at least 1", 1, 2) == "does not show the value"
+    assert lacking(nothing, "moestro: error: d_model is empty, allowed: at least 1", 1, 2) == ""
     scaled = Case("train", "wrong value", (), ("d_model",), ("1e3",))
     assert lacking(scaled, "moestro: error: d_model=1000.0, allowed: at most 1", 1, 2) == ""
     assert "exit code 7" in lacking(case, "moestro: error: d_model=-3, allowed: x", 0, 7)
