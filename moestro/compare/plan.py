@@ -1,6 +1,7 @@
 """What is compared: arms, budgets, sizes and seeds, read strictly from a YAML file."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -165,7 +166,8 @@ def _check(plan: Comparison, top: Place) -> None:
 def _check_shares(shares: Mapping[str, Any], place: Place) -> None:
     for key, value in shares.items():
         pair = isinstance(value, list) and len(value) == 2
-        if not pair or not isinstance(value[0], int | float) or type(value[1]) is not int or min(value) <= 0:
+        numbers = pair and isinstance(value[0], int | float) and type(value[1]) is int
+        if not numbers or min(value) <= 0 or not math.isfinite(value[0]):
             raise (place / key).error(f"got {value!r}, allowed: [share of d_model, whole number to round to]")
 
 

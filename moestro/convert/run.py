@@ -116,7 +116,8 @@ def converted_recipe(dense: Recipe, made: list[Converted], conversion: Conversio
     objectives = tree["objectives"] if isinstance(tree["objectives"], list) else []
     kinds = [node.get("kind") for node in objectives if isinstance(node, dict)]
     if not conversion.taught and "router_target" in kinds:
-        raise ConversionError("objective router_target learns from the dense layers, which are kept with taught: true")
+        message = "objectives: router_target learns from dense layers, which nothing keeps; allowed: with taught: true"
+        raise ConversionError(message)
     return check_recipe(Recipe(tree, Origin(out / "recipe.yaml", tree)))
 
 

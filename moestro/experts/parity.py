@@ -82,7 +82,13 @@ def multi_head(
     experts_multiple_of: int = 1,
 ) -> list[int]:
     """Widths for the bank inside a layer of `heads` heads, whose parts are `d_model` wide, `top_k` experts for each:
-    those of `parity` with a plain mixture of `of_experts` experts, each `of_width` wide, `of_top_k` for a token."""
+    those of `parity` with a plain mixture of `of_experts` experts, each `of_width` wide, `of_top_k` for a token.
+
+    Raises: as `parity`, and ValueError for a mixture of nothing.
+    """
+    for name, value in (("of_width", of_width), ("of_experts", of_experts), ("of_top_k", of_top_k)):
+        if value < 1:
+            raise ValueError(f"{name}={value}, allowed: at least 1")
     of = Mixture(d_model * heads, of_width, of_experts, of_top_k, glu)
     found = parity(of, heads, top_k, width_multiple_of, experts_multiple_of)
     return [found.width] * found.n_experts

@@ -100,12 +100,13 @@ class Workload:
 def workload(recipe: Recipe, vocab_size: int | None = None) -> Workload:
     """The recipe's numbers, its model never in memory.
 
-    Raises: RecipeError where the vocabulary is not known before the data is prepared, or a part refuses its values.
+    Raises: RecipeError where the vocabulary is not known before the data is prepared, or a part refuses its values, or
+    no sequence has the length asked for.
     """
     settings = build_training(recipe)[0]
     vocabulary = vocab_size or vocabulary_of(recipe.data.value("tokenizer"))
     model: Any = build_model(recipe, vocabulary, "meta")
-    seq_len = recipe.data.value("seq_len")
+    seq_len = checked_length(recipe)
     banks = {name: bank for name, bank in named_banks(model).items() if not bank.row_parameters()}
     spread = {name: bank for name, (bank, _) in _with_layers(model).items() if name in banks and spreadable(bank)}
     apart = {id(p) for bank in spread.values() for p in bank.parameters()} | {id(p) for p in row_tables(model)}
@@ -129,6 +130,18 @@ def workload(recipe: Recipe, vocab_size: int | None = None) -> Workload:
         query_features=tuple(m.features for m in model.modules() if isinstance(m, BatchQueryNorm)),
         routers=len(outermost(model, Router)),
     )
+
+
+def checked_length(recipe: Recipe) -> int:
+    """`data.seq_len`, whose data is not prepared here.
+
+    Raises: RecipeError where no sequence has that length.
+    """
+    seq_len = recipe.data.value("seq_len")
+    if seq_len < 1:
+        message = f"seq_len={seq_len}; allowed: at least 1"
+        raise recipe.data.blamed(message).error(message)
+    return seq_len
 
 
 def vocabulary_of(tokenizer: Part | Any) -> int:

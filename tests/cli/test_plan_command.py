@@ -38,3 +38,8 @@ def test_json_has_the_whole_plan(capsys: pytest.CaptureFixture):
 def test_mistakes_are_explained(words: list[str], capsys: pytest.CaptureFixture):
     assert main(["plan", str(RECIPES / "hmoe.yaml"), *words]) == 2
     assert words[1] in capsys.readouterr().err
+
+
+def test_a_sequence_of_no_length_is_refused_with_its_place(capsys: pytest.CaptureFixture):
+    assert main(["plan", str(RECIPES / "peer.yaml"), "data.seq_len=0"]) == 2
+    assert "seq_len=0; allowed: at least 1 (command line: data.seq_len)" in " ".join(capsys.readouterr().err.split())

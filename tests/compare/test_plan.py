@@ -42,6 +42,7 @@ def test_keys_proportional_to_the_width_are_rounded(tmp_path):
         ("[0.04]", "[-1]", r"got \[-1.0\], allowed: numbers above 0"),
         ("evaluations: 2", "evaluations: 0", "evaluations=0, allowed: at least 1"),
         ("[2.5, 8]", "2.5", r"got 2.5, allowed: \[share of d_model, whole number to round to\]"),
+        ("[2.5, 8]", "[1e999, 8]", r"got \[inf, 8\], allowed: \[share of d_model, whole number to round to\]"),
         ("recipe: moe.yaml", "recipe: mo.yaml", r"mo.yaml"),
         ("solve: model.ffn", "slove: model.ffn", r"unknown key 'slove'; did you mean 'solve'.*arms.moe"),
         ("{recipe: dense.yaml,", "{recipe: dense.yaml, solve: model.d_model,", "gives the sizes and solves nothing"),

@@ -188,6 +188,11 @@ def test_impossible_parity_is_refused(of, heads, message) -> None:
         parity(of, heads, 1)
 
 
+def test_a_mixture_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="of_width=-1, allowed: at least 1"):
+        multi_head(256, 3, 3, -1, 8)
+
+
 def test_the_paper_recipes_match_their_baseline() -> None:
     for name, experts in (("multi-head-2", 40), ("multi-head-3", 96)):
         model = build_model(load_recipe(ROOT / "recipes" / "paper" / f"{name}.yaml"), 32_000, "meta")
