@@ -151,6 +151,7 @@ def work(tmp_path_factory) -> Work:
     return made
 
 
+@pytest.mark.slow
 def test_an_arm_goes_on_from_another_s_run(work: Work) -> None:
     for seed in work.study.seeds:
         (base, adapted) = (work.run("pages", arm, seed) for arm in ("dense", "smola-4x4"))

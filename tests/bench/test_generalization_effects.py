@@ -39,6 +39,7 @@ def test_slopes_and_ranks() -> None:
     assert study.beyond_the_bound(SLOW, FAST) == pytest.approx(0.7 / 0.4 / 1.5)
 
 
+@pytest.mark.slow
 def test_the_study_runs_and_probes_what_the_bound_is_made_of(tmp_path) -> None:
     arms = {name: study.STUDY.arms[name] for name in ("k1", "t4", "more-text")}
     small = {**study.STUDY.common, "model.d_model": 8, "model.attention.n_heads": 2, "train.batch_size": 4}

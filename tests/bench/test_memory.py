@@ -39,6 +39,7 @@ def test_stated_is_the_sum_of_its_parts(verb: str, parts: float) -> None:
     assert said.startswith(f"at most {total / MIB:,.0f}: imports 300") and said.endswith(f"working {WORKING / MIB:.0f}")
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_verb_is_beneath_what_is_stated_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "DOCUMENT", 100_000)
     words = [f"data.source={{kind: text, paths: {long_text(tmp_path)}, split: blank-line}}", "data.seq_len=16"]

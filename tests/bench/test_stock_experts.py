@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_quick_benchmark_times_transformers_implementations_beside_ours(tmp_path):
     file = tmp_path / "rows.json"
     command = [sys.executable, "-m", "bench.stock_experts", "--quick", "--threads", "1", "--json", str(file)]
