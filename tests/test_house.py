@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BENCH = sorted((ROOT / "bench").rglob("*.py"))
 # what an install puts beside the package
 START_UP = sorted((ROOT / "start_up").rglob("*.py"))
-EVERY = [*PACKAGE, *TESTS, *BENCH, *START_UP]
+SHIPPED = [*PACKAGE, *BENCH, *START_UP]
+EVERY = [*SHIPPED, *TESTS]
 # floors 0-3 may be told of autocast in one place
 INNER = [path for path in PACKAGE if path.relative_to(ROOT / "moestro").parts[0].removesuffix(".py") in CHECKED]
 KNOWS_AUTOCAST = {"moestro/ops/precision.py"}
@@ -54,18 +55,28 @@ def name(path: Path) -> str:
 
 
 @cache
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
 def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return ast.parse(text(path), filename=str(path))
+
+
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(parsed(path)))
 
 
 @cache
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [node for node in nodes(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Full names of the modules a tree imports."""
-    for node in ast.walk(tree):
+def imports(some: Iterable[ast.AST]) -> Iterator[str]:
+    """Full names of the modules that nodes import."""
+    for node in some:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -73,11 +84,16 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def at_import(tree: ast.Module) -> Iterator[str]:
-    """Modules imported when the file is, not inside a function."""
-    for node in tree.body:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield from imports(node)
+def imported(path: Path) -> set[str]:
+    """First names of the modules that a file imports anywhere."""
+    return {module.split(".")[0] for module in imports(nodes(path))}
+
+
+def imported_first(path: Path) -> set[str]:
+    """First names of the modules imported when the file is, not inside a function."""
+    inside = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    outside = (node for top in parsed(path).body if not isinstance(top, inside) for node in ast.walk(top))
+    return {module.split(".")[0] for module in imports(outside)}
 
 
 def tracked() -> list[Path]:
@@ -95,10 +111,13 @@ def test_the_walk_finds_the_files() -> None:
     }
 
 
-@pytest.mark.parametrize("path", EVERY, ids=name)
-def test_files_are_short(path: Path) -> None:
-    most = TEST_FILE_LINES if path in TESTS else FILE_LINES
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= most
+def where(path: Path, node: ast.stmt | ast.expr | ast.excepthandler) -> str:
+    return f"{name(path)}:{node.lineno}"
+
+
+def test_files_are_short() -> None:
+    most = {path: TEST_FILE_LINES if path in TESTS else FILE_LINES for path in EVERY}
+    assert not [name(path) for path in EVERY if len(text(path).splitlines()) > most[path]]
 
 
 def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -108,50 +127,52 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.end_lineno or 0) - node.lineno + 1 - lines
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *BENCH, *START_UP], ids=name)
-def test_functions_are_short(path: Path) -> None:
-    long = {node.name: length(node) for node in functions(path) if length(node) > FUNCTION_LINES}
-    assert not long, f"{name(path)}: longer than {FUNCTION_LINES} lines without their docstrings"
+def test_functions_are_short() -> None:
+    long = [where(p, f) for p in SHIPPED for f in functions(p) if length(f) > FUNCTION_LINES]
+    assert not long, f"longer than {FUNCTION_LINES} lines without their docstrings"
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_constructors_take_few_arguments(path: Path) -> None:
-    for node in functions(path):
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        assert node.name != "__init__" or len(arguments) - 1 <= INIT_ARGUMENTS, f"{name(path)}:{node.lineno}"
+def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    return [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
 
 
-@pytest.mark.parametrize("path", EVERY, ids=name)
-def test_names_say_something(path: Path) -> None:
-    classes = [node.name for node in ast.walk(parsed(path)) if isinstance(node, ast.ClassDef)]
-    words = (*path.relative_to(ROOT).with_suffix("").parts, *classes, *(node.name for node in functions(path)))
-    assert not [word for word in words if BANNED_NAME.search(word)]
+def test_constructors_take_few_arguments() -> None:
+    made = [(path, node) for path in PACKAGE for node in functions(path) if node.name == "__init__"]
+    assert not [where(path, node) for path, node in made if len(arguments(node)) - 1 > INIT_ARGUMENTS]
 
 
-@pytest.mark.parametrize("path", EVERY, ids=name)
-def test_annotations_are_not_postponed(path: Path) -> None:
-    assert "__future__.annotations" not in set(imports(parsed(path)))
+def test_names_say_something() -> None:
+    for path in EVERY:
+        classes = [node.name for node in nodes(path) if isinstance(node, ast.ClassDef)]
+        words = (*path.relative_to(ROOT).with_suffix("").parts, *classes, *(node.name for node in functions(path)))
+        assert not [word for word in words if BANNED_NAME.search(word)], name(path)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_the_package_imports_only_its_core_dependencies(path: Path) -> None:
-    roots = {module.split(".")[0] for module in at_import(parsed(path))}
-    # kernels are functions of their module; `ops.triton_ffn`, which imports these modules when called, is not one
-    kernels = {"triton"} if path.name.startswith(("triton_ffn_", "triton_peer_")) else set()
-    package = path.relative_to(ROOT / "moestro").parts[0]
-    assert roots <= CORE | kernels | STANDS_ON.get(package, set()) | set(sys.stdlib_module_names)
+def test_annotations_are_not_postponed() -> None:
+    assert not [name(path) for path in EVERY if "__future__.annotations" in imports(nodes(path))]
 
 
-@pytest.mark.parametrize("path", START_UP, ids=name)
-def test_what_starts_with_python_knows_the_standard_library_alone(path: Path) -> None:
-    assert {module.split(".")[0] for module in imports(parsed(path))} <= {"moestro"} | set(sys.stdlib_module_names)
+def package_of(path: Path) -> str:
+    return path.relative_to(ROOT / "moestro").parts[0]
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_a_library_is_known_in_the_packages_that_stand_on_it(path: Path) -> None:
-    package = path.relative_to(ROOT / "moestro").parts[0]
-    elsewhere = set().union(*STANDS_ON.values()) - STANDS_ON.get(package, set())
-    assert not {module.split(".")[0] for module in imports(parsed(path))} & elsewhere
+def test_the_package_imports_only_its_core_dependencies() -> None:
+    for path in PACKAGE:
+        # kernels are functions of their module; `ops.triton_ffn`, which imports these modules when called, is not one
+        kernels = {"triton"} if path.name.startswith(("triton_ffn_", "triton_peer_")) else set()
+        allowed = CORE | kernels | STANDS_ON.get(package_of(path), set()) | set(sys.stdlib_module_names)
+        assert imported_first(path) <= allowed, name(path)
+
+
+def test_what_starts_with_python_knows_the_standard_library_alone() -> None:
+    for path in START_UP:
+        assert imported(path) <= {"moestro"} | set(sys.stdlib_module_names), name(path)
+
+
+def test_a_library_is_known_in_the_packages_that_stand_on_it() -> None:
+    for path in PACKAGE:
+        elsewhere = set().union(*STANDS_ON.values()) - STANDS_ON.get(package_of(path), set())
+        assert not imported(path) & elsewhere, name(path)
 
 
 def test_the_command_line_starts_without_the_libraries_of_single_verbs() -> None:
@@ -160,40 +181,37 @@ def test_the_command_line_starts_without_the_libraries_of_single_verbs() -> None
     assert not set(loaded) & set().union(*STANDS_ON.values())
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_nothing_is_unpickled(path: Path) -> None:
-    tree = parsed(path)
-    assert not {"pickle", "dill", "joblib", "shelve", "marshal"} & {module.split(".")[0] for module in imports(tree)}
-    assert not re.search(r"torch\.(load|save)\(", path.read_text(encoding="utf-8"))
+def test_nothing_is_unpickled() -> None:
+    for path in PACKAGE:
+        assert not {"pickle", "dill", "joblib", "shelve", "marshal"} & imported(path), name(path)
+        assert not re.search(r"torch\.(load|save)\(", text(path)), name(path)
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *BENCH, *START_UP], ids=name)
-def test_no_bare_asserts(path: Path) -> None:
-    lines = [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Assert)]
-    assert not lines, f"{name(path)}: asserts vanish under -O; raise an error that says what was wrong"
+def test_no_bare_asserts() -> None:
+    found = [where(path, node) for path in SHIPPED for node in nodes(path) if isinstance(node, ast.Assert)]
+    assert not found, "asserts vanish under -O; raise an error that says what was wrong"
 
 
-@pytest.mark.parametrize("path", EVERY, ids=name)
-def test_no_error_is_swallowed(path: Path) -> None:
-    for node in ast.walk(parsed(path)):
-        if isinstance(node, ast.ExceptHandler):
-            broad = node.type is None or (isinstance(node.type, ast.Name) and node.type.id in BROAD)
-            does_nothing = all(isinstance(line, ast.Pass | ast.Continue) for line in node.body)
-            assert not (broad and does_nothing), f"{name(path)}:{node.lineno}"
-            assert node.type is not None, f"{name(path)}:{node.lineno}: bare except"
+def test_no_error_is_swallowed() -> None:
+    caught = [(path, node) for path in EVERY for node in nodes(path) if isinstance(node, ast.ExceptHandler)]
+    for path, node in caught:
+        broad = node.type is None or (isinstance(node.type, ast.Name) and node.type.id in BROAD)
+        does_nothing = all(isinstance(line, ast.Pass | ast.Continue) for line in node.body)
+        assert not (broad and does_nothing), where(path, node)
+        assert node.type is not None, f"{where(path, node)}: bare except"
 
 
-@pytest.mark.parametrize("path", INNER, ids=name)
-def test_inner_floors_know_no_devices(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert not re.search(r"torch\.distributed|\.cuda\b|\byaml\b", text)
-    assert name(path) in KNOWS_AUTOCAST or not re.search(r"torch\.\w*autocast", text)
+def test_inner_floors_know_no_devices() -> None:
+    for path in INNER:
+        assert not re.search(r"torch\.distributed|\.cuda\b|\byaml\b", text(path)), name(path)
+        assert name(path) in KNOWS_AUTOCAST or not re.search(r"torch\.\w*autocast", text(path)), name(path)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "reference").rglob("*.py")), ids=name)
-def test_references_do_not_know_the_package(path: Path) -> None:
-    roots = {module.split(".")[0] for module in imports(parsed(path))}
-    assert roots <= {"torch"} | set(sys.stdlib_module_names)
+def test_references_do_not_know_the_package() -> None:
+    references = sorted((ROOT / "tests" / "reference").rglob("*.py"))
+    assert len(references) > 5
+    for path in references:
+        assert imported(path) <= {"torch"} | set(sys.stdlib_module_names), name(path)
 
 
 def test_docstrings_name_tests_that_are_there() -> None:
@@ -213,22 +231,20 @@ def public(tree: ast.Module) -> Iterator[ast.FunctionDef]:
         yield from (item for item in inside if isinstance(item, ast.FunctionDef) and not item.name.startswith("_"))
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_public_functions_are_annotated(path: Path) -> None:
-    for node in public(parsed(path)):
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
-        assert not bare and node.returns is not None, f"{name(path)}:{node.lineno} {node.name}: {bare or 'returns'}"
+def test_public_functions_are_annotated() -> None:
+    offered = [(path, node) for path in PACKAGE for node in public(parsed(path))]
+    for path, node in offered:
+        bare = [a.arg for a in arguments(node) if a.annotation is None and a.arg not in ("self", "cls")]
+        assert not bare and node.returns is not None, f"{where(path, node)} {node.name}: {bare or 'returns'}"
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_modules_say_what_they_are(path: Path) -> None:
-    assert ast.get_docstring(parsed(path))
+def test_modules_say_what_they_are() -> None:
+    assert not [name(path) for path in PACKAGE if not ast.get_docstring(parsed(path))]
 
 
-@pytest.mark.parametrize("path", EVERY, ids=name)
-def test_notes_to_self_name_an_issue(path: Path) -> None:
-    assert not re.search(r"# *(TODO|FIXME|XXX|HACK)\b(?!\(#\d+\))", path.read_text(encoding="utf-8"))
+def test_notes_to_self_name_an_issue() -> None:
+    unnumbered = re.compile(r"# *(TODO|FIXME|XXX|HACK)\b(?!\(#\d+\))")
+    assert not [name(path) for path in EVERY if unnumbered.search(text(path))]
 
 
 def test_documents_are_short() -> None:
