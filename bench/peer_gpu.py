@@ -23,6 +23,8 @@ from bench.peer import PACKAGE, Shape, gradients, layer, our_step, pair, their_s
 from moestro import ops
 
 PLAIN, GATHER = "ours, plain torch", "gather and einsum"
+# Share of the tokens for which sides may retrieve different experts.
+TIES = 0.01
 
 
 def shapes(gpu: bool, quick: bool) -> list[Shape]:
@@ -54,8 +56,8 @@ def beside_the_package(shape: Shape, device: torch.device, rounds: int) -> list[
     both = {name: under("triton" if name == "ours" else "fused", run) for name, run in both.items()}
     first: Times = {name: [first_call(run)] * 2 for name, run in both.items()}
     for name in (PLAIN, PACKAGE):
-        agree(f"{shape.case}, {name}, output", every["ours"]().detach(), every[name]().detach(), 1e-4)
-        agree(f"{shape.case}, {name}, gradient of the input", both["ours"]()[0], both[name]()[0], 1e-3)
+        agree(f"{shape.case}, {name}, output", every["ours"](), every[name](), 1e-4, TIES)
+        agree(f"{shape.case}, {name}, gradient of the input", both["ours"]()[0], both[name]()[0], 1e-3, TIES)
     rows = compare(shape.case, "first forward + backward", first)
     timed = timer(device)
     with torch.no_grad():

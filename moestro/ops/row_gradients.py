@@ -172,14 +172,14 @@ class TableGradients:
 
 def factored(segments: Any, source: Tensor, token: Tensor, coefficient: Tensor) -> FactoredRows:
     """A gradient in factors, from the places of its rows (`Segments` with `sparse`)."""
-    starts = segments.starts[: len(segments.rows)]
-    starts = torch.cat([starts, starts.new_tensor([len(segments.order)])])
+    starts = F.pad(segments.starts[: len(segments.rows)], (0, 1), value=len(segments.order))
     return FactoredRows(segments.rows, starts, segments.order, source, token, coefficient)
 
 
 def merged(parts: Sequence[FactoredRows]) -> FactoredRows:
     """The sum of gradients in factors: all tokens after each other."""
-    each = torch.cat([part.ids.repeat_interleave(part.starts.diff()) for part in parts])
+    counts = [(part.ids, part.starts.diff(), len(part.order)) for part in parts]
+    each = torch.cat([ids.repeat_interleave(count, output_size=n) for ids, count, n in counts])
     found, order = each.sort(stable=True)
     ids, count = found.unique_consecutive(return_counts=True)
     offsets = accumulate((len(part.source) for part in parts), initial=0)

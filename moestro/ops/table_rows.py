@@ -106,9 +106,11 @@ class Segments:
         sorted_ids, self.order = ids.sort(stable=True)
         if sparse:
             self.rows, count = sorted_ids.unique_consecutive(return_counts=True)
+            self.starts = count.cumsum(0) - count
         else:
-            self.rows, count = None, torch.bincount(sorted_ids, minlength=n_rows)
-        self.starts = count.cumsum(0) - count
+            # by search, because bincount makes the host wait for the device
+            self.rows = None
+            self.starts = torch.searchsorted(sorted_ids, torch.arange(n_rows, device=ids.device))
 
     def table_gradient(
         self, source: Float[Tensor, "t d"], token: Int[Tensor, "n"], coefficient: Float[Tensor, "n"]

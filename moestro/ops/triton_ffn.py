@@ -78,7 +78,8 @@ def _layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
     return _cached_layout(widths, device)
 
 
-@lru_cache(maxsize=64)
+# one for each layer of the largest models, whose experts may have other widths in each: a new one waits for the device
+@lru_cache(maxsize=4096)
 def _cached_layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
     """What is known of the experts before any routing, int64 [2, n_experts + 1]: first units; widest experts first."""
     widest_first = sorted(range(len(widths)), key=lambda e: -widths[e])

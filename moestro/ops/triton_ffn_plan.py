@@ -100,8 +100,10 @@ def search_steps(n_experts: int) -> int:
 
 
 def launch(kernel: Any, programs: int | tuple[Any, ...], *arguments: Any, **constants: Any) -> None:
-    """Run that many programs of a kernel, or a grid of them."""
-    kernel[(programs,) if isinstance(programs, int) else programs](*arguments, **constants)
+    """Run that many programs of a kernel, or a grid of them, where its first argument, a tensor, is: Triton itself
+    starts kernels on the current device, wherever their tensors are."""
+    with torch.accelerator.device_index(arguments[0].device.index):
+        kernel[(programs,) if isinstance(programs, int) else programs](*arguments, **constants)
 
 
 def make_plan(offsets: Tensor, experts: Tensor, d_model: int, blocks: Blocks, split: int) -> Tensor:

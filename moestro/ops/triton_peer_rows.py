@@ -7,6 +7,7 @@ million experts nor tables of more than 2^31 numbers are too many. Sums are in f
 from typing import NamedTuple, no_type_check
 
 import torch
+import torch.nn.functional as F
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -176,7 +177,7 @@ def segment_sums(order: Tensor, starts: Tensor, source: Tensor, token: Tensor, c
     out = source.new_empty(n, d)
     if not out.numel():
         return out
-    ends = torch.cat([starts[1:], starts.new_tensor([places])])
+    ends = F.pad(starts, (0, 1), value=places)[1:]
     parts = ((ends - starts + _PART - 1) // _PART).clamp(min=1)
     after = parts.cumsum(0)
     several = torch.where(parts > 1, parts, 0)

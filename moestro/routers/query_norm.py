@@ -114,7 +114,7 @@ class BatchQueryNorm(QueryNorm):
 
 def _over_all(query: Float[Tensor, "t f"], summed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the queries of all processes; sums about the mean, so that nothing cancels."""
-    sums = summed(torch.cat([query.new_tensor([len(query)]), query.sum(0)]))
+    sums = summed(torch.cat([query.new_full((1,), len(query)), query.sum(0)]))
     # who has two tokens need not ask, and wait for the device
     if len(query) < 2 and int(sums[0]) == 1:
         raise ValueError(f"{ONE_TOKEN} on all ranks together")

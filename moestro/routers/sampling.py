@@ -63,7 +63,7 @@ def _key(rows: Float[Tensor, "t e"], seed: int) -> Int[Tensor, "t"]:
     place = _STEP * torch.arange(1, rows.shape[1] + 1, device=rows.device)
     each = _mixed(entries + place).masked_fill(rows.isneginf(), 0)
     # the seed as a tensor, whose product wraps around
-    return _mixed(each.sum(-1) + _STEP * torch.tensor(seed, device=rows.device))
+    return _mixed(each.sum(-1) + _STEP * torch.full((), seed, device=rows.device))
 
 
 def _mixed(bits: Int[Tensor, "..."]) -> Int[Tensor, "..."]:

@@ -6,6 +6,8 @@ Without a GPU the kernels run under Triton's interpreter, in tiles of 16; new me
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -308,3 +310,14 @@ def test_compiles_as_one_graph_in_a_process_of_its_own(how):
         [sys.executable, "-c", COMPILED.replace("{backend}", how)], capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_triton
+def test_kernels_start_where_their_tensors_are(monkeypatch):
+    from moestro.ops.triton_ffn_plan import launch
+
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "device_index", lambda index: seen.append(index) or nullcontext())
+    kernel = {(3,): lambda *arguments, **constants: seen.append((arguments[1:], constants))}
+    launch(kernel, 3, SimpleNamespace(device=torch.device("cuda", 1)), 7, BLOCK=16)
+    assert seen == [1, ((7,), {"BLOCK": 16})]
