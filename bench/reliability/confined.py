@@ -55,9 +55,11 @@ sys.addaudithook(FENCE)
 @contextmanager
 def confined(folder: Path) -> Iterator[Fence]:
     """Inside, whatever Python code of this process tries to change outside `folder` is refused as to one who may not
-    write there."""
+    write there. What is imported inside leaves no bytecode."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     FENCE.folder, FENCE.crossed = folder.resolve(), []
     try:
         yield FENCE
     finally:
         FENCE.folder = None
+        sys.dont_write_bytecode = before

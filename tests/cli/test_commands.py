@@ -203,7 +203,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_a_signal_saves_and_exits_0_and_the_same_command_continues(tmp_path: Path, quick: list[str]) -> None:
     out = tmp_path / "run"
-    words = ["train", RECIPE, *quick, "train.budget.steps=600", "train.eval_every=0", "--out", str(out)]
+    words = ["train", RECIPE, *quick, "train.budget.steps=300", "train.eval_every=0", "--out", str(out)]
     with subprocess.Popen(
         [sys.executable, "-m", "moestro", *words], stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as run:
@@ -218,7 +218,7 @@ def test_a_signal_saves_and_exits_0_and_the_same_command_continues(tmp_path: Pat
     assert last.startswith("moestro: stopped by SIGTERM, saved ") and last.endswith(
         "; the same command continues from there"
     )
-    assert main(words) == 0 and json.loads((out / "done.json").read_text())["step"] == 600
+    assert main(words) == 0 and json.loads((out / "done.json").read_text())["step"] == 300
 
 
 def test_train_writes_a_run_and_says_so(tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture) -> None:

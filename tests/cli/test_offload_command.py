@@ -93,7 +93,13 @@ def test_generation_a_report_and_its_trace(folder: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    "words", [["offload", "--prompt", "a"], ["generate", "--prompt", "a"], ["serve", "--port", "0"]], ids=lambda w: w[0]
+    "words",
+    [
+        ["offload", "--prompt", "a"],
+        pytest.param(["generate", "--prompt", "a"], marks=pytest.mark.slow),
+        pytest.param(["serve", "--port", "0"], marks=pytest.mark.slow),
+    ],
+    ids=lambda w: w[0],
 )
 def test_threads_that_wait_leave_the_cores_to_those_that_read(words: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moestro", words[0], str(tmp_path / "no"), "--memory", "1GiB", *words[1:]]

@@ -155,7 +155,7 @@ def test_the_last_complete_line_tells_the_progress(tmp_path):
     assert last_flops(metrics) == 5.0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_saves_what_runs_starts_nothing_new_and_reports_what_is_done(tmp_path, number):
     path, out = write_comparison(tmp_path), tmp_path / "out"
     settings = ["budgets=[6e8]", "sizes.tokens_per_parameter=[0.8]"]

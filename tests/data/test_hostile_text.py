@@ -180,7 +180,11 @@ def confined(tmp_path: Path, kind: str, path: Path, spare: int) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("line", [b"seven wise owls " * 200 + b"\n", b"x" * SIZE], ids=["lines", "line"])
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(b"seven wise owls " * 200 + b"\n", marks=pytest.mark.slow), b"x" * SIZE],
+    ids=["lines", "line"],
+)
 def test_a_document_that_may_not_fit_is_refused_and_one_that_fits_fits(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "long.txt"
     path.write_bytes(line * (SIZE // len(line)))

@@ -27,6 +27,7 @@ def check(dataset: Dataset) -> None:
     assert batch.tokens.shape == (8, dataset.seq_len) and int(batch.tokens.max()) < dataset.vocab_size
 
 
+@pytest.mark.slow
 def test_the_default_corpus_with_its_own_bpe(tmp_path: Path):
     dataset = TokenData(StdlibSource(), BPETokenizer(2048), 128, cache_dir=tmp_path).prepare(progress=False)
     check(dataset)

@@ -1,6 +1,8 @@
 """Recipes and command lines changed at random: no traceback, no endless work, and refusals that help."""
 
 import os
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,13 @@ def test_nothing_outside_the_folder_can_be_changed(tmp_path: Path) -> None:
                 change()
         assert len(fence.crossed) == 5 and outside.read_text() == "kept"
     outside.unlink()
+
+
+def test_what_is_imported_inside_leaves_no_bytecode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "imported_inside.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    with confined(tmp_path / "in") as fence:
+        import_module("imported_inside")
+    assert not fence.crossed and not (tmp_path / "__pycache__").exists() and not sys.dont_write_bytecode

@@ -61,7 +61,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> native.Library:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             flags = [flag for flag in build.VARIANTS["amx"] if not flag.startswith("-mamx")]
-            flags += ["-D__AMX_BF16__=1", "-include", str(Path(__file__).with_name("amx_emulated.h"))]
+            # optimized less, because they are compiled longer than they run
+            flags += ["-O1", "-D__AMX_BF16__=1", "-include", str(Path(__file__).with_name("amx_emulated.h"))]
             build.build(library, {"amx": flags})
     return native.Library(native.opened(library), "amx")
 

@@ -165,6 +165,7 @@ def test_pages_of_other_sites_are_refused(served: Process, header: str) -> None:
     assert "access-control-allow-origin" not in asked.headers
 
 
+@pytest.mark.slow
 def test_a_server_that_others_reach_says_so_where_nobody_is_asked_for_a_key(folder: Path, tmp_path: Path) -> None:
     with process(folder, tmp_path / "log", "--host", "0.0.0.0", MOESTRO_API_KEY=KEY) as running:
         url = running.url.replace("0.0.0.0", "127.0.0.1")

@@ -226,6 +226,7 @@ def test_only_rows_that_were_met_change(tmp_path, storage):
         assert 20 < changed.sum() < 200, name
 
 
+@pytest.mark.slow
 def test_tables_in_8_bits_learn_what_tables_in_float32_do(tmp_path):
     """Everything else frozen: what is learned is learned by them."""
     losses = {}

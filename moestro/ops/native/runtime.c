@@ -9,10 +9,12 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__linux__) && defined(__x86_64__)
+#ifdef __x86_64__
 #include <cpuid.h>
+#ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -76,19 +78,16 @@ EXPORT const char *moestro_variants(void) { return VARIANTS; }
 
 EXPORT const char *moestro_fingerprint(void) { return FINGERPRINT; }
 
+#ifdef __x86_64__
 /* Whether there are products of bfloat16: compilers that build the rest may not know how to ask. */
 static int multiplies_bfloat16(void) {
-#if defined(__linux__) && defined(__x86_64__)
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-#else
-    return 0;
-#endif
 }
 
 /* Whether there are tiles of bfloat16, and the system lets this process use them: it has to be asked. */
 static int tiles_allowed(void) {
-#if defined(__linux__) && defined(__x86_64__)
+#ifdef __linux__
     const long ask = 0x1023, data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1))
@@ -98,10 +97,11 @@ static int tiles_allowed(void) {
     return 0;
 #endif
 }
+#endif
 
 EXPORT int moestro_supports(const char *variant) {
     int found = !strcmp(variant, "baseline");
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef __x86_64__
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
