@@ -170,5 +170,5 @@ def test_rows_are_asked_for_ahead_in_what_is_compiled(source, tmp_path):
     subprocess.run([cc, *build.FLAGS, *flags], check=True)
     code = (tmp_path / "code.s").read_text()
     for kernel in {"table_rows": ["rows_dot", "rows_sum"], "row_adamw": ["row_adamw"]}[source]:
-        body = re.search(rf"^{kernel}_here:$(.*?)\.size\s+{kernel}_here", code, re.DOTALL | re.MULTILINE)
+        body = re.search(rf"^{kernel}_here:(.*?)\.size\s+{kernel}_here", code, re.DOTALL | re.MULTILINE)
         assert body and "prefetch" in body[1], kernel
