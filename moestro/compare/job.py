@@ -10,6 +10,7 @@ import torch
 
 from moestro.compare.plan import budget_name
 from moestro.evaluate import evaluate, routing_report, sample_text, token_sample
+from moestro.model.active import total_parameters
 from moestro.recipe.build import build_data, build_model, first_difference, run_training
 from moestro.recipe.load import load_recipe
 from moestro.recipe.syntax import RecipeError
@@ -70,7 +71,7 @@ class Job:
             return dataset.val_batches(batch, self.final_tokens)
 
         return {
-            "params_total": sum(p.numel() for p in model.parameters()),
+            "params_total": total_parameters(model),
             "final": evaluate(model, held_out(), precision=precision),
             "routing": routing_report(model, held_out(), precision=precision),
             "sample": token_sample(model, dataset.tokenizer, sample_text(dataset), precision=precision)

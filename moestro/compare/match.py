@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 from moestro.compare.plan import Comparison
+from moestro.model.active import total_parameters
 from moestro.recipe.build import build_model
 from moestro.recipe.load import Recipe
 from moestro.recipe.syntax import RecipeError
@@ -73,7 +74,7 @@ def reference_size(plan: Comparison, d_model: int, vocab_size: int) -> Size:
     """The reference arm at one width."""
     with plan.blamed(plan.reference):
         recipe = plan.recipe(plan.reference, plan.width_settings(plan.reference, d_model))
-        parameters = sum(p.numel() for p in build_model(recipe, vocab_size, device="meta").parameters())
+        parameters = total_parameters(build_model(recipe, vocab_size, device="meta"))
         return Size(d_model, training_flops(recipe, vocab_size), parameters)
 
 

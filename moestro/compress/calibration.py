@@ -181,5 +181,5 @@ def routers_of(layers: dict[str, MoELayer]) -> str:
     for name, layer in layers.items():
         for key, value in layer.router.state_dict().items():
             digest.update(f"{name}.{key}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -174,6 +174,13 @@ def check_method(checkpoint: Checkpoint | RunSource, output: Output, per_layer: 
             raise PlanError(
                 "skip and whiten are for Hugging Face folders: a run's experts are dropped, merged or thinned"
             )
+        for block in checkpoint.mixtures if wanted.merges else ():
+            widths = checkpoint.widths(block)
+            if len({*widths}) > 1:
+                raise PlanError(
+                    f"block {block}: experts of widths {min(widths)} to {max(widths)}, allowed for merging: equal "
+                    "widths; others can be dropped, narrowed or thinned"
+                )
         return
     factors = wanted.factors and not output.densify
     if output.layout != "custom" and factors:

@@ -39,6 +39,11 @@ def plan_by_measuring(request: Request) -> Plan:
     checkpoint, _, kept = checked(request)
     how = _quantisation(checkpoint, options)
     check_method(checkpoint, request.output, request.per_layer, wanted(request, options))
+    if isinstance(checkpoint, RunSource) and checkpoint.others:
+        raise PlanError(
+            f"{request.method} ranks the experts of every mixture. {checkpoint.others[0]}; or method width, which "
+            "leaves such layers as they are"
+        )
     moments = options["calibrated"] or options.get("whiten", False)
     ask = Ask(options["sample"], method.everywhere, moments, request.seed)
     batches = batches_of(request)

@@ -12,7 +12,7 @@ from moestro.compress.feasible import limits_of
 from moestro.compress.fingerprint import fingerprint, require_source
 from moestro.compress.plan import Plan, PlanError
 from moestro.compress.plan_file import plan_text
-from moestro.compress.source import RunSource
+from moestro.compress.source import RunSource, bank_node
 from moestro.layers.moe import MoELayer
 from moestro.recipe.build import build_model
 from moestro.recipe.load import Recipe, check_recipe
@@ -69,12 +69,12 @@ def _recipe(source: RunSource, layers: dict[int, Any], plan: Plan) -> Recipe:
     for layer in plan.layers:
         if layer.identical:
             continue
-        node = copy.deepcopy(model["layers"].get(layer.layer, model["ffn"]))
+        node = copy.deepcopy(source.layer_node(layer.layer))
         moe: MoELayer = layers[layer.layer]
-        branch = [branch is moe.bank for branch in moe.branches].index(True)
-        if node.get("kind") != "moe" or node["branches"][branch].get("kind") != "ffn":
-            raise PlanError(f"layer {layer.layer}: only mixtures {{kind: moe}} of feed-forward experts {{kind: ffn}}")
-        node["branches"][branch]["widths"] = [int(width) for width in moe.bank.row_widths().tolist()]  # type: ignore
+        for branch in node["branches"]:
+            if "n_experts" in branch:
+                branch["n_experts"] = moe.router.n_experts
+        bank_node(node, moe)["widths"] = [int(width) for width in moe.bank.row_widths().tolist()]  # type: ignore
         if moe.cluster is not None:
             node["clusters"] = moe.cluster.tolist()
         model["layers"][layer.layer] = node

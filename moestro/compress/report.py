@@ -14,6 +14,7 @@ from moestro.compress.plan_file import read_plan
 from moestro.compress.quantised import quantised_share
 from moestro.compress.source import RunSource, open_source
 from moestro.formats import FAMILIES, Family, Fused
+from moestro.model.active import total_parameters
 from moestro.train.durable import write_json, write_text
 from moestro.train.folder_job import read_control
 
@@ -140,7 +141,7 @@ def _expert_layer(family: Family, name: str) -> int | None:
 
 
 def _run_sizes(source: RunSource) -> dict[str, Any]:
-    total = sum(parameter.numel() for parameter in source.model.parameters())
+    total = total_parameters(source.model)
     experts, active = 0.0, float(total)
     for _, layer in source.mixtures.values():
         own = float(sum(bank.own_parameters().sum() for bank in layer.banks()))  # type: ignore[union-attr]

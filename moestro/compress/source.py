@@ -16,6 +16,7 @@ from moestro.data import Tokenizer, load_tokenizer
 from moestro.formats import Checkpoint
 from moestro.layers.moe import MoELayer
 from moestro.model import Transformer
+from moestro.model.active import total_parameters
 from moestro.ops.whole_files import TEMPORARY, holding, record_hashes
 from moestro.recipe.build import build_model
 from moestro.recipe.evaluation import CHECKPOINTS
@@ -100,25 +101,45 @@ class RunSource:
         load_weights(model, self.checkpoint)
         return model
 
-    @cached_property
+    @property
     def mixtures(self) -> dict[int, tuple[str, MoELayer]]:
-        """{block: name and layer} of the blocks whose router has a row for every expert; others stay as they are."""
+        """{block: name and layer} of the mixtures of feed-forward experts whose router has a row for every expert.
+
+        Raises: PlanError where there are none, or several in a block.
+        """
+        return self._all_mixtures[0]
+
+    @property
+    def others(self) -> list[str]:
+        """All other mixtures, which stay as they are, each with the reason."""
+        return self._all_mixtures[1]
+
+    @cached_property
+    def _all_mixtures(self) -> tuple[dict[int, tuple[str, MoELayer]], list[str]]:
         found: dict[int, tuple[str, MoELayer]] = {}
         others = []
         for name, layer in self.model.moe_layers().items():
-            if self._came(layer_number(name)):
-                raise PlanError(f"block {layer_number(name)}: {came_with(self)}")
+            number = layer_number(name)
+            if self._came(number):
+                raise PlanError(f"block {number}: {came_with(self)}")
             if not isinstance(layer.router, ScoredRouter | BiasedRouter):
-                others.append(f"{name}: {type(layer.router).__name__}")
-                continue
-            if layer_number(name) in found:
-                raise PlanError(f"block {layer_number(name)} has several mixtures, allowed: one ({self.path})")
-            found[layer_number(name)] = (name, layer)
+                others.append(f"{name}: {type(layer.router).__name__} has no rows of experts; allowed: scored, biased")
+            elif bank_node(self.layer_node(number), layer) is None:
+                others.append(f"{name}: only mixtures {{kind: moe}} of feed-forward experts {{kind: ffn}}")
+            elif number in found:
+                raise PlanError(f"block {number} has several mixtures, allowed: one ({self.path})")
+            else:
+                found[number] = (name, layer)
         if others and not found:
-            raise PlanError(f"{others[0]} has no rows of experts; allowed: scored, biased")
+            raise PlanError(others[0])
         if not found:
             raise PlanError(f"the model of {self.path} has no experts")
-        return found
+        return found, others
+
+    def layer_node(self, block: int) -> dict[str, Any]:
+        """What the resolved recipe says of a block's layer."""
+        model = self.recipe.resolved["model"]
+        return model["layers"].get(block, model["ffn"])
 
     def _came(self, block: int) -> bool:
         """Whether a block has the layer that a public checkpoint came with: no recipe describes it."""
@@ -133,6 +154,10 @@ class RunSource:
     def n_experts(self, layer: int) -> int:
         """Experts of a block."""
         return self.mixtures[layer][1].router.n_experts
+
+    def widths(self, layer: int) -> list[int]:
+        """Hidden units of every expert of a block."""
+        return [int(width) for width in self.mixtures[layer][1].bank.row_widths().tolist()]  # type: ignore[union-attr]
 
     def router_tensors(self, layer: int) -> dict[str, str]:
         """{"weight": its name} of a block's router."""
@@ -165,8 +190,7 @@ def write_run(source: RunSource, model: nn.Module, recipe: Recipe, folder: Path)
     write_checkpoint(folder / "checkpoints", source.step, {"model": tensors}, state)
     source.tokenizer.save(folder / "tokenizer")
     recipe.write(folder / "recipe.yaml")
-    total = sum(parameter.numel() for parameter in model.parameters())
-    write_json(folder / "done.json", {"compressed": True, "params_total": total})
+    write_json(folder / "done.json", {"compressed": True, "params_total": total_parameters(model)})
     record_hashes(folder, ["recipe.yaml", "done.json"])
 
 
@@ -200,6 +224,15 @@ def came_with(run: RunSource) -> str:
         f"{run.path} trains the experts that a public checkpoint came with: export the run (moestro export {run.path} "
         "--out FOLDER), and compress that folder"
     )
+
+
+def bank_node(node: dict[str, Any], layer: MoELayer) -> dict[str, Any] | None:
+    """Of what a recipe says of a mixture, what it says of its experts; None where these are no feed-forward ones, or in
+    another kind of layer, so that no recipe can list their widths."""
+    if node.get("kind") != "moe" or len(layer.banks()) != 1:
+        return None
+    found = node["branches"][[branch is layer.bank for branch in layer.branches].index(True)]
+    return found if found.get("kind") == "ffn" else None
 
 
 def choice_of(layer: MoELayer) -> Any:

@@ -11,9 +11,10 @@ from moestro.export.modeling import MoestroForCausalLM
 from moestro.export.opening import configured
 from moestro.export.remote_code import AUTO_MAP, remote_code
 from moestro.export.stock import stock_model, verify
-from moestro.export.tensors import Stored, n_parameters
+from moestro.export.tensors import Stored
 from moestro.export.tokenizers import fast_tokenizer, save_tokenizer
 from moestro.formats.writer import Outgoing
+from moestro.model.active import total_parameters
 from moestro.recipe.load import Recipe
 from moestro.train.durable import write_text
 
@@ -31,7 +32,7 @@ class OwnContents:
             self.model = MoestroForCausalLM(configured(recipe, load_tokenizer(run / "tokenizer").vocab_size))
         self.stored = Stored(checkpoint, self.model)
         self.step, self.weights = self.stored.state["step"], self.stored.state["sha256"]["model.safetensors"]
-        self.n_parameters, self.causal = n_parameters(self.model), self.model.decoder.causal
+        self.n_parameters, self.causal = total_parameters(self.model), self.model.decoder.causal
         self.config: PreTrainedConfig = self.model.config
         self.architecture, self.tensors = type(self.model).__name__, list[Outgoing]()
         if self.stock:

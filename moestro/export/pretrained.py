@@ -15,11 +15,12 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from moestro.data import load_tokenizer
 from moestro.export.card import ORIGINAL_CARD, Base, Facts, card
-from moestro.export.tensors import ExportError, cast, n_parameters
+from moestro.export.tensors import ExportError, cast
 from moestro.export.tokenizers import fast_tokenizer, save_tokenizer
 from moestro.formats import Checkpoint
 from moestro.formats.writer import Outgoing, computed, of_file, of_tensor
 from moestro.hf.load import skeleton
+from moestro.model.active import total_parameters
 from moestro.recipe.build import build_model
 from moestro.recipe.importing import COPY, MANIFEST, files_of
 from moestro.recipe.load import Recipe
@@ -58,7 +59,7 @@ class PretrainedContents:
         self.tensors = [self._outgoing(name, own.get(name)) for name in sorted(self.source.names())]
 
     def _describe(self, decoder: PreTrainedModel) -> None:
-        self.architecture, self.n_parameters = type(decoder).__name__, n_parameters(decoder)
+        self.architecture, self.n_parameters = type(decoder).__name__, total_parameters(decoder)
 
     def _untouched(self) -> PreTrainedModel:
         plan = self.plan

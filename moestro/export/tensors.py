@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.export.modeling import MoestroForCausalLM, stays_wide
 from moestro.formats.shards import Shards
@@ -83,8 +83,3 @@ def cast(name: str, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
             f"{name} has numbers of up to {float(tensor.abs().max()):.3g}, beyond {dtype}: choose another"
         )
     return narrow
-
-
-def n_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())

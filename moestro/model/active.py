@@ -1,13 +1,21 @@
-"""Parameters of experts that tokens did not touch."""
+"""How many parameters a model has, and how many of its experts' tokens did not touch."""
 
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from moestro.experts import ExpertBank
+from moestro.experts import ExpertBank, QuantizedBank
 from moestro.routing import Routing, Trace
+
+
+def total_parameters(model: nn.Module) -> int:
+    """How many numbers a model consists of: its parameters, and the tables that experts keep in 8 bits, which are none;
+    what several modules share once."""
+    banks = [module for module in model.modules() if isinstance(module, QuantizedBank)]
+    stored = {codes for bank in banks for codes in bank.stored()}
+    return sum(numbers.numel() for numbers in (*model.parameters(), *stored))
 
 
 def idle_parameters(traces: Sequence[Trace]) -> Float[Tensor, ""] | float:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from moestro.evaluate import evaluate, knobs, quality_curve, routing_report, sample_text, token_sample
 from moestro.evaluate.knobs import spending
+from moestro.model.active import total_parameters
 from moestro.recipe.evaluation import LISTED, Run, about, figures_head, plain_table, short
 from moestro.recipe.syntax import RecipeError
 
@@ -36,7 +37,7 @@ def inspect_run(run: Run, max_tokens: int | None = TOKENS) -> dict[str, Any]:
     return {
         **about(run),
         **evaluate(model, held_out(), precision=precision),
-        "params_total": sum(p.numel() for p in model.parameters()),
+        "params_total": total_parameters(model),
         "spending": spending(model, held_out(), precision=precision),
         "layers": {name: {**figures, **beside_twin(figures)} for name, figures in layers.items()},
         "curves": {knob: quality_curve(model, held_out, knob, precision=precision) for knob in knobs(model)},

@@ -13,7 +13,7 @@ import moestro
 from moestro.ops import native
 from moestro.ops.huge_pages import huge_pages
 
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
+PACKAGES = ("numpy", "safetensors", "tokenizers")
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -21,7 +21,12 @@ def describe_machine(device: torch.device) -> dict:
     return {
         "commit": source_commit(),
         "python": sys.version.split()[0],
-        "packages": {"moestro": moestro.__version__, **{name: version(name) for name in PACKAGES}},
+        # torch's own version names its build (+cu130), the installed package's does not
+        "packages": {
+            "moestro": moestro.__version__,
+            "torch": str(torch.__version__),
+            **{name: version(name) for name in PACKAGES},
+        },
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

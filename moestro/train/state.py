@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moestro.model.active import total_parameters
 from moestro.parallel.layout import n_elsewhere
 from moestro.parallel.ranks import Ranks
 from moestro.train.background import BackgroundWriter
@@ -27,7 +28,6 @@ from moestro.train.optim import Optimizers
 from moestro.train.parts import model_parts, optimizer_parts
 from moestro.train.rules import Rule
 from moestro.train.settings import TrainSettings
-from moestro.train.tables import named_tensors
 from moestro.train.tensors import (
     join,
     load_model,
@@ -129,8 +129,7 @@ class TrainState:
             "tokens": counters.tokens,
             "flops": counters.flops,
             "flops_computed": counters.flops_computed,
-            "params_total": sum(p.numel() for p in named_tensors(self.model).values())
-            + n_elsewhere(self.model.parameters()),
+            "params_total": total_parameters(self.model) + n_elsewhere(self.model.parameters()),
             "params_active": counters.active_params_sum / counters.step,
             "skipped": counters.skipped,
             "eval": counters.last_eval,

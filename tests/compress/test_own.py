@@ -7,7 +7,7 @@ from moestro.compress import PlanError, read_plan
 from moestro.compress.feasible import Output
 from moestro.compress.methods import Request
 from moestro.compress.own import apply_to_run
-from moestro.compress.running import applied_to, compressed, plan_for
+from moestro.compress.running import applied_to, compressed, plan_for, require_possible
 from moestro.compress.source import RunSource
 from moestro.compress.widths import unit_norms, wide_enough
 from moestro.recipe.build import run_training
@@ -18,11 +18,11 @@ from tests.conftest import ROOT
 TINY = ("model.d_model=32", "model.n_layers=2", "train.budget.steps=2", "train.batch_size=2", "data.seq_len=32")
 
 
-def trained(folder, *more):
+def trained(folder, *more, recipe="hmoe"):
     (folder / "text.txt").write_text("Experts of different widths share a layer. " * 30)
     data = ("data.source={kind: text, paths: " + str(folder / "text.txt") + "}", "data.tokenizer={kind: bytes}")
-    recipe = load_recipe(
-        ROOT / "recipes" / "hmoe.yaml",
+    loaded = load_recipe(
+        ROOT / "recipes" / f"{recipe}.yaml",
         [
             *TINY,
             *data,
@@ -31,7 +31,7 @@ def trained(folder, *more):
             *more,
         ],
     )
-    run_training(recipe, folder / "run", show_preparation=False)
+    run_training(loaded, folder / "run", show_preparation=False)
     return folder / "run"
 
 
@@ -96,7 +96,7 @@ def test_layers_that_a_plan_cannot_name_stay_as_they_are(tmp_path):
     for name, tensor in old.blocks[1].state_dict().items():
         assert torch.equal(small.blocks[1].state_dict()[name], tensor)
     assert sum(small.blocks[0].ffn.bank.widths) < sum(old.blocks[0].ffn.bank.widths)
-    with pytest.raises(ValueError, match="blocks.1.ffn has experts by product keys, which no text ranks"):
+    with pytest.raises(ValueError, match=r"every mixture. blocks.1.ffn: ProductKeyRouter has .*; or method width"):
         plan_for(request(run, "frequency", 0.25), tmp_path / "plan.json")
 
 
@@ -105,6 +105,35 @@ def test_a_run_of_product_keys_alone_has_nothing_to_name(tmp_path):
     run = trained(tmp_path, layer + "branches: [{kind: singleton, n_experts: 64}]}", "objectives=[]")
     with pytest.raises(PlanError, match="ProductKeyRouter has no rows of experts; allowed: scored, biased"):
         plan_for(request(run, "width", 0.25), tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("recipe", ["hypermoe", "remoe"])
+def test_what_lies_beside_the_experts_loses_them_too(tmp_path, recipe):
+    run = trained(tmp_path, recipe=recipe)
+    compressed(request(run, "frequency", 0.25), tmp_path / "dst")
+    plan = read_plan(tmp_path / "dst" / "compression_plan.json")
+    small, old = opened_run(tmp_path / "dst").model, opened_run(run).model
+    for layer in plan.layers:
+        new, whole = small.blocks[layer.layer].ffn, old.blocks[layer.layer].ffn
+        assert len(layer.keep) == new.router.n_experts == new.bank.n_experts == 6
+        for branch, before in zip(new.branches, whole.branches, strict=True):
+            if branch is not new.bank:
+                assert torch.equal(branch.experts, before.experts[list(layer.keep)])
+    assert evaluate_run(opened_run(tmp_path / "dst"))["loss"] > 0
+
+
+@pytest.mark.parametrize("method", ["frequency", "width"])
+@pytest.mark.parametrize("recipe", ["mpoe", "mumoe", "moe_plus_plus", "multi_head"])
+def test_experts_whose_widths_no_recipe_can_list_are_refused_before_anything_is_measured(tmp_path, recipe, method):
+    run = trained(tmp_path, recipe=recipe)
+    with pytest.raises(PlanError, match=r"only mixtures \{kind: moe\} of feed-forward experts \{kind: ffn\}"):
+        require_possible(request(run, method, 0.25))
+
+
+@pytest.mark.parametrize("method", ["merge", "hc-smoe"])
+def test_experts_of_different_widths_are_not_merged(tmp_path, run, method):
+    with pytest.raises(PlanError, match="block 0: experts of widths .*, allowed for merging: equal widths"):
+        plan_for(request(run, method, 0.25, text="nowhere"), tmp_path / "plan.json")
 
 
 def test_units_of_all_experts_together_leave_every_expert_one():

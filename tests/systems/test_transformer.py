@@ -4,13 +4,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moestro.experts import FFNBank
+from moestro.experts import FFNBank, quantize_banks
 from moestro.layers import MoELayer
 from moestro.model import Attention, Block, Cache, Transformer
+from moestro.model.active import total_parameters
 from moestro.objectives import ParameterPenalty, RouterEntropy
 from moestro.ops import backend
+from moestro.recipe.build import build_model
+from moestro.recipe.load import load_recipe
 from moestro.routers import SlotRouter
 from moestro.train.rules import QueryNormStatistics
+from tests.conftest import ROOT
 from tests.reference import transformer
 from tests.systems.decoders import KINDS, LAYERS, D, Twin, V, decoder, tokens
 from tests.systems.peer_layers import set_running_statistics
@@ -223,3 +227,18 @@ def test_documents_and_cache_exclude_each_other() -> None:
 def test_impossible_heads_are_refused(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Attention(D, **arguments)
+
+
+def test_tables_in_8_bits_count_as_the_numbers_that_they_stand_for() -> None:
+    def model(kind: str) -> Transformer:
+        layer = f"{{kind: moe, router: {{kind: product_key, heads: 2, top_k: 2, d_key: 8}}, branches: [{kind}]}}"
+        recipe = load_recipe(ROOT / "recipes" / "peer.yaml", [f"model.layers={{2: {layer}}}", "objectives=[]"])
+        return build_model(recipe, 64)
+
+    narrow = model("{kind: quantized_singleton, n_experts: 64, sparse_gradients: true}")
+    wide = model("{kind: singleton, n_experts: 64}")
+    assert total_parameters(narrow) == total_parameters(wide) == sum(p.numel() for p in wide.parameters())
+    assert total_parameters(narrow) > sum(p.numel() for p in narrow.parameters())
+    expected = total_parameters(wide)
+    quantize_banks(wide)
+    assert total_parameters(wide) == expected
