@@ -1,4 +1,4 @@
-"""PEER in Triton beside the public package and plain torch, on a GPU: retrieval, experts, layer, step, decoding.
+"""PEER in Triton beside the public package and plain torch, on a GPU: retrieval, experts, layer, step, decoding, int8.
 
 Layers in float32 beside PEER-pytorch with dense AdamW (as `bench.peer`); experts alone in bfloat16, with the ids of a
 router given, beside gather and einsum and our own plain torch path, their bytes gathered beside those of a copy in the
@@ -12,6 +12,7 @@ times of an interpreter mean nothing and are not written.
 
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -21,8 +22,9 @@ from bench.harness import Row, Times, agree, arguments, clock, compare, rate, re
 from bench.hmoe_gpu import COPY, first_call, on_gpu, own_rates
 from bench.peer import PACKAGE, Shape, gradients, layer, our_step, pair, their_step, under
 from moestro import ops
+from moestro.experts import quantize_banks
 
-PLAIN, GATHER = "ours, plain torch", "gather and einsum"
+PLAIN, GATHER, FLOAT32 = "ours, plain torch", "gather and einsum", "ours, tables in float32"
 # Share of the tokens for which sides may retrieve different experts.
 TIES = 0.01
 
@@ -94,6 +96,27 @@ def experts_alone(shape: Shape, device: torch.device, rounds: int) -> list[Row]:
     return rows + compare(shape.case, "retrieval, scores included", searched)
 
 
+def in_8_bits(shape: Shape, device: torch.device, rounds: int) -> list[Row]:
+    """Tables in int8 beside those in float32: experts with given ids and gates, and a training step of the layer."""
+    wide = layer(shape, sparse_gradients=True).to(device)
+    eighth = deepcopy(wide)
+    quantize_banks(eighth)
+    eighth.bank.sparse_gradients = True
+    x, timed = torch.randn(shape.tokens, shape.d, device=device), timer(device)
+    with torch.no_grad():
+        routing = under("fused", lambda: wide.router(x))()
+        narrow = partial(eighth.bank, x, routing)
+        every = {"ours": under("triton", narrow), PLAIN: under("fused", narrow)}
+        every[FLOAT32] = under("triton", partial(wide.bank, x, routing))
+        agree(f"{shape.case}, {PLAIN}, tables in int8", every["ours"](), every[PLAIN](), 1e-4)
+        agree(f"{shape.case}, tables in int8", every["ours"](), every[FLOAT32](), 2e-2)
+        times = clock(every, rounds, timed, warm_up=rounds // 2)
+    rows = compare(shape.case, "experts alone, forward, tables in int8", times)
+    steps = {"ours": under("triton", our_step(eighth, x)), FLOAT32: under("triton", our_step(wide, x))}
+    times = clock(steps, rounds, timed, warm_up=rounds // 2)
+    return rows + compare(shape.case, "training step, tables in int8", times)
+
+
 def decoding(shape: Shape, device: torch.device, rounds: int) -> list[Row]:
     """One token through the layer, launches included."""
     moe = layer(shape, sparse_gradients=False).to(device).eval()
@@ -117,6 +140,7 @@ def main() -> None:
         # first, because its first calls compile the kernels
         rows += beside_the_package(small, device, rounds)
         rows += experts_alone(shape, device, rounds) + decoding(shape, device, rounds)
+        rows += in_8_bits(shape, device, rounds)
     absent = () if gpu else ("No GPU: run in Triton's interpreter. All agree; the times above mean nothing.",)
     report("bench/peer_gpu.py", rows, options, absent)
 

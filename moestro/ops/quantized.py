@@ -9,7 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moestro.ops import backend, triton_peer
 from moestro.ops.activations import activation as find
+from moestro.ops.ffn import wants_gradient
 from moestro.ops.precision import compute_dtype, without_autocast
 from moestro.ops.rounding import stochastic_float8, stochastic_int8
 from moestro.ops.row_gradients import FactoredRows, factored, spans
@@ -19,7 +21,7 @@ from moestro.ops.tables import new_table
 Storage = Literal["int8", "fp8"]
 # The dtype of the codes and the largest of them.
 CODES = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
-_LARGEST = dict(CODES.values())
+LARGEST = dict(CODES.values())
 _ROUNDED = {torch.int8: stochastic_int8, torch.float8_e4m3fn: stochastic_float8}
 
 
@@ -40,7 +42,7 @@ class QuantizedTable(NamedTuple):
         (`ops.rounding`). A row keeps its scale while its largest number has a code above a quarter of the largest: what
         does not change is then not rounded again. Else its scale becomes a power of two. A row with what is not finite
         becomes no number."""
-        largest, scale = _LARGEST[self.codes.dtype], self.scale[ids].float()
+        largest, scale = LARGEST[self.codes.dtype], self.scale[ids].float()
         most = rows.abs().amax(1).float() if rows.shape[1] else torch.zeros_like(scale)
         keeps = (most <= largest * scale) & (most > largest / 4 * scale) | (most == 0)
         power = torch.ldexp(torch.ones_like(most), (most / largest).frexp().exponent.clamp(min=-126))
@@ -85,15 +87,22 @@ def quantized_singletons(
     """`singleton_experts` of tables in 8 bits: a row's scale is a factor of its dot product or of its weight, so codes
     are all that is gathered, a quarter of the bytes of float32. Differentiable in x and weight; tables with `pending`
     get the factors of their gradients there, as if rows were the numbers that they stand for.
-    Arithmetic in float32 at least; with native kernels where it is float32 and the tables are on the CPU."""
+    Arithmetic in float32 at least; with native kernels where it is float32 and the tables are on the CPU, and with
+    Triton's, which take no float64."""
     outside = compute_dtype(x)
     inside = torch.promote_types(outside, torch.float32)
-    x, weight, act = x.to(outside).to(inside), weight.to(inside), find(activation).forward
-    codes, scales, _ = zip(*(table for table in (up, down, gate) if table is not None), strict=True)
-    rows = row_operations(x, weight, *scales, codes=codes)
-    segments = cache(lambda: rows.segments(ids.flatten(), len(up.codes), True))
+    x, weight, act = x.to(outside), weight.to(inside), find(activation).forward
     if up.pending is not None and torch.is_grad_enabled() and not x.requires_grad:
         x = x.detach().requires_grad_()  # else the tables that meet it would see no backward pass
+    if backend.active() != "triton" or wants_gradient(x, weight):
+        x = x.to(inside)
+    tables = [table for table in (gate, up, down) if table is not None]
+    if backend.active() == "triton":
+        with without_autocast(x):
+            return triton_peer.quantized_singletons(x, ids, weight, tables, activation).to(outside)
+    codes, scales, _ = zip(*tables, strict=True)
+    rows = row_operations(x, weight, *scales, codes=codes)
+    segments = cache(lambda: rows.segments(ids.flatten(), len(up.codes), True))
     with without_autocast(x):
         along = _dots(up, ids, x, rows, segments)  # type: ignore[call-arg]
         opened = act(along) if gate is None else act(_dots(gate, ids, x, rows, segments))  # type: ignore[call-arg]

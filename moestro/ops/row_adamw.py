@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.ops.backend import active, runs_native
+from moestro.ops.backend import NATIVE_DTYPES, active, runs_native
 from moestro.ops.native import row_adamw
 from moestro.ops.quantized import QuantizedTable
 from moestro.ops.rounding import rounding_key, stochastic_bfloat16
@@ -78,8 +78,7 @@ def adamw_rows(
     Alg. 2).
 
     In float32 at least; what is kept in bfloat16 or in 8 bits is rounded stochastically. With native kernels each row
-    is read and written once, its gradient summed on the way where it is left in factors; so it is with Triton's, which
-    do not know 8 bits.
+    is read and written once, its gradient summed on the way where it is left in factors; so it is with Triton's.
     """
     moments = state.mean, state.square
     if _runs_native(table, moments, gradient):
@@ -90,7 +89,7 @@ def adamw_rows(
         row_adamw.adamw_rows(codes, scale, tuple(state), gradient.ids, gradient.native(), numbers)
         return
     factors = _factors(gradient.ids, state, step)
-    if isinstance(table, Tensor) and _runs_triton(table, state):
+    if _runs_triton(table, moments):
         from moestro.ops.triton_peer_adamw import adamw_rows as in_one_kernel
 
         in_one_kernel(table, moments, gradient, factors, step)
@@ -99,20 +98,23 @@ def adamw_rows(
 
 
 def _runs_native(table: Tensor | QuantizedTable, moments: tuple[Tensor, Tensor], gradient: RowGradient) -> bool:
-    """The first moment is in the dtype of the table, or beside codes in bfloat16; scales are in float32."""
-    in_codes = isinstance(table, QuantizedTable)
-    numbers = table.scale if in_codes else table
-    kept = [torch.float32, torch.bfloat16] if in_codes else [table.dtype, table.dtype]
-    found = [each.dtype for each in (numbers, *moments)]
-    return found == [*kept, torch.float32] and runs_native(numbers, *moments, *gradient.tensors())
+    numbers = table.scale if isinstance(table, QuantizedTable) else table
+    return _kept_as_kernels_do(table, moments) and runs_native(numbers, *moments, *gradient.tensors())
 
 
-def _runs_triton(table: Tensor, state: RowState) -> bool:
+def _runs_triton(table: Tensor | QuantizedTable, moments: tuple[Tensor, Tensor]) -> bool:
     """Tables elsewhere than the kernel can reach, as those that are offloaded, go the plain way."""
-    kept = [table.dtype, state.mean.dtype, state.square.dtype]
-    if active() != "triton" or kept not in ([torch.float32] * 3, [torch.bfloat16] * 2 + [torch.float32]):
-        return False
-    return table.is_cuda or interprets()
+    return active() == "triton" and _kept_as_kernels_do(table, moments) and (moments[0].is_cuda or interprets())
+
+
+def _kept_as_kernels_do(table: Tensor | QuantizedTable, moments: tuple[Tensor, Tensor]) -> bool:
+    """The first moment is in the dtype of the table, float32 or bfloat16, or beside codes in bfloat16; scales and the
+    second moment are in float32."""
+    if isinstance(table, QuantizedTable):
+        numbers, first = table.scale.dtype == torch.float32, torch.bfloat16
+    else:
+        numbers, first = table.dtype in NATIVE_DTYPES, table.dtype
+    return numbers and [moment.dtype for moment in moments] == [first, torch.float32]
 
 
 def _factors(ids: Tensor, state: RowState, step: RowStep) -> RowFactors:

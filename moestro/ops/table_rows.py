@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from moestro.ops.row_gradients import DEVICE_CHUNK
+
 # Rows gathered at a time: small enough to stay in a core's cache, large enough to amortise the calls.
 _ROWS = 1024
 
@@ -21,8 +23,8 @@ def dots(
     t, k = ids.shape
     d = x.shape[1]
     out = x.new_empty(t, k)
-    step = max(1, _ROWS // max(k, 1))
-    buffer = x.new_empty(step * k, d)
+    step = max(1, _at_once(x) // max(k, 1))
+    buffer = x.new_empty(min(step, t) * k, d)
     for a in range(0, t, step):
         b = min(a + step, t)
         rows = buffer[: (b - a) * k]
@@ -53,9 +55,10 @@ def ragged_dots(
 ) -> Float[Tensor, "n"]:
     """out_j = table[ids_j] . x[token_j]."""
     out = x.new_empty(len(ids))
-    rows, inputs = x.new_empty(2, min(_ROWS, len(ids)), x.shape[1])
-    for a in range(0, len(ids), _ROWS):
-        b = min(a + _ROWS, len(ids))
+    step = _at_once(x)
+    rows, inputs = x.new_empty(2, min(step, len(ids)), x.shape[1])
+    for a in range(0, len(ids), step):
+        b = min(a + step, len(ids))
         _read(table, ids[a:b], rows[: b - a])
         torch.index_select(x, 0, token[a:b], out=inputs[: b - a])
         torch.bmm(rows[: b - a, None], inputs[: b - a, :, None], out=out[a:b, None, None])
@@ -77,7 +80,7 @@ def _sums_widened(table: Tensor, ids: Tensor, coefficient: Tensor, starts: Tenso
     """The same for a table narrower than the arithmetic."""
     out = coefficient.new_empty(len(starts), table.shape[1])
     ends = [*starts.tolist(), len(ids)]
-    step = max(1, _ROWS * len(starts) // len(ids))
+    step = max(1, _at_once(out) * len(starts) // len(ids))
     for a in range(0, len(starts), step):
         b = min(a + step, len(starts))
         places = slice(ends[a], ends[b])
@@ -87,6 +90,11 @@ def _sums_widened(table: Tensor, ids: Tensor, coefficient: Tensor, starts: Tenso
         weights = coefficient[places]
         out[a:b] = F.embedding_bag(each, rows, starts[a:b] - ends[a], per_sample_weights=weights, mode="sum")
     return out
+
+
+def _at_once(x: Tensor) -> int:
+    """How many rows as long as those of `x` are gathered at a time: elsewhere than on a CPU calls cost, not caches."""
+    return _ROWS if x.device.type == "cpu" else max(1, DEVICE_CHUNK // max(1, x.shape[1]))
 
 
 def _read(table: Tensor, ids: Tensor, out: Tensor) -> None:

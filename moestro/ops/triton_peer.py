@@ -3,15 +3,21 @@
 is atomic: two runs agree to the bit.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moestro.ops.activations import activation as find
-from moestro.ops.row_gradients import TableGradients
+from moestro.ops.row_gradients import TableGradients, factored
 from moestro.ops.table_rows import Segments
 from moestro.ops.triton_ffn import require_device, require_dtype
+
+if TYPE_CHECKING:
+    from moestro.ops.quantized import QuantizedTable
 
 
 class TritonSegments(Segments):
@@ -43,6 +49,22 @@ def singleton_experts(
     find(activation)
     require_kernels(x, weight, up, down)
     return _experts(x, ids, weight, gate, up, down, activation, sparse_gradients)  # type: ignore[call-arg]
+
+
+def quantized_singletons(
+    x: Float[Tensor, "t d"],
+    ids: Int[Tensor, "t k"],
+    weight: Float[Tensor, "t k"],
+    tables: "Sequence[QuantizedTable]",
+    activation: str,
+) -> Float[Tensor, "t d"]:
+    """`ops.quantized.quantized_singletons`, as `singleton_experts`, of tables (up, down) or (gate, up, down).
+
+    Raises: as `singleton_experts`.
+    """
+    find(activation)
+    require_kernels(x, weight, *(table.scale for table in tables))
+    return _quantized(x, ids, weight, tables, activation)  # type: ignore[call-arg]
 
 
 def value_rows(
@@ -88,6 +110,11 @@ def _experts(
 
 
 @torch.compiler.disable
+def _quantized(x: Tensor, ids: Tensor, weight: Tensor, tables: "Sequence[QuantizedTable]", activation: str) -> Tensor:
+    return _QuantizedExperts.apply(x, ids, weight, tables, activation)  # type: ignore[return-value]
+
+
+@torch.compiler.disable
 def _values(ids: Tensor, weight: Tensor, values: Tensor, sparse: bool) -> Tensor:
     return _Values.apply(ids, weight, values, sparse)  # type: ignore[return-value]
 
@@ -118,12 +145,52 @@ class _Experts(torch.autograd.Function):
         x, ids, weight, z, linear, *tables = ctx.saved_tensors
         dy, hidden = dy.contiguous(), kernels.Hidden(z, linear)
         slopes = kernels.backward(dy, ids, weight, tuple(tables), hidden, ctx.activation)
-        if len(tables) == 3:
-            factors = {3: (x, slopes.z), 4: (x, slopes.linear), 5: (dy, slopes.coefficient)}
-        else:
-            factors = {4: (x, slopes.z), 5: (dy, slopes.coefficient)}
+        absent = 3 - len(tables)
+        factors = dict(enumerate(_factors(x, dy, slopes, len(tables)), 3 + absent))
         gradients = _table_gradients(ctx, ids, len(tables[-1]), factors)
-        return slopes.x, None, slopes.weight, *[None] * (3 - len(tables)), *gradients, None, None
+        return slopes.x, None, slopes.weight, *[None] * absent, *gradients, None, None
+
+
+class _QuantizedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ids, weight, tables, activation):  # type: ignore[override]
+        from moestro.ops import triton_peer_rows as kernels
+
+        x, ids, weight = x.contiguous(), ids.contiguous(), weight.contiguous()
+        codes = tuple(bits(table.codes).contiguous() for table in tables)
+        scales = tuple(table.scale.contiguous() for table in tables)
+        y, hidden = kernels.forward(x, ids, weight, codes, activation, scales)
+        ctx.save_for_backward(x, ids, weight, *hidden, *codes, *scales)
+        ctx.activation, ctx.pending = activation, [table.pending for table in tables]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        from moestro.ops import triton_peer_rows as kernels
+
+        x, ids, weight, z, linear, *tables = ctx.saved_tensors
+        dy, n = dy.contiguous(), len(ctx.pending)
+        codes, scales = tuple(tables[:n]), tuple(tables[n:])
+        slopes = kernels.backward(dy, ids, weight, codes, kernels.Hidden(z, linear), ctx.activation, scales)
+        if any(pending is not None for pending in ctx.pending):
+            segments = TritonSegments(ids.flatten(), len(codes[0]), sparse=True)
+            token = segments.order // max(1, ids.shape[1])
+            for pending, (source, coefficient) in zip(ctx.pending, _factors(x, dy, slopes, n), strict=True):
+                if pending is not None:
+                    pending.append(factored(segments, source, token, coefficient.flatten()))
+        return slopes.x, None, slopes.weight, None, None
+
+
+def bits(codes: Tensor) -> Tensor:
+    """Codes in 8 bits as kernels read them: float8 as uint8."""
+    return codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
+
+
+def _factors(x: Tensor, dy: Tensor, slopes, n_tables: int) -> list[tuple[Tensor, Tensor]]:
+    """(source, coefficient) of the gradient of each table, in the order of (gate, up, down)."""
+    middle = [(x, slopes.linear)] if n_tables == 3 else []
+    return [(x, slopes.z), *middle, (dy, slopes.coefficient)]
 
 
 class _Values(torch.autograd.Function):

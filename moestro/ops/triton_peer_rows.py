@@ -2,6 +2,8 @@
 
 One program for a token, or for a part of a row's gradient; one-dimensional grids and int64 offsets, so that neither a
 million experts nor tables of more than 2^31 numbers are too many. Sums are in float32, always in the same order.
+Tables may be codes in 8 bits with a scale for each row: those of float8 (e4m3fn) travel as their bits, which every GPU
+can widen.
 """
 
 from typing import NamedTuple, no_type_check
@@ -52,19 +54,29 @@ class Hidden(NamedTuple):
 
 
 def forward(
-    x: Tensor, ids: Tensor, weight: Tensor, tables: tuple[Tensor, ...], activation: str
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    tables: tuple[Tensor, ...],
+    activation: str,
+    scales: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Hidden]:
     """y_t = sum_k weight_tk * hidden_tk * down[ids_tk] in the dtype of `x`; tables are (down,), (up, down) or (gate,
-    up, down), and x of the first kind is a tensor of the output's shape that is not read."""
+    up, down), each with the scales of its rows where they are codes, and x of the first kind is a tensor of the
+    output's shape that is not read."""
     (t, k), d = ids.shape, tables[-1].shape[1]
     mode, y, z, linear = len(tables) - 1, x.new_empty(t, d), *_hidden(ids, len(tables) - 1)
     if y.numel():
-        gate, up = tables[0], tables[-2] if mode else tables[0]
         launch(
-            _forward_kernel, t, x, ids, weight, gate, up, tables[-1], y, z, linear, d, k,
-            MODE=mode, ACT=activation, **sizes(d).options(),
+            _forward_kernel, t, x, ids, weight, *_three(tables), *_three(scales or tables), y, z, linear, d, k,
+            MODE=mode, ACT=activation, SCALED=bool(scales), **sizes(d).options(),
         )  # fmt: skip
     return y, Hidden(z, linear)
+
+
+def _three(each: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """What belongs to `gate`, `up` and `down`; where there is no such table, to another, and it is not read."""
+    return each[0], each[-min(2, len(each))], each[-1]
 
 
 def _hidden(ids: Tensor, mode: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +96,13 @@ class Slopes(NamedTuple):
 
 
 def backward(
-    dy: Tensor, ids: Tensor, weight: Tensor, tables: tuple[Tensor, ...], hidden: Hidden, activation: str
+    dy: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    tables: tuple[Tensor, ...],
+    hidden: Hidden,
+    activation: str,
+    scales: tuple[Tensor, ...] = (),
 ) -> Slopes:
     """Of `forward`, rows fetched once more."""
     (t, k), d, mode = ids.shape, tables[-1].shape[1], len(tables) - 1
@@ -93,10 +111,9 @@ def backward(
     dz, dlinear = _hidden(ids, mode)
     coefficient, _ = _hidden(ids, mode)
     if ids.numel() and d:
-        gate, up = tables[0], tables[-2] if mode else tables[0]
         launch(
-            _backward_kernel, t, dy, ids, weight, gate, up, tables[-1], *hidden, dx, dweight, dz, dlinear, coefficient,
-            d, k, MODE=mode, ACT=activation, **sizes(d).options(),
+            _backward_kernel, t, dy, ids, weight, *_three(tables), *_three(scales or tables), *hidden, dx, dweight, dz,
+            dlinear, coefficient, d, k, MODE=mode, ACT=activation, SCALED=bool(scales), **sizes(d).options(),
         )  # fmt: skip
     elif mode:
         dx.zero_()
@@ -105,8 +122,9 @@ def backward(
 
 @triton.jit
 @no_type_check
-def _forward_kernel(x, ids, weight, gate, up, down, y, z, linear, d: tl.constexpr, k, MODE: tl.constexpr,
-                    ACT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+def _forward_kernel(x, ids, weight, gate, up, down, gate_scale, up_scale, down_scale, y, z, linear, d: tl.constexpr, k,
+                    MODE: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, BR: tl.constexpr,
+                    BD: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BD)
     if MODE > 0:
@@ -115,26 +133,30 @@ def _forward_kernel(x, ids, weight, gate, up, down, y, z, linear, d: tl.constexp
     for first in range(0, k, BR):
         j = first + tl.arange(0, BR)
         place = t * k + j
-        at = tl.load(ids + place, mask=j < k, other=0).to(tl.int64)[:, None] * d + c[None, :]
+        row = tl.load(ids + place, mask=j < k, other=0).to(tl.int64)
+        at = row[:, None] * d + c[None, :]
         there = (j < k)[:, None] & (c < d)[None, :]
         h = tl.load(weight + place, mask=j < k, other=0.0).to(tl.float32)
         if MODE > 0:
-            a = tl.sum(tl.load(up + at, mask=there, other=0.0).to(tl.float32) * x_row[None, :], axis=1)
+            a = _scaled(tl.sum(_widened(up + at, there) * x_row[None, :], axis=1), up_scale + row, j < k, SCALED)
             if MODE == 2:
                 tl.store(linear + place, a, mask=j < k)
                 h = h * a
-                a = tl.sum(tl.load(gate + at, mask=there, other=0.0).to(tl.float32) * x_row[None, :], axis=1)
+                a = _scaled(
+                    tl.sum(_widened(gate + at, there) * x_row[None, :], axis=1), gate_scale + row, j < k, SCALED
+                )
             tl.store(z + place, a, mask=j < k)
             h = h * _act(a, ACT)
-        total += tl.sum(tl.load(down + at, mask=there, other=0.0).to(tl.float32) * h[:, None], axis=0)
+        h = _scaled(h, down_scale + row, j < k, SCALED)
+        total += tl.sum(_widened(down + at, there) * h[:, None], axis=0)
     tl.store(y + t * d + c, total.to(y.dtype.element_ty), mask=c < d)
 
 
 @triton.jit
 @no_type_check
-def _backward_kernel(dy, ids, weight, gate, up, down, z, linear, dx, dweight, dz, dlinear, coefficient,
-                     d: tl.constexpr, k, MODE: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr,
-                     BD: tl.constexpr):  # fmt: skip
+def _backward_kernel(dy, ids, weight, gate, up, down, gate_scale, up_scale, down_scale, z, linear, dx, dweight, dz,
+                     dlinear, coefficient, d: tl.constexpr, k, MODE: tl.constexpr, ACT: tl.constexpr,
+                     SCALED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BD)
     dy_row = tl.load(dy + t * d + c, mask=c < d, other=0.0).to(tl.float32)
@@ -142,9 +164,10 @@ def _backward_kernel(dy, ids, weight, gate, up, down, z, linear, dx, dweight, dz
     for first in range(0, k, BR):
         j = first + tl.arange(0, BR)
         place = t * k + j
-        at = tl.load(ids + place, mask=j < k, other=0).to(tl.int64)[:, None] * d + c[None, :]
+        row = tl.load(ids + place, mask=j < k, other=0).to(tl.int64)
+        at = row[:, None] * d + c[None, :]
         there = (j < k)[:, None] & (c < d)[None, :]
-        along = tl.sum(tl.load(down + at, mask=there, other=0.0).to(tl.float32) * dy_row[None, :], axis=1)
+        along = _scaled(tl.sum(_widened(down + at, there) * dy_row[None, :], axis=1), down_scale + row, j < k, SCALED)
         if MODE == 0:
             tl.store(dweight + place, along.to(dweight.dtype.element_ty), mask=j < k)
         else:
@@ -156,17 +179,44 @@ def _backward_kernel(dy, ids, weight, gate, up, down, z, linear, dx, dweight, dz
                 b = tl.load(linear + place, mask=j < k, other=0.0)
                 straight = along * w * hidden
                 tl.store(dlinear + place, straight, mask=j < k)
-                u = tl.load(up + at, mask=there, other=0.0).to(tl.float32)
-                total += tl.sum(u * straight[:, None], axis=0)
+                straight = _scaled(straight, up_scale + row, j < k, SCALED)
+                total += tl.sum(_widened(up + at, there) * straight[:, None], axis=0)
                 slope = slope * b
                 hidden = hidden * b
             tl.store(dz + place, slope, mask=j < k)
             tl.store(coefficient + place, hidden * w, mask=j < k)
             tl.store(dweight + place, (along * hidden).to(dweight.dtype.element_ty), mask=j < k)
-            u = tl.load(gate + at, mask=there, other=0.0).to(tl.float32)
-            total += tl.sum(u * slope[:, None], axis=0)
+            slope = _scaled(slope, gate_scale + row, j < k, SCALED)
+            total += tl.sum(_widened(gate + at, there) * slope[:, None], axis=0)
     if MODE > 0:
         tl.store(dx + t * d + c, total.to(dx.dtype.element_ty), mask=c < d)
+
+
+@triton.jit
+@no_type_check
+def _widened(pointers, there):
+    """Numbers of a table in float32; int16 are the bits of bfloat16, uint8 those of float8 (e4m3fn)."""
+    x = tl.load(pointers, mask=there, other=0)
+    if pointers.dtype.element_ty == tl.int16:
+        x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif pointers.dtype.element_ty == tl.uint8:
+        size = x.to(tl.int32) & 0x7F
+        # the exponent's bias is 127 in place of 7; below 8 there is none, and numbers are 2^-9 apart
+        number = tl.where(
+            size < 8, size.to(tl.float32) * 0.001953125, ((size + 960) << 20).to(tl.float32, bitcast=True)
+        )
+        number = tl.where(size == 0x7F, float("nan"), number)
+        x = tl.where(x > 0x7F, -number, number)
+    return x.to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def _scaled(x, scale, there, SCALED: tl.constexpr):
+    """Times the scales of the rows that are there, where rows are codes; else 0."""
+    if SCALED:
+        x = x * tl.load(scale, mask=there, other=0.0)
+    return x
 
 
 def segment_sums(order: Tensor, starts: Tensor, source: Tensor, token: Tensor, coefficient: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moestro import ops
 from moestro.experts import SingletonBank
-from moestro.ops import backend
+from moestro.ops import backend, table_rows
 from moestro.routing import SparseRouting
 from tests.ops.test_singleton_experts import CASES, inputs
 from tests.tolerances import BFLOAT16_NORM, FLOAT64
@@ -119,6 +120,28 @@ def test_forward_and_backward_allocate_nothing_of_the_table_s_size(sparse, autoc
 
     # The dense way shows that the measure sees a table: without sparse gradients there is one.
     assert (largest_allocation(work) < n * d * 4 / 3) is sparse
+
+
+class Products(TorchDispatchMode):
+    """Counts products of batches of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        self.count += operation.name().startswith("aten::bmm")
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize(("device", "count"), [("cpu", 16), ("meta", 1)])
+def test_elsewhere_than_on_a_cpu_rows_are_gathered_in_few_calls(device, count):
+    table, x = torch.ones(9, 8, device=device), torch.ones(1024, 8, device=device)
+    ids = torch.zeros(1024, 16, dtype=torch.int64, device=device)
+    with Products() as products:
+        assert table_rows.dots(table, ids, x).shape == ids.shape
+        assert table_rows.ragged_dots(table, ids[:, 0], x, ids[:, 0]).shape == (1024,)
+    assert products.count == count + 1
 
 
 def test_only_sparse_banks_name_row_parameters():

@@ -10,10 +10,12 @@ from moestro import ops
 from moestro.experts import SingletonBank
 from moestro.layers import MoELayer
 from moestro.ops import backend
+from moestro.ops.quantized import CODES
 from moestro.routers import ProductKeyRouter
 from moestro.routers.query_norm import BatchQueryNorm
 from tests.ops.test_triton_ffn_gpu import no_waiting
 from tests.ops.test_triton_peer import arguments, assert_near, neurons, retrieved
+from tests.ops.test_triton_peer_quantized import run as quantized_run
 from tests.tolerances import BFLOAT16_NORM, FLOAT16_NORM, FLOAT32_NORM
 
 pytestmark = [
@@ -30,6 +32,15 @@ def test_neurons_equal_the_definition_at_full_size(dtype, d, gated):
     call = arguments(1024, 64, 128**2, d, gated, dtype)
     have = neurons("triton", call, "gelu", sparse=True)
     assert_near(have, neurons("reference", call, "gelu", dtype=torch.float64), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("d", [512, 1000, 333])
+@pytest.mark.parametrize("storage", list(CODES))
+def test_tables_in_8_bits_equal_the_definition_at_full_size(storage, d, gated):
+    call = arguments(1024, 64, 128**2, d, gated, torch.float32)
+    have = quantized_run("triton", call, storage, "gelu")
+    assert_near(have, quantized_run("fused", call, storage, "gelu", torch.float64), FLOAT32_NORM)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -24,22 +24,25 @@ from moestro.ops import triton_peer_keys as keys, triton_peer_rows as rows, trit
 
 d, half, k, dtype, mode, activation = json.loads('ARGUMENTS')
 size, held = rows.sizes(d), keys.sizes(half, k)
-data = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}[dtype]
+data = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int8": "*i8", "fp8": "*u8"}[dtype]
+in_codes = dtype in ("int8", "fp8")
 most = rows.power_of_two(max(2, k))
 numbers = ("ids", "order", "starts", "ends", "token", "segment", "after", "parts", "slot", "busiest")
 types = dict.fromkeys(numbers, "*i64") | dict.fromkeys(("place", "steps"), "*i32")
 wide = ("query", "best", "scores", "z", "linear", "dz", "dlinear", "coefficient", "partial", "weight")
-wide += ("dweight",)
+wide += ("dweight", "gate_scale", "up_scale", "down_scale", "scale")
+wide += ("x", "y", "dy", "dx", "source", "out", "keys", "dquery") if in_codes else ()
 types |= dict.fromkeys(wide, "*fp32") | {"eps": "fp32"}
 types |= dict.fromkeys(("k", "n", "g", "h", "f", "rows", "n_steps"), "i32")
 pairs = sum((p + 1) * (r + 1) <= k for p in range(k) for r in range(k))
-shapes = {"d": d, "half": half, "KP": most, "PART": 256, "MODE": mode, "ACT": activation}
+shapes = {"d": d, "half": half, "KP": most, "PART": 256, "MODE": mode, "ACT": activation, "SCALED": in_codes}
 of_rows = shapes | {"BR": size.rows, "BD": size.columns}
 of_keys = shapes | {"BT": held.queries, "BN": held.keys, "BH": held.inner}
 of_pairs = shapes | {"BT": held.paired, "BS": max(most, rows.power_of_two(pairs)), "GATE": 1}
-narrow = dtype == "bfloat16"
-of_steps = of_rows | {"NARROW": narrow, "FACTORED": mode > 0, "WAIT": mode == 1, "SLOW": True}
-types |= dict.fromkeys(("table", "mean"), "*i16" if narrow else "*fp32")
+largest = {"int8": 127.0, "fp8": 448.0}.get(dtype, 0.0)
+of_steps = of_rows | {"LARGEST": largest, "FACTORED": mode > 0, "WAIT": mode == 1, "SLOW": True}
+bits = {"bfloat16": "*i16", "int8": "*i8", "fp8": "*u8"}
+types |= {"table": bits.get(dtype, "*fp32"), "mean": "*i16" if dtype in bits else "*fp32"}
 types |= dict.fromkeys(("square", "decay", "step_size", "correction", "idle_mean", "idle_square"), "*fp32")
 types |= dict.fromkeys(("rate", "beta2", "rate2"), "fp32") | dict.fromkeys(("table_key", "mean_key"), "i32")
 of_queries = shapes | {"NORM": True, "BF": 16, "BD": min(256, max(16, rows.power_of_two(d)))}
@@ -69,6 +72,8 @@ CASES = {
     "wide and gated, float16": (2048, 64, 8, "float16", 2, "silu"),
     "odd, float32": (1000, 24, 5, "float32", 1, "relu"),
     "tiny values": (13, 3, 1, "bfloat16", 0, "none"),
+    "the paper's, int8": (768, 128, 16, "int8", 1, "gelu"),
+    "gated, fp8": (1024, 128, 16, "fp8", 2, "silu"),
 }
 # what one block may use, in bytes: 227 KiB
 SHARED_MEMORY = 232_448

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moestro.experts import GLUSingletonBank, SingletonBank, ValueBank
+from moestro.experts import GLUSingletonBank, QuantizedBank, SingletonBank, ValueBank
 from moestro.layers import MoELayer
 from moestro.ops import backend
 from moestro.ops.row_gradients import collect_factors, row_gradient
@@ -73,9 +73,10 @@ def test_sparse_tables_wait_once_for_how_many_rows_are_met(bank, monkeypatch):
     assert waits.names == ["unique_consecutive"]
 
 
-def test_gradients_in_factors_wait_once_a_pass_and_once_to_be_merged(monkeypatch):
-    layer = make_layer(SingletonBank, sparse=True)
-    tables = list(layer.banks()[0].parameters())
+@pytest.mark.parametrize("bank", [SingletonBank, QuantizedBank])
+def test_gradients_in_factors_wait_once_a_pass_and_once_to_be_merged(bank, monkeypatch):
+    layer = make_layer(bank, sparse=True)
+    tables = layer.banks()[0].row_parameters()
     collect_factors(tables)
     with Waits(monkeypatch) as waits:
         step(layer)
